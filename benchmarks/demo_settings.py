@@ -29,7 +29,6 @@ FIXED = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1,
-    "per_device_eval_batch_size": 40,
 }
 
 
@@ -41,14 +40,13 @@ def run_setting(setting: dict, chats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = FinetuneConfig(**{**FIXED, **setting, "output_dir": folder})
         run = train(config, Splits(chosen, data.validation, []))
-        report = evaluate(run.model, run.tokenizer, data.validation, pattern_checks(ANSWER_PATTERN), "tuned", 96, 40)
+        report = evaluate(run.model, run.tokenizer, data.validation, pattern_checks(ANSWER_PATTERN), "tuned", 96, generation_batch_size=40)
     return {
         "layers": "all-linear" if config.target_modules == "all-linear" else "q, k, v, o",
         "r": config.r,
         "learning_rate": config.learning_rate,
         "chats x epochs": f"{len(chosen)} x {config.num_train_epochs:g}",
         "trained in": f"{run.facts['seconds']:.0f} s",
-        "peak memory": f"{run.facts['peak_memory_gib']:.1f} GiB",
         "validation loss": f"{report.loss:.4f}",
         "exact match": f"{report.shares['exact match']:.0%}",
         "right code": f"{report.shares['right code']:.0%}",

@@ -1,1 +1,28 @@
+"""Chats in, a trustworthy fine-tuned model out. Names are imported when they are first used: `import finetune_nb` is quick."""
+
 __version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+_WHERE = {
+    "config": "FinetuneConfig FinetuneError load_config save_config changed_settings",
+    "data": "Chat Splits load_chats save_chats split_chats icd10_chats",
+    "chat_template": "tokenize_chat tokenize_chats show_labels",
+    "models": "load_model load_tokenizer hardware",
+    "lora": "add_lora load_adapter trainable_parameters find_target_modules",
+    "training": "train load_run Run",
+    "evaluation": "evaluate evaluate_run compare generate pattern_checks",
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
+__all__ = list(_MODULE)
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _MODULE:
+        return getattr(_import_module(f"finetune_nb.{_MODULE[name]}"), name)
+    raise AttributeError(f"module 'finetune_nb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

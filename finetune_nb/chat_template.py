@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from .config import FinetuneError
 from .data import Chat
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 NO_LOSS = -100  # the label that torch's cross-entropy leaves out
 
 # %% ../nbs/02_chat_template.ipynb #6b9c5496
-class TemplateError(ValueError):
+class TemplateError(FinetuneError, ValueError):
     "A chat that the chat template cannot turn into a row with a trustworthy loss mask; the message names the row."
 
 
@@ -90,10 +91,10 @@ def tokenize_chat(
                 "forge the structure of the chat. Remove it, or write it differently."
             )
     text, spans = assistant_spans(chat, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, labels = encoded["input_ids"], [NO_LOSS] * len(encoded["input_ids"])
+    ids, offsets = _encode(text, [start for start, _, _ in spans], tokenizer)
+    labels = [NO_LOSS] * len(ids)
     for span in spans:
-        first, last = _supervised(encoded["offset_mapping"], ids, span, set(special.values()), chat, text)
+        first, last = _supervised(offsets, ids, span, set(special.values()), chat, text)
         labels[first : last + 1] = ids[first : last + 1]
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == NO_LOSS for label in labels[1:]):  # the first token is never predicted
@@ -109,14 +110,22 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def _encode(text: str, cuts: list[int], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[tuple[int, int]]]:
+    "The ids of `text`, tokenised in pieces between the `cuts`, and the characters that each stands for."
+    ids, offsets = [], []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        piece = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += piece["input_ids"]
+        offsets += [(a + start, b + start) for a, b in piece["offset_mapping"]]
+    return ids, offsets
+
+
 def _supervised(
     offsets: list[tuple[int, int]], ids: list[int], span: tuple[int, int, int], special: set[int], chat: Chat, text: str
 ) -> tuple[int, int]:
     "The first and the last supervised token of one assistant turn."
     start, content_end, turn_end = span
     inside = [k for k, (a, b) in enumerate(offsets) if a < turn_end and b > start]
-    if not inside or offsets[inside[0]][0] < start:
-        raise TemplateError(f"{chat.where}: the answer {text[start : start + 20]!r} begins inside a token. Begin it with a letter.")
     for k in inside:
         if ids[k] in special and offsets[k][0] >= content_end:
             return inside[0], k

@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import replacing
+from .config import ConfigError, FinetuneError, replacing
 
 # %% ../nbs/01_data.ipynb #97198c7f
 ROLES = ("system", "user", "assistant")
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.found} {self.remedy}"
 
 
-class ChatError(ValueError):
+class ChatError(FinetuneError, ValueError):
     "Chats that can't be used; `problems` lists every fault of every row."
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -262,7 +262,7 @@ def split_chats(
     seed: int = 42,  # the same seed gives the same split
     group: Callable[[Chat], Any] = same_question,  # chats with the same value stay together
 ) -> Splits:
-    "Splits by seed, whole groups at a time; raises `ValueError` when a part that was asked for would be empty."
+    "Splits by seed, whole groups at a time; raises `ConfigError` when a part that was asked for would be empty."
     groups = defaultdict(list)
     for chat in chats:
         groups[group(chat)].append(chat)
@@ -274,7 +274,7 @@ def split_chats(
         while len(parts[-1]) < math.floor(share * len(chats) + 0.5) and len(order) > 1:
             parts[-1] += order.pop()
         if share and not parts[-1]:
-            raise ValueError(
+            raise ConfigError(
                 f"{len(chats)} chats in {len(groups)} groups are too few for a {name} set of {share:.0%}. "
                 f"Add chats, give a {name} file, or set {name}_size to 0."
             )
@@ -326,7 +326,7 @@ def icd10_entries() -> list[Icd10Entry]:
     try:
         import simple_icd_10_cm as icd
     except ImportError:
-        raise ModuleNotFoundError("The demo data needs the package simple-icd-10-cm: pip install simple-icd-10-cm") from None
+        raise FinetuneError("The demo data needs the package simple-icd-10-cm: pip install simple-icd-10-cm") from None
     codes = [c for c in icd.get_all_codes(with_dots=True) if icd.is_leaf(c) and "-" not in c and len(c) <= 7]  # not a block such as M80-M94
     return [Icd10Entry(c, icd.get_description(c), tuple(icd.get_inclusion_term(c))) for c in codes]
 

@@ -41,7 +41,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,  # the one that belongs to it
     chats: list[Chat],  # their last message is left for the model to write
     max_new_tokens: int = 128,  # the longest answer
-    batch_size: int = 8,  # chats at once
+    batch_size: int = 16,  # chats at once
     title: str = "Answering",  # what the progress bar says
 ) -> list[Answer]:
     "The model's own last message for each of `chats`, in their order; greedy, the same for any batch size up to rounding."
@@ -164,12 +164,13 @@ def evaluate(
     checks: dict[str, Check | str] | None = None,  # by name, a function of answer and chat, or a pattern for the whole answer
     name: str = "model",  # what to call it
     max_new_tokens: int = 128,  # the longest answer
-    batch_size: int = 8,  # chats at once
+    batch_size: int = 8,  # chats at once when computing the loss
+    generation_batch_size: int = 16,  # chats at once when answering
 ) -> EvalReport:
     "Answers and scores `chats`. An exact match compares after stripping; `ended by itself` is the share that stopped before the limit."
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
-    answers = generate(model, tokenizer, chats, max_new_tokens, batch_size, f"Answering: {name}")
+    answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}")
     losses = _losses(model, tokenizer, chats, batch_size)
     rows = []
     for chat, answer, (loss, tokens) in zip(chats, answers, losses, strict=True):
@@ -316,7 +317,10 @@ def evaluate_run(
     reports = []
     for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
         with switch():
-            report = evaluate(run.model, run.tokenizer, sample, checks, name, config.max_new_tokens, config.per_device_eval_batch_size)
+            report = evaluate(
+                run.model, run.tokenizer, sample, checks, name,
+                config.max_new_tokens, config.per_device_eval_batch_size, config.generation_batch_size,
+            )  # fmt: skip
         reports.append(report)
     comparison = compare(*reports, facts=_run_facts(run, len(sample), len(everything)))
     _save_report(comparison, run.folder)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import FinetuneConfig
+from .config import FinetuneConfig, FinetuneError
 
 # %% ../nbs/04_lora.ipynb #1e3547b7
-class AdapterError(ValueError):
+class AdapterError(FinetuneError, ValueError):
     "An adapter that does not fit the model; the message names what is missing or too much."
 
 

@@ -25,6 +25,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from .config import FinetuneError
+
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 EMBEDDED_TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, unquantised
 
@@ -84,7 +86,7 @@ def _memory_gib() -> float:
     return float("nan")
 
 # %% ../nbs/03_models.ipynb #e313c71c
-class ModelError(RuntimeError):
+class ModelError(FinetuneError, RuntimeError):
     "A base model that can't be had; the message says what to do."
 
 

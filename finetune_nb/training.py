@@ -39,13 +39,13 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .chat_template import NO_LOSS, tokenize_chats
-from .config import FinetuneConfig, load_config, replacing, save_config
+from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, load_chats, same_question, save_chats, split_chats
 from .lora import add_lora, load_adapter, set_adapter_weights, trainable_parameters
 from .models import hardware, load_model
 
 # %% ../nbs/08_training.ipynb #59901afa
-class TrainingError(RuntimeError):
+class TrainingError(FinetuneError, RuntimeError):
     "A run that can't start or go on; the message says why and what to change."
 
 

@@ -1,0 +1,75 @@
+"""A tiny model with the real tokenizer, so that whole runs take seconds."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune_nb.models import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def chats():
+    "Forty short chats."
+    from finetune_nb.data import Chat
+
+    def chat(i):
+        texts = (("user", f"What is {i} plus one?"), ("assistant", f"It is {i + 1}." + " Really." * (i % 5)))
+        return Chat([{"role": role, "content": text} for role, text in texts], f"chats.jsonl, line {i + 1}")
+
+    return [chat(i) for i in range(40)]
+
+
+@pytest.fixture
+def quick(tiny_model, tmp_path):
+    "A configuration that trains the tiny model in fp32 in a second."
+    from finetune_nb.config import FinetuneConfig
+
+    return FinetuneConfig(
+        model_name_or_path=tiny_model,
+        bf16=False,
+        use_cpu=True,
+        num_train_epochs=2,
+        learning_rate=5e-3,
+        gradient_accumulation_steps=1,
+        logging_steps=1,
+        output_dir=str(tmp_path / "runs"),
+        max_new_tokens=8,
+    )
+
+
+@pytest.fixture(autouse=True)
+def interrupts_stay_as_they_were():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before

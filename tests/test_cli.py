@@ -1,0 +1,111 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from finetune_nb.cli import main
+from finetune_nb.config import FinetuneConfig, field_help, load_config, save_config
+from finetune_nb.data import save_chats
+
+
+def run_command(*words, cwd=None):
+    command = [sys.executable, "-c", "import sys; from finetune_nb.cli import main; sys.exit(main())", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"{name} = " in said and text in said for name, text in field_help(FinetuneConfig).items())
+    assert main([]) == 0 and "finetune_nb demo" in capsys.readouterr().out
+
+
+def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick.train_file, quick.output_dir = str(save_chats(chats, tmp_path / "chats.jsonl")), "runs"
+    save_config(quick, tmp_path / "config.yaml")
+    assert main(["train", "config.yaml", "--set", "r=4", "learning_rate=1e-3", "--no-evaluate"]) == 0
+    assert "runs/run-001" in capsys.readouterr().out
+    saved = load_config("runs/run-001/config.yaml")
+    assert (saved.r, saved.learning_rate) == (4, 1e-3)
+    assert main(["evaluate", "runs/run-001"]) == 0
+    said = capsys.readouterr().out
+    assert "exact match" in said and "Report:  runs/run-001/report.html" in said
+    assert main(["evaluate", "runs/run-001", "--data", "chats.jsonl"]) == 0
+    assert "40 test chats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"messages": [', "line 1: not valid JSON"),
+        (b'{"messages": [{"content": "Hi"}, {"role": "assistant", "content": "x"}]}', "it has no 'role'"),
+        (b'{"messages": [{"role": "assistant", "content": "Hi"}]}', "line 1: expected a user message first"),
+        (b"", "it is empty"),
+        (None, "does not exist"),
+        ("folder", "is a folder"),
+        (b'{"messages": [{"role": "user", "content": "\xe4"}]}', "is not UTF-8"),
+    ],
+)
+def test_bad_data_is_one_clear_error_and_no_run(content, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content == "folder":
+        (tmp_path / "chats.jsonl").mkdir()
+    elif content is not None:
+        (tmp_path / "chats.jsonl").write_bytes(content)
+    (tmp_path / "config.yaml").write_text("train_file: chats.jsonl")
+    assert main(["train", "config.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "chats.jsonl" in error and "Traceback" not in error
+    assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml", "chats.jsonl"}
+
+
+def test_bad_words_are_one_clear_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("train_file: icd10")
+    for words, said in (
+        (["train", "config.yaml", "--set", "rank=8"], "did you mean 'r'"),
+        (["train", "config.yaml", "--set", "r"], "expected NAME=VALUE"),
+        (["train", "config.yaml", "--set", "model_name_or_path=no/where"], "neither in a package"),
+        (["train", "nowhere.yaml"], "does not exist"),
+        (["evaluate", "nowhere"], "run.json is missing"),
+        (["config", "config.yaml"], "is not overwritten"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_notebook_is_copied_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["notebook", "--no-open"]) == 0
+    (tmp_path / "finetune.ipynb").write_text("mine")
+    assert main(["notebook", "--no-open"]) == 0 and (tmp_path / "finetune.ipynb").read_text() == "mine"
+    assert "stays as it is" in capsys.readouterr().out
+
+
+def test_config_writes_the_defaults(tmp_path):
+    assert main(["config", str(tmp_path / "c.yaml")]) == 0
+    assert load_config(tmp_path / "c.yaml") == FinetuneConfig()
+
+
+def test_as_a_process(tmp_path):
+    assert run_command("--version").stdout.strip() == "0.1.0"
+    result = run_command("train", "no.yaml", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("finetune_nb: no.yaml does not exist")
+
+
+def test_a_failing_notebook_is_kept_and_named(tmp_path):
+    import nbformat
+
+    from finetune_nb.cli import run_notebook
+    from finetune_nb.config import FinetuneError
+
+    cells = [nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print(n); 1 / 0")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    with pytest.raises(FinetuneError, match="ZeroDivisionError"):
+        run_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"n": 7})
+    assert "7\n" in (tmp_path / "b.ipynb").read_text().encode().decode("unicode_escape")

@@ -1,0 +1,146 @@
+"""The verdict: independent of batching, fair, escaped."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats
+from finetune_nb.evaluation import (
+    Comparison,
+    EvalReport,
+    EvalRow,
+    compare,
+    evaluate,
+    evaluate_run,
+    generate,
+    pattern_checks,
+    to_html,
+    wilson_interval,
+)
+from finetune_nb.models import load_model
+from finetune_nb.training import TrainingError, load_run, train
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model(dtype=torch.float32, use_cpu=True)
+
+
+def test_answers_and_losses_do_not_depend_on_the_batch(embedded):
+    chats = icd10_chats().test[:7]
+    one, three, eight = (evaluate(*embedded, chats, batch_size=n, generation_batch_size=n, max_new_tokens=12) for n in (1, 3, 8))
+    assert [r.answer for r in one.rows] == [r.answer for r in three.rows] == [r.answer for r in eight.rows]
+    assert one.loss == pytest.approx(three.loss, abs=1e-5) and one.loss == pytest.approx(eight.loss, abs=1e-5)
+    assert [r.where for r in one.rows] == [c.where for c in chats]
+
+
+def test_generation_stops_at_the_end_of_the_turn_and_says_when_it_did_not(embedded):
+    chat = Chat([{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "?"}])
+    long, short = generate(*embedded, [chat], 40)[0], generate(*embedded, [chat], 2)[0]
+    assert long.finished and "Paris" in long.text and not short.finished
+
+
+def test_generation_leaves_the_mode_as_it_was(embedded):
+    model, tokenizer = embedded
+    model.train()
+    generate(model, tokenizer, icd10_chats().test[:1], 2)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("answer", "form", "code", "anywhere"),
+    [
+        ("The ICD-10 code for hay fever is J30.1 (Allergic rhinitis due to pollen).", True, True, True),
+        ("The ICD-10 code for x is J30.1 (y).", True, True, True),
+        ("The ICD-10 code for hay fever is J30.2 (Other).", True, False, False),
+        ("It is J30.1.", False, False, True),
+        ("J30.11", False, False, False),
+        ("XJ30.1", False, False, False),
+        ("J30", False, False, False),
+        ("", False, False, False),
+        ("The ICD-10 code for hay fever is J30.1 (Allergic rhinitis due to pollen). Thanks!", False, False, True),
+    ],
+)
+def test_pattern_checks(answer, form, code, anywhere):
+    chat = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "The ICD-10 code for hay fever is J30.1 (Allergic rhinitis due to pollen)."}])
+    checks = pattern_checks(ANSWER_PATTERN)
+    assert {name: check(answer, chat) for name, check in checks.items()} == {"right form": form, "right code": code, "right code anywhere": anywhere}
+
+
+def test_a_users_own_checks(embedded):
+    chats = icd10_chats().test[:2]
+    report = evaluate(*embedded, chats, {"polite": lambda answer, chat: "please" in answer, "any": ".*"}, max_new_tokens=3)
+    assert report.shares["polite"] == 0 and report.shares["any"] == 1
+
+
+def test_the_base_model_is_judged_without_the_adapter(quick, chats):
+    config = replace(quick, max_eval_samples=5, answer_pattern="It is .*")
+    run = train(config, Splits(chats[:24], chats[24:32], chats[30:]))
+    comparison = evaluate_run(run)
+    base, tokenizer = load_model(config.model_name_or_path, torch.float32, use_cpu=True)
+    sample = [c for c in run.test if c.prompt[-1]["content"] in {row.question for row in comparison.base.rows}]
+    assert len(sample) == 5 and comparison.base.loss == pytest.approx(evaluate(base, tokenizer, sample, max_new_tokens=1).loss, abs=1e-6)
+    assert comparison.tuned.loss < comparison.base.loss
+    again = evaluate_run(load_run(run.folder))
+    assert again.tuned.rows == comparison.tuned.rows, "the same sample, the same answers"
+    assert comparison.facts["test chats"] == "5 of 10 held out, drawn with seed 42"
+    for name in ("report.md", "report.html"):
+        assert "exact match" in (run.folder / name).read_text()
+    assert len((run.folder / "answers.jsonl").read_text().splitlines()) == 10
+
+
+def test_nothing_to_judge_on(quick, chats):
+    run = train(replace(quick, max_steps=1, eval_strategy="no"), Splits(chats, [], []))
+    with pytest.raises(TrainingError, match="no test chats"):
+        evaluate_run(run)
+
+
+def row(question="q", expected="a", answer="b", ok=False):
+    return EvalRow("x", question, expected, answer, {"exact match": ok}, 2.0, 4)
+
+
+def test_only_like_is_compared_with_like():
+    with pytest.raises(ValueError, match="not tested on the same chats"):
+        compare(EvalReport("a", [row()]), EvalReport("b", [row("other")]))
+
+
+def test_examples_are_sorted_by_what_became_of_them():
+    base = [row("1"), row("2", ok=True), row("3"), row("4", ok=True)]
+    tuned = [row("1", ok=True), row("2"), row("3"), row("4", ok=True)]
+    found = compare(EvalReport("a", base), EvalReport("b", tuned)).examples()
+    assert {kind: [one.question for one, _ in pairs] for kind, pairs in found.items()} == {"got better": ["1"], "got worse": ["2"], "still wrong": ["3"]}
+
+
+def test_intervals_agree_with_published_values():
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    for n in (1, 7, 100):
+        for passed in range(n + 1):
+            low, high = wilson_interval(passed, n)
+            assert 0 <= low <= passed / n + 1e-12 and passed / n - 1e-12 <= high <= 1
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.attributes = set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+EVIL = ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>", "```\n# heading\n<svg onload=x>", "| a | b |\n---", "\x1b[31m", '"><iframe>']
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_text_of_models_and_users_never_becomes_markup(text):
+    comparison = Comparison(EvalReport("base", [row(text, text, text)]), EvalReport(text, [row(text, text, text)]), {"model": text})
+    tags = Tags()
+    tags.feed(to_html(comparison))
+    assert not tags.seen & {"script", "img", "iframe", "svg", "a", "link"} and not [a for a in tags.attributes if a.startswith("on")]
+    markdown = comparison.to_markdown()
+    outside = [part for i, part in enumerate(markdown.split("\n````text\n" if "```" in text else "\n```text\n")) if i == 0]
+    assert not any("<img" in part or "<script" in part or "<iframe" in part for part in outside)

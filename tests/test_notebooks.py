@@ -1,0 +1,24 @@
+"""Every notebook runs top to bottom in a real kernel from a fresh start."""
+
+import pytest
+from conftest import ROOT
+
+from finetune_nb.cli import run_notebook
+
+CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter(name, tmp_path):
+    run_notebook(ROOT / "nbs" / name, tmp_path / name, {})
+
+
+def test_tutorial_on_few_chats(tmp_path, capsys):
+    "The same cells as `make demo`, on fewer chats."
+    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 40, "max_eval_samples": 8})
+    said = capsys.readouterr().out
+    assert "Training [" in said and "exact match" in said
+    run = tmp_path / "runs" / "run-001"
+    expected = "adapter answers.jsonl config.yaml history.jsonl loss.png report.html report.md run.json test.jsonl".split()
+    assert set(expected) <= {p.name for p in run.iterdir()}
+    assert f"Adapter: {run.relative_to(tmp_path) / 'adapter'}" in said

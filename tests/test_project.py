@@ -1,0 +1,130 @@
+"""The project holds together: exported, clean, documented, importable without weight."""
+
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ORDER = ["config", "data", "chat_template", "models", "lora", "qlora", "packing", "planning", "training", "evaluation", "export", "panel", "cli"]
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def contents(folder):
+    made = [*folder.glob("finetune_nb/*.py"), *folder.glob("nbs/**/*.ipynb"), *folder.glob("nbs/*.yml"), folder / "README.md"]
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in made}
+
+
+def test_export_clean_and_readme_are_no_ops(tmp_path):
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns(".git", ".venv*", "demo", "runs", "_proc", "_docs", "*.egg-info", "__pycache__", ".ipynb_checkpoints")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    before = contents(copy)
+    subprocess.run([sys.executable, ".ci/build.py"], cwd=copy, check=True, capture_output=True)
+    after = contents(copy)
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    assert not changed, f"out of step, run `make build`: {changed}"
+
+
+@pytest.mark.parametrize("module", ["finetune_nb", "finetune_nb.config", "finetune_nb.data", "finetune_nb.cli"])
+def test_import_brings_no_torch(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import finetune_nb
+
+    for name in finetune_nb.__all__:
+        assert getattr(finetune_nb, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        finetune_nb.trian  # noqa: B018
+
+
+def test_imports_go_one_way():
+    for path in (ROOT / "finetune_nb").glob("*.py"):
+        if path.stem not in ORDER:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert ORDER.index(node.module) < ORDER.index(path.stem), f"{path.stem} imports {node.module}"
+
+
+def test_exported_code_needs_no_nbdev():
+    for path in (ROOT / "finetune_nb").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (nbdev|fastcore)", path.read_text(encoding="utf-8"), re.M), path.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
+def test_notebook_is_presentable(path, settings):
+    notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    text = json.dumps(notebook)
+    assert not re.search(r"/root/|/home/\w|/work/|/tmp/|site-packages", text), "a path of somebody's machine"
+    assert len(notebook["cells"]) <= 90
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not [o for o in outputs if o.get("name") == "stderr"], "warnings are for mending, not for keeping"
+    code = [c for c in notebook["cells"] if c["cell_type"] == "code" and "eval: false" not in "".join(c["source"])]
+    if path.name != "index.ipynb":
+        assert any(c["outputs"] for c in code), "outputs that teach are kept"
+    assert all(c["execution_count"] is None for c in code)
+    if path.parent.name == "tutorials" or path.name == "index.ipynb":
+        badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/tutorials/"
+        names = re.findall(re.escape(badge) + r"([\w.]+)", text)
+        assert names and all((ROOT / "nbs/tutorials" / name).is_file() for name in names)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_exported_functions_are_documented_and_typed():
+    for path in (ROOT / "finetune_nb").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.stem}.{node.name} says nothing"
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("__"):
+                assert node.returns and all(a.annotation for a in node.args.args), f"{path.stem}.{node.name} is not annotated"
+
+
+def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "demo", "runs", "build", "*.egg-info", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(copy)]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+        metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert {"finetune_nb/py.typed", "finetune_nb/tutorials/finetune.ipynb", "finetune_nb/training.py"} <= set(names)
+    assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
+    assert f"Version: {settings['version']}" in metadata
+    required = {re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
+    assert {re.match(r"[\w-]+", r)[0] for r in settings["requirements"].split()} <= required
+    assert "Provides-Extra: qlora" in metadata and "nbdev==2.4.14; extra == \"dev\"" in metadata
+    assert "finetune_nb = finetune_nb.cli:main" in scripts
+
+
+def test_ranges_accept_colab_and_the_newest(settings):
+    from packaging.requirements import Requirement
+
+    colab = {"torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0", "datasets": "4.0.0", "matplotlib": "3.10.0", "ipywidgets": "7.7.1"}
+    newest = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "datasets": "5.2.0", "matplotlib": "3.11.2", "ipywidgets": "8.1.9"}
+    for requirement in map(Requirement, settings["requirements"].split()):
+        for versions in (colab, newest):
+            if requirement.name in versions:
+                assert versions[requirement.name] in requirement.specifier, requirement

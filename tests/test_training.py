@@ -1,0 +1,241 @@
+"""The run: right loss, right checkpoints, nothing half done, nothing lost."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from finetune_nb.chat_template import tokenize_chats
+from finetune_nb.config import FinetuneConfig
+from finetune_nb.data import Splits, fingerprint, icd10_chats, save_chats
+from finetune_nb.lora import AdapterError, add_lora, load_adapter
+from finetune_nb.models import load_model
+from finetune_nb.training import (
+    PaddingCollator,
+    TrainingError,
+    load_run,
+    load_splits,
+    mean_loss,
+    token_losses,
+    total_steps,
+    train,
+)
+
+
+@pytest.fixture
+def splits(chats):
+    return Splits(chats[:24], chats[24:32], chats[32:])
+
+
+def batches_of(chats, tokenizer, size=4):
+    rows = list(tokenize_chats(chats, tokenizer))
+    return [PaddingCollator(tokenizer.pad_token_id)(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def test_a_run_is_whole_and_comes_back_the_same(quick, splits):
+    run = train(quick, splits)
+    names = {p.name for p in run.folder.iterdir()}
+    assert {"config.yaml", "run.json", "history.jsonl", "adapter", "loss.png", "test.jsonl"} <= names
+    again = load_run(run.folder)
+    assert again.config == run.config and again.history == run.history and again.facts == run.facts
+    assert fingerprint(again.test) == fingerprint(splits.test) == run.facts["data"]["test"]["sha256"]
+    batches = batches_of(splits.test, run.tokenizer)
+    assert abs(mean_loss(run.model, batches)[0] - mean_loss(again.model, batches)[0]) < 1e-4
+    assert {"torch", "transformers", "peft", "finetune_nb"} <= run.facts["versions"].keys()
+    assert run.facts["steps"] == total_steps(quick, 24) == 12 and run.facts["ended_by"] == "the plan"
+    assert "trained on" in str(again) and "<table>" in again._repr_html_()
+
+
+def test_the_embedded_model_keeps_its_loss_in_bf16(tmp_path):
+    "The promise of the issue on the real model, in the precision that the hardware has."
+    data = icd10_chats()
+    config = FinetuneConfig(max_steps=2, eval_strategy="no", learning_rate=1e-3, output_dir=str(tmp_path), use_cpu=True)
+    run = train(config, Splits(data.train[:8], [], data.test[:6]))
+    batches = batches_of(data.test[:6], run.tokenizer)
+    assert abs(mean_loss(run.model, batches)[0] - mean_loss(load_run(run.folder).model, batches)[0]) < 1e-4
+    assert run.folder.as_posix() not in (run.folder / "adapter/adapter_config.json").read_text()
+    assert json.loads((run.folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == config.model_name_or_path
+
+
+def test_nothing_is_pickled_in_the_adapter_and_no_arguments_in_checkpoints(quick, splits):
+    run = train(quick, splits)
+    assert {p.suffix for p in (run.folder / "adapter").iterdir()} <= {".json", ".safetensors", ".md"}
+    assert not list(run.folder.rglob("training_args.bin"))
+
+
+def test_same_seed_same_adapter(quick, splits):
+    one, two, other = (train(replace(quick, seed=seed), splits) for seed in (1, 1, 2))
+    weights = [load_file(run.folder / "adapter/adapter_model.safetensors") for run in (one, two, other)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_the_best_adapter_is_kept_not_the_last(quick, splits):
+    run = train(replace(quick, num_train_epochs=4, learning_rate=0.3, early_stopping_patience=0, save_total_limit=9), splits)
+    looks = {row["step"]: row["eval_loss"] for row in run.history if "eval_loss" in row and row["step"]}
+    best = min(looks, key=looks.get)
+    assert run.facts["best_step"] == best
+    kept = load_file(run.folder / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(kept[k], w) for k, w in load_file(run.folder / f"checkpoint-{best}/adapter_model.safetensors").items())
+    measured, _ = mean_loss(run.model, batches_of(splits.validation, run.tokenizer))
+    assert measured == pytest.approx(looks[best], abs=1e-5), "the validation loss is the mean over tokens"
+
+
+def test_early_stopping(quick, splits):
+    run = train(replace(quick, num_train_epochs=50, learning_rate=1.0, early_stopping_patience=1), splits)
+    assert run.facts["ended_by"] == "early stopping" and run.facts["steps"] < total_steps(replace(quick, num_train_epochs=50), 24)
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (1, 8), (2, 4), (3, 2)])
+def test_accumulation_changes_nothing(size, accumulate, quick, splits):
+    "One step over chats with very unequal answers: the same adapter, however the step is cut up; with a short last batch too."
+    config = replace(quick, max_steps=1, eval_strategy="no", lora_dropout=0.0, warmup_ratio=0, group_by_length=False, optim="sgd", learning_rate=1)
+    chats = [c for c in splits.train if c][: 8 if size != 3 else 5]
+    runs = [train(replace(config, per_device_train_batch_size=s, gradient_accumulation_steps=a), Splits(chats, [], [])) for s, a in ((len(chats), 1), (size, accumulate))]
+    one, two = (load_file(run.folder / "adapter/adapter_model.safetensors") for run in runs)
+    change = max((w.abs().max() for k, w in one.items() if "lora_B" in k))
+    assert change > 0 and all((one[k] - two[k]).abs().max() < 1e-5 * max(change, 1) for k in one)
+
+
+def test_loss_at_supervised_columns_is_the_whole_loss(tiny_model, splits):
+    model, tokenizer = load_model(tiny_model, torch.float32, use_cpu=True)
+    for batch in batches_of(splits.train, tokenizer, 6):
+        losses, row_of = token_losses(model, batch)
+        assert losses.mean().item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+        assert len(losses) == (batch["labels"][:, 1:] != -100).sum() and row_of.max() == len(batch["labels"]) - 1
+
+
+def test_gradients_reach_every_adapter(tiny_model, quick, splits):
+    for checkpointing in (False, True):
+        run = train(replace(quick, max_steps=1, eval_strategy="no", warmup_ratio=0, gradient_checkpointing=checkpointing), splits)
+        weights = load_file(run.folder / "adapter/adapter_model.safetensors")
+        assert all(w.abs().max() > 0 for k, w in weights.items() if "lora_B" in k)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+
+def test_an_interrupt_stops_in_good_order(quick, splits):
+    run = train(quick, splits, callbacks=[Interrupt()])
+    assert run.facts["ended_by"] == "the user" and 3 <= run.facts["steps"] <= 4
+    assert run.facts["best_eval_loss"] is not None and load_run(run.folder).model is not None
+
+
+def test_training_works_outside_the_main_thread(quick, splits):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(quick, splits)))
+    thread.start()
+    thread.join()
+    assert found[0].facts["steps"] == 12
+
+
+class Break(TrainerCallback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise OSError("no space left on device")
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(quick, splits, tmp_path):
+    with pytest.raises(OSError, match="no space"):
+        train(replace(quick, eval_strategy="no"), splits, callbacks=[Break(0)])
+    assert list((tmp_path / "runs").iterdir()) == []
+    with pytest.raises(OSError, match="no space"):
+        train(replace(quick, eval_strategy="no"), splits, callbacks=[Break(5)])
+    assert (tmp_path / "runs/run-001/history.jsonl").exists(), "what was seen is kept"
+    with pytest.raises(TrainingError, match="run.json is missing"):
+        load_run(tmp_path / "runs/run-001")
+
+
+class Poison(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(quick, splits):
+    with pytest.raises(TrainingError, match="became nan at step 3. Lower learning_rate"):
+        train(replace(quick, eval_strategy="no"), splits, callbacks=[Poison()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_name_or_path": "no-such-org/none"}, "neither in a package"),
+        ({"train_file": "none.jsonl"}, "does not exist"),
+        ({"max_length": 12}, "longer than max_length=12"),
+        ({"target_modules": ["q_proj", "qkv"]}, "no linear layer called qkv; it has down_proj"),
+        ({"run_name": "../out"}, "must be a plain name"),
+        ({"run_name": "taken"}, "exists and is not overwritten"),
+    ],
+)
+def test_what_fails_early_leaves_no_run(changes, said, quick, splits, tmp_path):
+    if changes.get("run_name") == "taken":
+        (tmp_path / "runs/taken").mkdir(parents=True)
+    given = None if "train_file" in changes else splits
+    with pytest.raises(Exception, match=said):
+        train(replace(quick, **changes), given)
+    assert {p.name for p in (tmp_path / "runs").glob("*")} <= {"taken"}
+
+
+def test_runs_are_numbered(quick, splits):
+    short = replace(quick, max_steps=1, eval_strategy="no")
+    assert [train(short, splits).folder.name for _ in range(2)] == ["run-001", "run-002"]
+
+
+def test_splits_from_files(quick, chats, tmp_path):
+    one, two = save_chats(chats[:30], tmp_path / "a.jsonl"), save_chats(chats[25:], tmp_path / "b.jsonl")
+    splits = load_splits(replace(quick, train_file=str(one)))
+    assert tuple(map(len, splits)) == (24, 3, 3)
+    with pytest.warns(UserWarning, match=r"5 test chats ask what a training chat asks"):
+        splits = load_splits(replace(quick, train_file=str(one), test_file=str(two), validation_size=0, eval_strategy="no"))
+    assert tuple(map(len, splits)) == (30, 0, 15)
+
+
+@pytest.mark.parametrize("damage", ["missing", "surplus", "shape", "renamed", "empty"])
+def test_adapter_keys_that_do_not_match_raise(damage, quick, splits, tiny_model):
+    run = train(replace(quick, max_steps=1, eval_strategy="no"), splits)
+    file = run.folder / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    first = next(iter(weights))
+    if damage == "missing":
+        del weights[first]
+    elif damage == "surplus":
+        weights[first.replace("layers.0", "layers.9")] = weights[first].clone()
+    elif damage == "shape":
+        weights[first] = torch.zeros(3, 3)
+    elif damage == "renamed":
+        weights = {f"x.{k}": w for k, w in weights.items()}
+    else:
+        weights = {}
+    save_file(weights, file)
+    with pytest.raises(AdapterError, match="does not fit this model"):
+        load_run(run.folder).model  # noqa: B018
+
+
+def test_an_adapter_folder_without_weights(tmp_path, tiny_model):
+    model, _ = load_model(tiny_model, torch.float32, use_cpu=True)
+    with pytest.raises(AdapterError, match="adapter_config.json is missing"):
+        load_adapter(model, tmp_path)
+
+
+def test_adapters_are_fp32_over_a_bf16_base(tiny_model):
+    model, _ = load_model(tiny_model, torch.bfloat16, use_cpu=True)
+    tuned = add_lora(model, FinetuneConfig(target_modules="all-linear"))
+    assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
+    assert len([n for n, p in tuned.named_parameters() if p.requires_grad]) == 2 * 7 * 2
