@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.clean import nbdev_clean
-from nbdev.export import nbdev_export
+from nbdev.doclinks import nbdev_export
 from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'Answer', 'generate', 'pattern_checks', 'EvalRow', 'EvalReport', 'wilson_interval', 'evaluate', 'Comparison',
-           'compare', 'to_html', 'evaluate_run']
+           'compare', 'plot_comparison', 'to_html', 'evaluate_run']
 
 # %% ../nbs/09_evaluation.ipynb #728943c5
 import base64
@@ -19,12 +19,13 @@ from html import escape
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import PercentFormatter
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat_template import end_of_turn_id, render, tokenize_chats
 from .config import replacing
 from .data import Chat
-from .training import PaddingCollator, Progress, Run, TrainingError, clock_time, mixed_precision, token_losses
+from .training import PaddingCollator, Picture, Progress, Run, TrainingError, clock_time, mixed_precision, token_losses
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)
@@ -266,7 +267,27 @@ def compare(
         raise ValueError(f"{base.name} and {tuned.name} were not tested on the same chats, so their figures can't be compared.")
     return Comparison(base, tuned, facts or {})
 
-# %% ../nbs/09_evaluation.ipynb #02a11882
+# %% ../nbs/09_evaluation.ipynb #8bb049a2
+def plot_comparison(
+    comparison: Comparison,  # what to show
+) -> Picture:
+    "The share of test chats that pass each check, base beside tuned, with 95 % intervals."
+    names = list(comparison.base.shares)[::-1]
+    figure = Picture(figsize=(7, 0.6 * len(names) + 1), layout="constrained")
+    axes = figure.subplots()
+    for offset, report, colour in ((0.2, comparison.base, "#9aa5b1"), (-0.2, comparison.tuned, "#2e9e4f")):
+        n, shares = len(report.rows), [report.shares[name] for name in names]
+        bounds = [wilson_interval(round(share * n), n) for share in shares]
+        errors = [[s - low for s, (low, _) in zip(shares, bounds, strict=True)], [high - s for s, (_, high) in zip(shares, bounds, strict=True)]]
+        places = [i + offset for i in range(len(names))]
+        axes.barh(places, shares, 0.36, color=colour, label=report.name, xerr=[[max(e, 0) for e in row] for row in errors], ecolor="#555")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel=f"share of {len(comparison.base.rows)} held-out test chats")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+# %% ../nbs/09_evaluation.ipynb #fbaddd4a
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color-scheme:light dark}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .9em;border-bottom:1px solid #8884;text-align:left;vertical-align:top}
 pre{white-space:pre-wrap;background:#8881;padding:.6em;border-radius:6px}img{max-width:100%;background:white}"""
@@ -302,7 +323,7 @@ def to_html(
         parts.append("<h2>How it was made</h2>" + _table(list(comparison.facts.items())))
     return "\n".join(parts) + "</body></html>\n"
 
-# %% ../nbs/09_evaluation.ipynb #e01b745d
+# %% ../nbs/09_evaluation.ipynb #e137abca
 def evaluate_run(
     run: Run,  # a finished run, fresh or loaded
     chats: list[Chat] | None = None,  # other chats than the run's own test set

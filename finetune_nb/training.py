@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_splits', 'PaddingCollator', 'token_losses', 'mixed_precision', 'mean_loss',
-           'Progress', 'clock_time', 'FinetuneTrainer', 'training_arguments', 'total_steps', 'Run', 'plot_history',
-           'peak_memory_gib', 'train', 'load_run']
+           'Progress', 'clock_time', 'FinetuneTrainer', 'training_arguments', 'total_steps', 'Picture', 'Run',
+           'plot_history', 'peak_memory_gib', 'train', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -347,6 +347,15 @@ def total_steps(config: FinetuneConfig, n_chats: int) -> int:
     return math.ceil(max(math.ceil(batches / config.gradient_accumulation_steps), 1) * config.num_train_epochs)
 
 # %% ../nbs/08_training.ipynb #88e073d4
+class Picture(Figure):
+    "A matplotlib figure that a notebook shows as a PNG."
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
+
+# %% ../nbs/08_training.ipynb #f1d94fac
 @dataclass
 class Run:
     "A finished training: its folder, its choices, its history, and the model."
@@ -380,7 +389,7 @@ class Run:
         "The held-out chats of this run."
         return load_chats(self.folder / "test.jsonl") if (self.folder / "test.jsonl").exists() else []
 
-    def plot(self) -> Figure:
+    def plot(self) -> Picture:
         "The loss curves."
         return plot_history(self.history)
 
@@ -404,17 +413,15 @@ class Run:
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        picture = io.BytesIO()
-        self.plot().savefig(picture, format="png", dpi=100)
-        data = base64.b64encode(picture.getvalue()).decode()
+        data = base64.b64encode(self.plot()._repr_png_()).decode()
         return f'<table>{rows}</table><img alt="loss curves" src="data:image/png;base64,{data}">'
 
-# %% ../nbs/08_training.ipynb #bf9a2d3c
+# %% ../nbs/08_training.ipynb #6c938d2e
 def plot_history(
     history: list[dict[str, float]],  # rows with step and loss or eval_loss
-) -> Figure:
+) -> Picture:
     "Training and validation loss over the steps; the best look at the validation set is marked."
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = {"loss": ("training", "-", "#4c78a8"), "eval_loss": ("validation", "o-", "#e45756")}
     for key, (label, style, colour) in curves.items():
@@ -431,7 +438,7 @@ def plot_history(
         axes.legend(frameon=False)
     return figure
 
-# %% ../nbs/08_training.ipynb #f1d94fac
+# %% ../nbs/08_training.ipynb #76c9e90a
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("finetune_nb", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors"):
@@ -461,7 +468,7 @@ def peak_memory_gib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
-# %% ../nbs/08_training.ipynb #76c9e90a
+# %% ../nbs/08_training.ipynb #1a834dcb
 def train(
     config: FinetuneConfig | None = None,  # every choice; None: the defaults, on the demo data
     splits: Splits | None = None,  # chats to use in place of those that the configuration names
@@ -505,7 +512,7 @@ def train(
         run.plot().savefig(folder / "loss.png", dpi=120)
     return run
 
-# %% ../nbs/08_training.ipynb #58dfc18a
+# %% ../nbs/08_training.ipynb #eedeae88
 def _fit(
     config: FinetuneConfig,
     folder: Path,
@@ -539,7 +546,7 @@ def _fit(
         "best_eval_loss": state.best_metric,
     }
 
-# %% ../nbs/08_training.ipynb #1a834dcb
+# %% ../nbs/08_training.ipynb #e6c6b475
 @contextmanager
 def _run_folder(config: FinetuneConfig) -> Iterator[Path]:
     "A fresh folder for a run; removed again when the run fails before its first step."
@@ -586,7 +593,7 @@ def _read_history(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
-# %% ../nbs/08_training.ipynb #eedeae88
+# %% ../nbs/08_training.ipynb #81943149
 def load_run(
     folder: str | Path,  # a folder that `train` made
 ) -> Run:

@@ -128,3 +128,8 @@ def test_ranges_accept_colab_and_the_newest(settings):
         for versions in (colab, newest):
             if requirement.name in versions:
                 assert versions[requirement.name] in requirement.specifier, requirement
+
+
+def test_ruff_finds_nothing():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
