@@ -133,3 +133,14 @@ def test_ranges_accept_colab_and_the_newest(settings):
 def test_ruff_finds_nothing():
     result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_site_lists_every_notebook_and_finds_its_configuration():
+    import yaml
+
+    nbs = ROOT / "nbs"
+    assert all((nbs / name).is_file() for name in yaml.safe_load((nbs / "_quarto.yml").read_text())["metadata-files"])
+    listed = (nbs / "sidebar.yml").read_text()
+    assert all(str(path.relative_to("nbs")) in listed for path in NOTEBOOKS if path.name != "index.ipynb")
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    assert (nbs / site["format"]["html"]["css"]).is_file() and (nbs / site["website"]["favicon"]).is_file()
