@@ -126,7 +126,7 @@ def _client(notebook: Any, folder: Path) -> Any:
             return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
 
     class Echo(NotebookClient):
-        shown = 0.0
+        shown, last = 0.0, ""
 
         def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
             content = msg["content"]
@@ -138,7 +138,10 @@ def _client(notebook: Any, folder: Path) -> Any:
             return super().process_message(msg, cell, cell_index)
 
         def echo_progress(self, text: str) -> None:
-            done = " in all" in text
+            done, again = " in all" in text, text == self.last
+            self.last = text
+            if again:
+                return
             if sys.stdout.isatty():
                 print(f"\r{text}\033[K", end="\n" if done else "", flush=True)
             elif done or time.monotonic() - self.shown > 15:

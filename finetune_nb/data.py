@@ -293,7 +293,7 @@ QUESTIONS = {
         "What would you code {term} as?", "ICD-10 for {term}, please.", "The chart reads: {term}. What code is that?", "Do you know the code of {term}?",
     ),
     "test": (
-        "Our discharge letter says {term}. What do we bill?", "Under what code would you file {term}?", "{term}, what goes on the claim?",
+        "Our discharge letter says {term}. What do we bill?", "Under what code would you file {term}?", "What goes on the claim for {term}?",
         "Help me classify {term}.", "My doctor wrote {term}. What code is it?", "Seen today for {term}. Give the ICD-10.",
     ),
 }  # fmt: skip
@@ -301,6 +301,12 @@ TEST_CHAPTER = "J"  # diseases of the respiratory system
 ANSWER_PATTERN = r"The ICD-10 code for .+ is (?P<code>[A-Z][0-9][0-9A-Z](\.[0-9A-Z]{1,4})?) \(.+\)\."
 
 # %% ../nbs/01_data.ipynb #5c2cecd1
+def _in_sentence(term: str) -> str:
+    "`Acute bronchitis` as it stands inside a sentence."
+    first = term.split()[0]
+    return term if first.endswith("'s") or not first[1:].islower() else term[0].lower() + term[1:]
+
+
 @dataclass(frozen=True)
 class Icd10Entry:
     "One billable code."
@@ -315,10 +321,8 @@ class Icd10Entry:
         return self.code[:3]
 
     def line(self, term: str) -> str:
-        "The entry as reference text, with `term` or else its first other name that is short."
-        short = [t for t in self.terms if len(t) <= 25]
-        shown = term if term in self.terms else short[0] if short else ""
-        return f"- {self.code} ({self.description})" + (f", also: {shown}" if shown else "")
+        "The entry as an index has it: a term, the code, the description of the code."
+        return f"- {_in_sentence(term)}: {self.code} ({self.description})"
 
 
 def icd10_entries() -> list[Icd10Entry]:
@@ -331,12 +335,6 @@ def icd10_entries() -> list[Icd10Entry]:
     return [Icd10Entry(c, icd.get_description(c), tuple(icd.get_inclusion_term(c))) for c in codes]
 
 # %% ../nbs/01_data.ipynb #4347b750
-def _in_sentence(term: str) -> str:
-    "`Acute bronchitis` as it stands inside a sentence."
-    first = term.split()[0]
-    return term if first.endswith("'s") or not first[1:].islower() else term[0].lower() + term[1:]
-
-
 def icd10_answer(
     term: str,  # what was asked for
     entry: Icd10Entry,  # the code that is right
@@ -348,11 +346,11 @@ def icd10_answer(
 def _icd10_chat(entry: Icd10Entry, others: list[Icd10Entry], split: str, rng: random.Random) -> Chat:
     "A question about `entry`, with `others` as wrong entries beside it (none: the bare question)."
     taken = {t.lower() for o in others for t in (o.description, *o.terms)}
-    term = rng.choice([t for t in (entry.description, *entry.terms[:3]) if len(t) <= 60 and t.lower() not in taken] or [entry.description])
+    term = rng.choice([t for t in (entry.description, *entry.terms[:3]) if len(t) <= 45 and t.lower() not in taken] or [entry.description])
     question = rng.choice(QUESTIONS[split]).format(term=_in_sentence(term))
-    shown = rng.sample([entry, *others], len(others) + 1)
     if others:
-        question = "\n".join(e.line(term) for e in shown) + f"\n\n{question}"
+        lines = [entry.line(term), *(o.line(rng.choice([t for t in (o.description, *o.terms) if len(t) <= 30] or [o.description])) for o in others)]
+        question = "\n".join(rng.sample(lines, len(lines))) + f"\n\n{question}"
     messages = [("system", SYSTEM), ("user", question), ("assistant", icd10_answer(term, entry))]
     extra = {"code": entry.code, "split": split}
     return Chat([{"role": r, "content": c} for r, c in messages], f"icd10 {split} {entry.code}", extra)
@@ -361,7 +359,7 @@ def _icd10_chat(entry: Icd10Entry, others: list[Icd10Entry], split: str, rng: ra
 def _distractors(entry: Icd10Entry, by_category: dict[str, list[Icd10Entry]], n: int, rng: random.Random) -> list[Icd10Entry]:
     "`n` wrong entries: half of them siblings of `entry` where it has any, the rest strangers."
     siblings = [e for e in by_category[entry.category] if e != entry]
-    chosen = rng.sample(siblings, min(len(siblings), n // 2))
+    chosen = rng.sample(siblings, min(len(siblings), (n + 1) // 2))
     strangers = rng.sample([c for c in by_category if c != entry.category], n - len(chosen))
     return chosen + [rng.choice(by_category[c]) for c in strangers]
 
@@ -370,8 +368,8 @@ def icd10_chats(
     kind: str = "reference",  # "reference": with entries to look at; "bare": the question alone
     n_train: int = 1000,  # chats to train on
     n_validation: int = 80,  # chats to validate on
-    n_entries: int = 4,  # entries in each question, the right one among them
-    max_chars: int = 40,  # longest description in training and validation; shorter chats train faster
+    n_entries: int = 3,  # entries in each question, the right one among them
+    max_chars: int = 36,  # longest description in training and validation; shorter chats train faster
     seed: int = 42,  # the same seed gives the same chats
 ) -> Splits:
     "The demo data: a coding assistant that answers in one fixed sentence. The test set of `reference` is the whole unseen chapter J."

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_template import end_of_turn_id, render, tokenize_chats
 from .config import replacing
 from .data import Chat
+from .models import release_memory
 from .training import PaddingCollator, Picture, Progress, Run, TrainingError, clock_time, mixed_precision, token_losses
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
@@ -59,6 +60,7 @@ def generate(
             for i, ids in zip(batch, _continue(model, [prompts[i] for i in batch], settings), strict=True):
                 stop = next((k for k, token in enumerate(ids) if token in settings.eos_token_id), None)
                 answers[i] = Answer(tokenizer.decode(ids[:stop], skip_special_tokens=True).strip(), stop is not None)
+            release_memory()
             progress.update(start + len(batch))
     model.train(training)
     return answers

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'Hardware', 'hardware', 'ModelError', 'cache_folder', 'convert_gguf',
-           'load_tokenizer', 'load_model']
+           'load_tokenizer', 'load_model', 'release_memory']
 
 # %% ../nbs/03_models.ipynb #91c42cd5
+import ctypes
+import gc
 import hashlib
 import importlib.util
 import io
@@ -239,3 +241,14 @@ def load_model(
     parameters, precision = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
     print(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}", flush=True)
     return model.to(machine.device), tokenizer
+
+# %% ../nbs/03_models.ipynb #5a68dca3
+def release_memory() -> None:
+    "Returns memory that is no longer used to the operating system (Linux) and to the GPU's other users."
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)

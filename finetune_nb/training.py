@@ -42,7 +42,7 @@ from .chat_template import NO_LOSS, tokenize_chats
 from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, load_chats, same_question, save_chats, split_chats
 from .lora import add_lora, load_adapter, set_adapter_weights, trainable_parameters
-from .models import hardware, load_model
+from .models import hardware, load_model, release_memory
 
 # %% ../nbs/08_training.ipynb #59901afa
 class TrainingError(FinetuneError, RuntimeError):
@@ -281,6 +281,7 @@ class FinetuneTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 losses, _ = token_losses(self.model, self._prepare_inputs(batch))
             sums += torch.tensor([losses.double().sum().item(), len(losses)])
+        release_memory()
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1), f"{metric_key_prefix}_runtime": time.monotonic() - started}
         self.log(metrics)
@@ -534,6 +535,7 @@ def _fit(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the wrapper would stay around forward
+    release_memory()
     state = trainer.state
     ended = "the user" if stop.wanted else "the plan" if state.global_step >= state.max_steps else "early stopping"
     best_step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2]) if state.best_model_checkpoint else state.global_step

@@ -138,4 +138,4 @@ def test_demo_data_is_the_same_for_the_same_seed():
     for part in one:
         for chat in part:
             entries = [row for row in chat.messages[1]["content"].splitlines() if row.startswith("- ")]
-            assert len(entries) == 4 and sum(row.startswith(f"- {chat.extra['code']} (") for row in entries) == 1
+            assert len(entries) == 3 and sum(f": {chat.extra['code']} (" in row for row in entries) == 1
