@@ -123,7 +123,7 @@ def _client(notebook: Any, folder: Path) -> Any:
         def kernel_spec(self) -> Any:
             from jupyter_client.kernelspec import KernelSpec
 
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
+            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"], display_name="Python", language="python")
 
     class Echo(NotebookClient):
         shown, last = 0.0, ""
