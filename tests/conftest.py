@@ -1,7 +1,6 @@
 """A tiny model with the real tokenizer, so that whole runs take seconds."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -66,10 +65,3 @@ def quick(tiny_model, tmp_path):
         output_dir=str(tmp_path / "runs"),
         max_new_tokens=8,
     )
-
-
-@pytest.fixture(autouse=True)
-def interrupts_stay_as_they_were():
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    assert signal.getsignal(signal.SIGINT) is before

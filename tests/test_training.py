@@ -29,6 +29,13 @@ from finetune_nb.training import (
 )
 
 
+@pytest.fixture(autouse=True)
+def interrupts_stay_as_they_were():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.fixture
 def splits(chats):
     return Splits(chats[:24], chats[24:32], chats[32:])
