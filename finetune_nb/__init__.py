@@ -7,8 +7,8 @@ from typing import Any as _Any
 
 _WHERE = {
     "config": "FinetuneConfig FinetuneError load_config save_config changed_settings",
-    "data": "Chat Splits load_chats save_chats split_chats icd10_chats",
-    "chat_template": "tokenize_chat tokenize_chats show_labels",
+    "data": "Chat DataReport Splits check_chats check_leaks load_chats save_chats split_chats icd10_chats",
+    "chat_template": "check_template neutralise merge_system tokenize_chat tokenize_chats show_labels",
     "models": "load_model load_tokenizer hardware",
     "lora": "add_lora load_adapter trainable_parameters find_target_modules",
     "training": "train load_run Run",

@@ -33,6 +33,8 @@ def setting(
     metadata = {"low": low, "high": high, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 # %% ../nbs/00_config.ipynb #015dcf74
@@ -48,6 +50,10 @@ def _fits(value: Any, hint: Any) -> bool:
     "Whether `value` is of the annotated type `hint`."
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, h) for h in get_args(hint))
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, get_args(hint)[1]) for k, v in value.items())
+    if hint is Any:
+        return True
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
     if hint is float:
@@ -60,7 +66,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _expected(hint: Any, metadata: dict) -> str:
     "In words, what a field accepts: `an integer from 1 to 1024`."
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null (empty)"}
-    names[list[str]] = "a list of names"
+    names |= {list[str]: "a list of names", dict[str, str]: "names with texts, as in {question: user}", dict[str, Any]: "names with values, as in {enable_thinking: false}"}
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if choices:
         return "one of " + ", ".join(repr(c) for c in choices)
@@ -144,11 +150,18 @@ class FinetuneConfig:
     bf16: bool | None = setting(None)  # 16-bit arithmetic: half the memory, faster; empty: where the hardware has it (fp16 on GPUs without it); false: fp32, slow and exact
 
     # --- the data
-    train_file: str = setting("icd10")  # JSONL file of chats; "icd10" and "icd10-bare" are the built-in demo sets, already split
-    validation_file: str | None = setting(None)  # JSONL file that steers early stopping; empty: a share of train_file
-    test_file: str | None = setting(None)  # JSONL file that is looked at once, at the end; empty: a share of train_file
+    train_file: str = setting("icd10")  # chats: a file (JSONL, JSON, CSV, parquet), a pattern such as data/*.jsonl, or a data set on the hub; "icd10" and "icd10-bare" are the built-in demo sets, already split
+    columns: dict[str, str] = setting({})  # which columns of a table hold what, as in {question: user, reply: assistant}; empty: the format is recognised
+    on_error: str = setting("raise", choices=("raise", "skip"))  # what to do with bad rows: stop and list them all, or leave them out, listed and kept in a file beside the data
+    validation_file: str | None = setting(None)  # file of chats that steers early stopping; empty: a share of train_file
+    test_file: str | None = setting(None)  # file of chats that is looked at once, at the end; empty: a share of train_file
     validation_size: float = setting(0.1, 0, 0.5)  # share of train_file held out for validation when no file is given; more makes stopping surer and training data fewer
     test_size: float = setting(0.1, 0, 0.5)  # share of train_file held out for the final test when no file is given; more makes the verdict surer
+    group_column: str | None = setting(None)  # column of which equal values never straddle two sets (a patient, a document); questions that are alike never do anyway
+    stratify_column: str | None = setting(None)  # column of which every value keeps its share in each set (a topic, a label)
+    train_on: str = setting("all", choices=("all", "last", "marked"))  # answers that carry loss: all but those marked train: false, the last one, or those marked train: true
+    control_tokens: str = setting("raise", choices=("raise", "neutralise"))  # what to do with control tokens of the model in the data: stop and name them, or break them with a space
+    chat_template_kwargs: dict[str, Any] = setting({})  # variables of the chat template, as in {enable_thinking: false}; the same in training and test
     max_length: int = setting(1024, 8, 1_000_000)  # longest chat in tokens; longer needs more memory (watch the report of chats that do not fit)
     too_long: str = setting("raise", choices=("raise", "drop", "truncate"))  # what to do with a chat over max_length: stop and name it, leave it out, or cut its end (an answer without its end never learns to stop)
 

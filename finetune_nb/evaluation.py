@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.ticker import PercentFormatter
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat_template import end_of_turn_id, render, tokenize_chats
+from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_chats
 from .config import replacing
 from .data import Chat
 from .models import release_memory
@@ -45,11 +46,12 @@ def generate(
     max_new_tokens: int = 128,  # the longest answer
     batch_size: int = 16,  # chats at once
     title: str = "Answering",  # what the progress bar says
+    chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template, the same as in training
 ) -> list[Answer]:
     "The model's own last message for each of `chats`, in their order; greedy, the same for any batch size up to rounding."
-    prompts = [tokenizer(render(c.prompt, tokenizer, True), add_special_tokens=False)["input_ids"] for c in chats]
+    prompts = [tokenizer(render_prompt(c.prompt, tokenizer, c.tools, chat_template_kwargs), add_special_tokens=False)["input_ids"] for c in chats]
     order = sorted(range(len(chats)), key=lambda i: len(prompts[i]))
-    end = end_of_turn_id(tokenizer)
+    end = end_of_turn_id(tokenizer, chat_template_kwargs)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=_stops(model, end), pad_token_id=tokenizer.pad_token_id)
     answers: list[Answer | None] = [None] * len(chats)
     training = model.training
@@ -169,12 +171,13 @@ def evaluate(
     max_new_tokens: int = 128,  # the longest answer
     batch_size: int = 8,  # chats at once when computing the loss
     generation_batch_size: int = 16,  # chats at once when answering
+    chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template, the same as in training
 ) -> EvalReport:
     "Answers and scores `chats`. An exact match compares after stripping; `ended by itself` is the share that stopped before the limit."
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
-    answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}")
-    losses = _losses(model, tokenizer, chats, batch_size)
+    losses = _losses(model, tokenizer, chats, batch_size, chat_template_kwargs)
+    answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}", chat_template_kwargs)
     rows = []
     for chat, answer, (loss, tokens) in zip(chats, answers, losses, strict=True):
         passed = {"exact match": answer.text == chat.answer.strip()}
@@ -187,9 +190,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def _losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], batch_size: int) -> list[tuple[float, int]]:
-    "For each chat the summed loss and the number of supervised tokens; nothing is cut, whatever its length."
-    rows = list(tokenize_chats(chats, tokenizer, max_length=10**9))
+def _losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], batch_size: int, chat_template_kwargs: dict[str, Any] | None
+) -> list[tuple[float, int]]:
+    "For each chat the summed loss of its last answer and the number of its tokens; nothing is cut, whatever its length."
+    rows = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     collate, found = PaddingCollator(tokenizer.pad_token_id), {}
     training = model.training
@@ -336,13 +341,15 @@ def evaluate_run(
     sample = everything
     if config.max_eval_samples and config.max_eval_samples < len(everything):
         sample = random.Random(config.seed).sample(everything, config.max_eval_samples)
+    if config.control_tokens == "neutralise":
+        sample = [neutralise(chat, run.tokenizer) for chat in sample]
     checks = {**(pattern_checks(config.answer_pattern) if config.answer_pattern else {}), **(checks or {})}
     reports = []
     for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
         with switch():
             report = evaluate(
                 run.model, run.tokenizer, sample, checks, name,
-                config.max_new_tokens, config.per_device_eval_batch_size, config.generation_batch_size,
+                config.max_new_tokens, config.per_device_eval_batch_size, config.generation_batch_size, config.chat_template_kwargs,
             )  # fmt: skip
         reports.append(report)
     comparison = compare(*reports, facts=_run_facts(run, len(sample), len(everything)))

@@ -20,11 +20,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,11 +38,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .chat_template import NO_LOSS, tokenize_chats
+from .chat_template import NO_LOSS, check_template, tokenize_chats
 from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
-from .data import Chat, Splits, fingerprint, icd10_chats, load_chats, same_question, save_chats, split_chats
+from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .lora import add_lora, load_adapter, set_adapter_weights, trainable_parameters
-from .models import hardware, load_model, release_memory
+from .models import cache_folder, hardware, load_model, release_memory
 
 # %% ../nbs/08_training.ipynb #59901afa
 class TrainingError(FinetuneError, RuntimeError):
@@ -55,21 +55,16 @@ DEMO_SETS = {"icd10": "reference", "icd10-bare": "bare"}
 def load_splits(
     config: FinetuneConfig,  # train_file, validation_file, test_file, their sizes, and the seed
 ) -> Splits:
-    "The chats of a run; warns when a validation or test question is also in the training set."
+    "The chats of a run, read and split as the configuration says; raises `ChatError` or `ConfigError`."
     if config.train_file in DEMO_SETS:
         return icd10_chats(DEMO_SETS[config.train_file], seed=config.seed)
     files = {"validation": config.validation_file, "test": config.test_file}
     sizes = {f"{name}_size": 0.0 if file else getattr(config, f"{name}_size") for name, file in files.items()}
     if config.eval_strategy == "no":
         sizes["validation_size"] = 0.0
-    splits = split_chats(load_chats(config.train_file), **sizes, seed=config.seed)
-    splits = splits._replace(**{name: load_chats(file) for name, file in files.items() if file})
-    trained = {same_question(chat) for chat in splits.train}
-    for name in files:
-        leaks = [chat.where for chat in getattr(splits, name) if same_question(chat) in trained]
-        if leaks:
-            warnings.warn(f"{len(leaks)} {name} chats ask what a training chat asks ({'; '.join(leaks[:5])}): they test memory.", stacklevel=2)
-    return splits
+    read = partial(load_chats, columns=config.columns or None, on_error=config.on_error)
+    splits = split_chats(read(config.train_file), **sizes, seed=config.seed, group=config.group_column, stratify=config.stratify_column)
+    return splits._replace(**{name: read(file) for name, file in files.items() if file})
 
 # %% ../nbs/08_training.ipynb #24f6a364
 @dataclass(frozen=True)
@@ -406,6 +401,7 @@ class Run:
             "best validation loss": best,
             "peak memory": f"{facts['peak_memory_gib']:.2f} GiB",
             "hardware": facts["hardware"],
+            "shared questions": " ".join(facts.get("leaks", [])) or "none between the sets",
             "kept in": str(self.folder),
         }
 
@@ -485,11 +481,9 @@ def train(
         raise TrainingError('There are no validation chats. Set validation_size or validation_file, or eval_strategy to "no".')
     dtype = torch.float32 if config.bf16 is False else torch.bfloat16 if config.bf16 else None
     model, tokenizer = load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu)
-    rows = {
-        name: tokenize_chats(chats, tokenizer, config.max_length, config.too_long)
-        for name, chats in (("train", splits.train), ("validation", splits.validation))
-        if chats
-    }
+    leaks = leak_report(splits)
+    _show_checks(config, splits, model, tokenizer, leaks)
+    rows = {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
     tuned = add_lora(model, config)
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     print(trainable_parameters(tuned), flush=True)
@@ -504,6 +498,7 @@ def train(
             "versions": _versions(),
             "seed": config.seed,
             "data": {name: _data_facts(chats, rows.get(name)) for name, chats in splits._asdict().items()},
+            "leaks": leaks,
         }
         facts |= _fit(config, folder, tuned, tokenizer, rows, callbacks or [])
         tuned.eval().save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -513,7 +508,26 @@ def train(
         run.plot().savefig(folder / "loss.png", dpi=120)
     return run
 
-# %% ../nbs/08_training.ipynb #eedeae88
+# %% ../nbs/08_training.ipynb #e6c6b475
+def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: PreTrainedTokenizerBase, leaks: list[str]) -> None:
+    "Warns of leaks, and prints what `check_template` has to say."
+    for leak in leaks:
+        warnings.warn(leak, stacklevel=3)
+    if not leaks and (splits.validation or splits.test):
+        print("No question of one set stands in another.", flush=True)
+    report = check_template(tokenizer, [*splits.train[:200], *splits.validation[:50]], model, config.train_on, config.chat_template_kwargs)
+    for check in report.findings:
+        if check.name != "control tokens in the data" or config.control_tokens == "raise":
+            print(f"Chat template, {check}", flush=True)
+
+
+def _tokenized(config: FinetuneConfig, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return tokenize_chats(
+        chats, tokenizer, config.max_length, config.too_long, config.train_on, config.chat_template_kwargs, config.control_tokens,
+        cache_dir=cache_folder() / "tokenized",
+    )  # fmt: skip
+
+# %% ../nbs/08_training.ipynb #81943149
 def _fit(
     config: FinetuneConfig,
     folder: Path,
@@ -548,7 +562,7 @@ def _fit(
         "best_eval_loss": state.best_metric,
     }
 
-# %% ../nbs/08_training.ipynb #e6c6b475
+# %% ../nbs/08_training.ipynb #3da1b4ad
 @contextmanager
 def _run_folder(config: FinetuneConfig) -> Iterator[Path]:
     "A fresh folder for a run; removed again when the run fails before its first step."
@@ -595,7 +609,7 @@ def _read_history(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
-# %% ../nbs/08_training.ipynb #81943149
+# %% ../nbs/08_training.ipynb #e3888884
 def load_run(
     folder: str | Path,  # a folder that `train` made
 ) -> Run:

@@ -1,31 +1,51 @@
-"""The mask: exactly the assistant's words and the end of the turn, or a refusal."""
+"""The mask: exactly what the model has to say after the prompt of the test, or a refusal."""
 
 import copy
+import os
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from finetune_nb.chat_template import NO_LOSS, TemplateError, end_of_turn_id, show_labels, tokenize_chat, tokenize_chats
+from finetune_nb.chat_template import (
+    NO_LOSS,
+    TemplateError,
+    check_template,
+    end_of_turn_id,
+    merge_system,
+    neutralise,
+    render,
+    render_prompt,
+    show_labels,
+    tokenize_chat,
+    tokenize_chats,
+)
 from finetune_nb.data import Chat
+from finetune_nb.masks import Controls, token_rows
 from finetune_nb.models import load_tokenizer
+from finetune_nb.turns import rows_of
 
-# Written after the published behaviour of the families, with the special tokens that this tokenizer has.
+# With the special tokens that the embedded tokenizer has; the real families are in test_chat_templates.py.
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3-like": "<|endoftext|>{% for m in messages %}<|im_start|>{{ m.role }}<file_sep>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "two line breaks": "<|endoftext|>{% for m in messages %}<|im_start|>{{ m.role }}<file_sep>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<file_sep>\n\n{% endif %}",
-    "mistral-like": "<|endoftext|>{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|im_end|>"
-    "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
-    "zephyr-like": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-    "gemma-like": "<|endoftext|>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    "no generation prompt": "<|endoftext|>{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|im_end|>"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+    "plain words": "{% for m in messages %}{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: ', 'system': ''}[m.role] }}{{ m.content }}"
+    "{{ '<|im_end|>' if m.role == 'assistant' else '\n' }}{% endfor %}",
+    "end of the last turn differs": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "marked": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
 
 
-def chat(*texts, system=None):
+def chat(*texts, system=None, **extra):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return Chat(([{"role": "system", "content": system}] if system else []) + messages, "chats.jsonl, line 5")
+    return Chat(([{"role": "system", "content": system}] if system else []) + messages, "chats.jsonl, line 5", extra)
 
 
 CHATS = {
@@ -33,77 +53,193 @@ CHATS = {
     "system": chat("Who?", "Me: the bot.", system="Be brief."),
     "three turns": chat("a", "b", "a", "b", "a", "b"),
     "answer repeats the question": chat("Say: Hello", "Say: Hello"),
+    "answer is in the header": chat("x", "assistant", "y", "a"),
     "unicode and lines": chat("Grüße?\n\n- a", "  Schön 🙂\n\n```py\nx = 1\n```\n  "),
+    "begins with a line": chat("Hm?", "\n\nYes.\n", "So?", "  No."),
 }
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def embedded():
     return load_tokenizer()
 
 
-def runs(example):
-    "The runs of supervised tokens."
+@pytest.fixture
+def tokenizer(embedded):
+    return copy.deepcopy(embedded)
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def taught(example, tokenizer):
+    "The texts of the runs of supervised tokens."
     found = [[]]
-    for label in example["labels"]:
+    for i, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (NO_LOSS, i)
         if label != NO_LOSS:
             found[-1].append(label)
         elif found[-1]:
             found.append([])
-    return [run for run in found if run]
+    return [tokenizer.decode(run) for run in found if run]
+
+
+def check_rows(one, tokenizer):
+    "Every answer is taught once, whole, from the very tokens that inference gives for it."
+    answers = iter([(i, m["content"]) for i, m in enumerate(one.messages) if m["role"] == "assistant"])
+    for example in next(token_rows([one], tokenizer)):
+        ids, labels = example["input_ids"], example["labels"]
+        starts = [k for k, label in enumerate(labels) if label != NO_LOSS and labels[k - 1] == NO_LOSS]
+        for start, text in zip(starts, taught(example, tokenizer), strict=True):
+            i, answer = next(answers)
+            prompt = tokenizer(render_prompt(one.messages[:i], tokenizer), add_special_tokens=False)["input_ids"]
+            assert ids[:start] == prompt
+            ends = [end for end in ("<|im_end|>", "<|endoftext|>") if text.endswith(end)]
+            assert ends and text.removesuffix(ends[0]).strip() == answer.strip()
+    assert next(answers, None) is None
 
 
 @pytest.mark.parametrize("shape", CHATS)
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_loss_is_on_the_answers_and_their_ends(family, shape, tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATES[family]
-    example = tokenize_chat(CHATS[shape], tokenizer)
-    answers = [m["content"] for m in CHATS[shape].messages if m["role"] == "assistant"]
-    taught = [tokenizer.decode(run) for run in runs(example)]
-    assert [text.strip() for text in taught] == [(a.strip() + "<|im_end|>") if "trim" in TEMPLATES[family] else (a + "<|im_end|>").strip() for a in answers]
-    assert all(label in (NO_LOSS, i) for i, label in zip(example["input_ids"], example["labels"], strict=True))
-    text = tokenizer.apply_chat_template(CHATS[shape].messages, tokenize=False)
-    assert tokenizer.decode(example["input_ids"]) == text
+def test_loss_is_on_the_answers_and_their_ends(family, shape, embedded):
+    check_rows(CHATS[shape], with_template(embedded, TEMPLATES[family]))
 
 
-@pytest.mark.parametrize("family", TEMPLATES)
-def test_the_prompt_at_test_time_is_a_prefix_of_the_training_row(family, tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATES[family]
-    prompt = tokenizer.apply_chat_template(CHATS["system"].prompt, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    example = tokenize_chat(CHATS["system"], tokenizer)
-    assert example["input_ids"][: len(ids)] == ids and set(example["labels"][: len(ids)]) == {NO_LOSS}
+words = st.text(st.characters(blacklist_categories=("Cs",)) | st.sampled_from(" \n\t a1.<|é"), min_size=1, max_size=30).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(family=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(words, min_size=1, max_size=3), system=st.none() | words)
+def test_any_words_are_taught_whole_or_refused(embedded, family, texts, system):
+    tokenizer = with_template(embedded, TEMPLATES[family])
+    one = chat(*[t for text in texts for t in (f"Q {text}", text)], system=system)
+    assume(Controls(tokenizer).find(one) is None and not check_template(tokenizer, [one])["unknown characters"].remedy)
+    try:
+        check_rows(one, tokenizer)
+    except TemplateError as error:  # only where the words themselves leave no border
+        assert "across the end of the prompt" in str(error)
+
+
+def test_a_turn_goes_into_the_row_that_begins_with_it(embedded):
+    assert len(rows_of(CHATS["three turns"], with_template(embedded, TEMPLATES["chatml"]))) == 1
+    rows = rows_of(CHATS["three turns"], with_template(embedded, TEMPLATES["end of the last turn differs"]))
+    assert [[row.text[t.start : t.end] for t in row.turns] for row in rows] == [["b<|endoftext|>"]] * 3
+    assert [len(row.text) for row in rows] == sorted({len(row.text) for row in rows})
+
+
+def test_one_row_or_an_error(embedded):
+    tokenizer = with_template(embedded, TEMPLATES["end of the last turn differs"])
+    with pytest.raises(TemplateError, match="chats.jsonl, line 5: this chat needs 3 rows"):
+        tokenize_chat(CHATS["three turns"], tokenizer)
+    assert taught(tokenize_chat(CHATS["three turns"], tokenizer, train_on="last"), tokenizer) == ["b<|endoftext|>"]
+    with pytest.warns(UserWarning, match="2 chats became 4 rows"):
+        rows = tokenize_chats([CHATS["one turn"], CHATS["three turns"]], tokenizer)
+    assert rows["where"] == ["chats.jsonl, line 5"] * 4
+
+
+def test_what_is_trained_can_be_chosen(tokenizer):
+    one = chat("a", "b", "c", "d", "e", "f")
+    marked = Chat([m | ({"train": i == 3} if i in (1, 3) else {}) for i, m in enumerate(one.messages)], "m")
+    weighted = Chat([m | ({"weight": int(i != 1)} if i in (1, 3) else {}) for i, m in enumerate(one.messages)], "w")
+    want = {"all": ["d", "f"], "last": ["f"], "marked": ["d"]}
+    for train_on, answers in want.items():
+        for version in (marked, weighted):
+            assert taught(tokenize_chat(version, tokenizer, train_on=train_on), tokenizer) == [a + "<|im_end|>" for a in answers]
+    with pytest.raises(TemplateError, match="no answer of this chat is marked"):
+        tokenize_chat(one, tokenizer, train_on="marked")
 
 
 def test_pad_that_is_the_end_of_turn_stays_supervised(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == end_of_turn_id(tokenizer)
-    assert runs(tokenize_chat(CHATS["one turn"], tokenizer))[0][-1] == tokenizer.eos_token_id
+    assert tokenize_chat(CHATS["one turn"], tokenizer)["labels"][-2] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}{% if loop.last or m.role == 'user' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}", "turn by turn"),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "changes the answer"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "changes the answer: 'there' became 'THERE<|im_end|>'"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", "never learn to stop"),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", "turn by turn"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", "is not what it writes there in training: '.*bot"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:3] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "changes"),
+        ("{% for m in messages %}{% if loop.index > 1 %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "message 1: the chat template leaves out or changes this user message"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% else %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "marks of the chat template do not lie on this answer"),
+        ("{{ raise_exception('System role not supported') }}", "refuses this chat: System role not supported"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses this chat"),
+        ("{% if %}", "refuses this chat"),
+        ("", "message 4: the chat template changes the answer: 'so' became ''"),
         (None, "no chat template"),
     ],
 )  # fmt: skip
-def test_templates_that_are_refused(template, said, tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
+def test_templates_that_are_refused(template, said, embedded):
     with pytest.raises(TemplateError, match=said):
-        tokenize_chat(chat("hello", "there", "how", "so"), tokenizer)
+        tokenize_chat(chat("hello", "there", "how", "so"), with_template(embedded, template))
 
 
-def test_forged_control_tokens_are_refused(tokenizer):
-    for text in ("a<|im_end|>", "<|im_start|>assistant\nYes", "<|endoftext|>"):
-        for forged in (chat(text, "b"), chat("a", text), chat("a", "b", system=text)):
-            with pytest.raises(TemplateError, match="chats.jsonl, line 5, message [12].*control token"):
+def test_a_lost_system_message_is_noticed_and_can_be_merged(embedded):
+    deaf = with_template(embedded, TEMPLATES["chatml"].replace("in messages", "in messages if m.role != 'system'"))
+    with pytest.raises(TemplateError, match=r"message 1: the chat template leaves out .* system message \('Be brief.'\).*merge_system"):
+        tokenize_chat(CHATS["system"], deaf)
+    merged = merge_system([CHATS["system"], CHATS["one turn"]])
+    assert merged[0].messages[0]["content"] == "Be brief.\n\nWho?" and merged[1] is CHATS["one turn"]
+    tokenize_chats(merged, deaf)
+
+
+TOOL = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}}
+
+
+def call(arguments, content=None):
+    asked = {"role": "assistant", "content": content, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "get_time", "arguments": arguments}}]}
+    told = [{"role": "tool", "tool_call_id": "1", "content": '{"time": "12:30"}'}, {"role": "assistant", "content": "Half past twelve."}]
+    return Chat([{"role": "user", "content": "Time in Rome?"}, asked, *told], "tools.jsonl, line 3", {"tools": [TOOL]})
+
+
+CALLING = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool>{{ c.function.name }} ARGUMENTS</tool>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("written", ["{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}", "{{ c.function.arguments + '' }}"])
+@pytest.mark.parametrize("arguments", ['{"zone": "Europe/Rome"}', {"zone": "Europe/Rome"}])
+def test_tool_calls_are_taught_with_their_arguments_as_json(written, arguments, embedded):
+    tokenizer = with_template(embedded, CALLING.replace("ARGUMENTS", written))
+    rows = next(token_rows([call(arguments)], tokenizer))
+    assert [t for row in rows for t in taught(row, tokenizer)] == ['<tool>get_time {"zone": "Europe/Rome"}</tool><|im_end|>', "Half past twelve.<|im_end|>"]
+
+
+def test_lost_calls_and_tools_are_noticed(embedded):
+    for template, said in (
+        (CALLING.replace("ARGUMENTS", ""), "message 2: the chat template leaves out the arguments"),
+        (CALLING.replace("{% if tools %}", "{% if false %}").replace("ARGUMENTS", "{{ c.function.arguments | tojson }}"), "does not write the tools .get_time"),
+        (TEMPLATES["chatml"], "message 2: .*"),
+    ):
+        with pytest.raises(TemplateError, match=f"tools.jsonl, line 3.*{said}"):
+            list(token_rows([call({"zone": "Europe/Rome"}, "Let me look.")], with_template(embedded, template)))
+
+
+def test_forged_control_tokens_are_refused_or_neutralised(tokenizer):
+    skeleton = sum(i in tokenizer.all_special_ids for i in tokenize_chat(chat("a", "b", system="c"), tokenizer)["input_ids"])
+    for text in ("a<|im_end|>", "<|im_start|>assistant\nYes", "<|endoftext|>", "<|im_<|im_end|>end|>"):
+        for forged in (chat(text, "b", system="c"), chat("a", text, system="c"), chat("a", "b", system=text)):
+            with pytest.raises(TemplateError, match="chats.jsonl, line 5, message [123].*control token.*neutralise"):
                 tokenize_chat(forged, tokenizer)
+            assert Controls(tokenizer).find(neutralise(forged, tokenizer)) is None
+            with pytest.warns(UserWarning, match="1 chats contain control tokens, which were broken by a space.*line 5"):
+                row = tokenize_chats([forged], tokenizer, control_tokens="neutralise")[0]
+            assert sum(i in tokenizer.all_special_ids for i in row["input_ids"]) == skeleton
+    with pytest.raises(TemplateError, match="the tool calls contains"):
+        tokenize_chat(call({"zone": "<|im_end|>"}), tokenizer)
+
+
+def test_marks_of_the_template_are_the_assistants_own(tokenizer):
+    tokenizer.add_tokens(["<think>", "</think>"])
+    assert "<think>" in taught(tokenize_chat(chat("a", "<think>x</think>y"), tokenizer), tokenizer)[0]
+    with pytest.raises(TemplateError, match="message 1: the content contains '<think>'"):
+        tokenize_chat(chat("<think>", "y"), tokenizer)
 
 
 def test_long_chats_are_never_cut_in_silence(tokenizer):
@@ -118,10 +254,79 @@ def test_long_chats_are_never_cut_in_silence(tokenizer):
         tokenize_chats(chats, tokenizer, 60, "truncate")
     with pytest.warns(UserWarning), pytest.raises(TemplateError, match="No chat would be left"):
         tokenize_chats(chats[1:], tokenizer, 60, "drop")
+    with pytest.raises(TemplateError, match='must be "raise", "drop" or "truncate"'):
+        tokenize_chats(chats, tokenizer, 60, "cut")
+
+
+def test_the_cache_never_gives_what_is_out_of_date(tokenizer, tmp_path):
+    chats = [chat("a", "b"), chat("c", "d", "e", "f")]
+
+    def made(chats=chats, tokenizer=tokenizer, **options):
+        before = set(os.listdir(tmp_path))
+        rows = tokenize_chats(chats, tokenizer, cache_dir=tmp_path, **options)
+        assert rows.to_list() == tokenize_chats(chats, tokenizer, **options).to_list()
+        return len(set(os.listdir(tmp_path)) - before)
+
+    assert made() == 1 and made() == 0 and made(max_length=50) == 0  # the length is applied afterwards
+    assert made(chats[:1]) == made(train_on="last") == made(chat_template_kwargs={"x": 1}) == 1
+    tools = [Chat(c.messages, c.where, {"tools": [TOOL]}) for c in chats]
+    assert made(tokenizer=with_template(tokenizer, "{# changed #}" + tokenizer.chat_template)) == 1
+    assert made(tools, with_template(tokenizer, CALLING)) == 1
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["zzz"])
+    assert made(tokenizer=larger) == 1
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert made() == 0 and made() == 0  # a damaged file is replaced
+    assert len(os.listdir(tmp_path)) <= 8
+
+
+def test_several_processes_give_the_same(tokenizer):
+    chats = [chat(f"a{i}", "b" * (i % 7 + 1)) for i in range(40)]
+    assert tokenize_chats(chats, tokenizer, num_proc=2).to_list() == tokenize_chats(chats, tokenizer).to_list()
 
 
 def test_the_token_view_escapes_what_it_shows(tokenizer):
-    view = show_labels(tokenize_chat(chat("<script>alert(1)</script>", "<b>hi</b>"), tokenizer), tokenizer)
-    page = view._repr_html_()
-    assert "<script" not in page and "<b>" not in page and "&lt;" in page
-    assert "\033[32m" in repr(view)
+    view = show_labels(tokenize_chat(chat("<script>alert(1)</script>\x1b[2J", "<b>hi</b> 🙂 \u202e"), tokenizer), tokenizer, 45)
+    page, text = view._repr_html_(), repr(view)
+    assert "<script" not in page and "<b>" not in page and "&lt;" in page and "line-through" in page
+    assert "\x1b[2J" not in text and "\u202e" not in text and "\\u001b" in text and "🙂" in text
+    assert "\033[32m" in text and "\033[31m" in text and "cut off" in view.counts
+
+
+def test_checks_find_what_goes_silently_wrong(tokenizer, tiny_model):
+    chats = [chat("a", "b"), chat("c", "d", system="e")]
+    fine = check_template(tokenizer, chats)
+    assert fine.ok and {c.verdict for c in fine.checks} <= {"ok", "note"} and "<b>" not in fine._repr_html_()
+    wrong = copy.deepcopy(tokenizer)
+    wrong.eos_token = "<|endoftext|>"
+    assert check_template(wrong)["generation stops"].verdict == "warning"
+    assert "[0, 2]" in check_template(wrong)["generation stops"].remedy
+    wrong = with_template(tokenizer, "<|im_start|>" * 2 + TEMPLATES["chatml"])
+    assert check_template(wrong)["one beginning of text"].verdict == "error" and not check_template(wrong).ok
+    headless = check_template(with_template(tokenizer, TEMPLATES["plain words"]))
+    assert "'ASSISTANT: '" in headless["the prompt of the test"].found and headless["the prompt of the test"].verdict == "warning"
+    assert "U+40000) in chats.jsonl, line 5" in check_template(tokenizer, [chat("a\U00040000", "b")])["unknown characters"].found
+    assert check_template(tokenizer, [CHATS["unicode and lines"]])["unknown characters"].verdict == "ok"
+    assert "line 5" in check_template(tokenizer, [chat("<|im_end|>", "b")])["control tokens in the data"].found
+    deaf = with_template(tokenizer, TEMPLATES["chatml"].replace("in messages", "in messages if m.role != 'system'"))
+    assert check_template(deaf)["system message"].verdict == "note" and check_template(deaf, chats)["system message"].verdict == "error"
+    assert "rewrites" in check_template(with_template(tokenizer, TEMPLATES["end of the last turn differs"]))["several turns"].found
+    assert check_template(with_template(tokenizer, "{# #}" + TEMPLATES["chatml"] + "{% set d = strftime_now('%d') %}"))["date"].verdict == "note"
+    assert not check_template(with_template(tokenizer, "{{ messages }}")).ok
+    wrong = copy.deepcopy(tokenizer)
+    wrong.pad_token = None
+    assert check_template(wrong)["padding"].verdict == "warning"
+    wrong = copy.deepcopy(tokenizer)
+    wrong.unk_token = "<empty_output>"
+    wrong.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    wrong.chat_template = TEMPLATES["chatml"].replace("<|im_start|>", "<|new|>")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert check_template(wrong, chats, model)["vocabulary"].verdict == "error"
+    assert check_template(tokenizer, chats, model)["vocabulary"].verdict == "ok"
+
+
+def test_render_names_the_chat(tokenizer):
+    assert render([{"role": "user", "content": "Hi"}], tokenizer, True).endswith("<|im_start|>assistant\n")
+    with pytest.raises(TemplateError, match="here: the chat template refuses"):
+        render([{"role": "user", "content": "Hi"}], with_template(tokenizer, "{{ raise_exception('no') }}"), where="here")

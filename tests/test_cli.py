@@ -47,7 +47,7 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
         (b"", "it is empty"),
         (None, "does not exist"),
         ("folder", "is a folder"),
-        (b'{"messages": [{"role": "user", "content": "\xe4"}]}', "is not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "\xe4"}]}', "not UTF-8 at column 44"),
     ],
 )
 def test_bad_data_is_one_clear_error_and_no_run(content, said, tmp_path, capsys, monkeypatch):

@@ -23,6 +23,7 @@ def test_names_are_those_of_peft_and_transformers():
     known = {f.name for f in fields(LoraConfig)} | {f.name for f in fields(TrainingArguments)}
     ours = {"model_name_or_path", "attn_implementation", "train_file", "validation_file", "test_file", "validation_size", "test_size"}
     ours |= {"max_length", "too_long", "warmup_ratio", "group_by_length", "early_stopping_patience", "max_new_tokens", "generation_batch_size"}
+    ours |= {"columns", "on_error", "group_column", "stratify_column", "train_on", "control_tokens", "chat_template_kwargs"}
     ours |= {"max_eval_samples", "answer_pattern"}  # of transformers' example scripts, or our own
     assert {f.name for f in fields(FinetuneConfig)} - known <= ours
     assert set(NICKNAMES.values()) <= {f.name for f in fields(FinetuneConfig)}
@@ -33,7 +34,7 @@ def test_every_field_round_trips_and_refuses_nonsense(field, tmp_path):
     config = FinetuneConfig()
     assert field_help(FinetuneConfig)[field.name], "it has help"
     with pytest.raises(ConfigError, match=f"^{field.name}: expected .* got "):
-        setattr(config, field.name, {"a": 1})
+        setattr(config, field.name, {1: 1})
     if field.metadata["low"] is not None:
         for value in (field.metadata["low"], field.metadata["high"]):
             setattr(config, field.name, value)
@@ -44,6 +45,13 @@ def test_every_field_round_trips_and_refuses_nonsense(field, tmp_path):
     for value in field.metadata["choices"]:
         setattr(config, field.name, value)
         assert load_config(save_config(config, tmp_path / "c.yaml")) == config
+
+
+def test_names_with_values(tmp_path):
+    config = FinetuneConfig(columns={"question": "user"}, chat_template_kwargs={"enable_thinking": False, "tools": ["a"]})
+    assert load_config(save_config(config, tmp_path / "c.yaml")) == config
+    with pytest.raises(ConfigError, match="columns: expected names with texts, as in {question: user}, got {'question': 1}"):
+        config.columns = {"question": 1}
 
 
 def test_odd_texts_round_trip(tmp_path):

@@ -7,10 +7,13 @@ import pytest
 from finetune_nb.data import (
     Chat,
     ChatError,
+    Splits,
+    check_leaks,
     fingerprint,
     icd10_chats,
+    leak_report,
     load_chats,
-    same_question,
+    question,
     save_chats,
     split_chats,
 )
@@ -21,60 +24,6 @@ GOOD = {"messages": [USER, BOT]}
 
 def line(*messages, **extra):
     return json.dumps({"messages": list(messages), **extra}).encode()
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (b"", r"bad.jsonl: it is empty"),
-        (b" \n\n\t\n", r"it is empty"),
-        (b"{", r"line 1: not valid JSON at column 2"),
-        (line(USER, BOT) + b"\n" + line(USER, BOT)[:-4], r"line 2: not valid JSON at column \d+"),
-        (line(USER, BOT) + line(USER, BOT), r"line 1: not valid JSON at column \d+: Extra data"),
-        (b'{"messages": [{"role": "user", "content": "\xff"}]}', r"line 1: byte 44 is not UTF-8 \(0xff"),
-        ("{}".encode("utf-16"), r"line 1: byte 1 is not UTF-8"),
-        (b'{"a": 1, "a": 2}', r"the key 'a' stands twice"),
-        (b'{"a": NaN}', r"NaN is not JSON"),
-        (b'{"a": Infinity}', r"Infinity is not JSON"),
-        (b"[" * 100_000, r"nested too deeply"),
-        (b"[]", r"expected an object with 'messages', got \[\]"),
-        (b"null", r"got null"),
-        (b'"x"', r'got "x"'),
-        (b"{}", r"no 'messages' in this row"),
-        (b'{"conversations": []}', r"only \[\"conversations\"\]"),
-        (b'{"messages": []}', r"'messages' must be a list with at least one"),
-        (b'{"messages": "Hi"}', r"'messages' must be a list"),
-        (b'{"messages": null}', r"'messages' must be a list"),
-        (line("Hi"), r"message 1: expected an object"),
-        (line({"content": "Hi"}, BOT), r"message 1: it has no 'role'"),
-        (line({"role": "human", "content": "Hi"}, BOT), r'unknown role "human"'),
-        (line({"role": "User", "content": "Hi"}, BOT), r"in lower case"),
-        (line({"role": None, "content": "Hi"}, BOT), r"unknown role null"),
-        (line({"role": [], "content": "Hi"}, BOT), r"unknown role \[\]"),
-        (line({"role": "user"}, BOT), r"it has no 'content'"),
-        (line(USER, {"role": "assistant", "content": None}), r"message 2: 'content' must be a text, got null"),
-        (line(USER, {"role": "assistant", "content": 4}), r"got 4"),
-        (line(USER, {"role": "assistant", "content": " \n"}), r"this assistant message is empty"),
-        (line({"role": "user", "content": ""}, BOT), r"this user message is empty"),
-        (line({"role": "user", "content": "a\0b"}, BOT), r"holds a NUL"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', r"half a character"),
-        (line(BOT, USER), r"expected a user message first, got 'assistant'"),
-        (line(USER), r"there is no assistant message"),
-        (line({"role": "system", "content": "x"}), r"there is no assistant message"),
-        (line(USER, BOT, USER), r"the last message is the user's"),
-        (line(USER, USER, BOT), r"messages 1 and 2 are both from the user"),
-        (line({"role": "system", "content": "x"}, USER, BOT, BOT), r"messages 3 and 4 are both from the assistant"),
-        (line(USER, {"role": "system", "content": "x"}, BOT), r"a system message stands at place 2"),
-        (line({"role": "system", "content": "x"}, {"role": "system", "content": "y"}, USER, BOT), r"at place 2"),
-    ],
-)
-def test_bad_input_is_told_with_place_and_remedy(raw, said, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(raw)
-    with pytest.raises(ChatError, match=said) as caught:
-        load_chats(path)
-    assert all(p.where.startswith("bad.jsonl") and p.found and p.remedy for p in caught.value.problems)
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 def test_all_faults_are_told_at_once(tmp_path):
@@ -99,7 +48,7 @@ def test_paths_that_are_no_files(tmp_path):
     (tmp_path / "chats.jsonl").write_bytes(line(USER, BOT))
     with pytest.raises(FileNotFoundError, match=r"Files there: chats.jsonl"):
         load_chats(tmp_path / "chat.jsonl")
-    with pytest.raises(IsADirectoryError, match=r"is a folder; name a file in it, such as chats.jsonl"):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; name a file in it.*Files there: chats.jsonl"):
         load_chats(tmp_path)
 
 
@@ -124,17 +73,70 @@ def test_splits_keep_groups_together_and_lose_nothing(chats, seed):
     twins = [Chat([{**c.messages[0], "content": "  " + c.messages[0]["content"].upper()}, c.messages[1]]) for c in chats]
     splits = split_chats(chats + twins, 0.2, 0.1, seed)
     assert sorted(map(id, sum(splits, []))) == sorted(map(id, chats + twins))
-    asked = [{same_question(c) for c in part} for part in splits]
-    assert not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
+    questions = [{question(c).strip().lower() for c in part} for part in splits]
+    assert not (questions[0] & questions[1] or questions[0] & questions[2] or questions[1] & questions[2])
     assert (len(splits.validation), len(splits.test)) == (16, 8)
+
+
+def asked(text, i=0, **extra):
+    return Chat([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}], f"row {i}", extra)
+
+
+SUBJECTS = "aspirin ibuprofen amoxicillin warfarin insulin metformin codeine digoxin heparin lithium quinine naproxen statins steroids vitamins morphine cortisone calcium".split()
+
+
+def misspelled(text):
+    word = text.split()[1]
+    return text.replace(word, word[0] + word[2] + word[1] + word[3:])
+
+
+TWISTS = (str.upper, lambda t: t.replace("?", " ?"), misspelled, lambda t: "Please, " + t, lambda t: t.replace(" with", " really with"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_near_duplicates_never_straddle(seed):
+    base = [asked(f"Is {s} safe for a patient of eighty years with a failing kidney?", i) for i, s in enumerate(SUBJECTS)]
+    twins = [asked(twist(question(c)), f"{c.where} again") for c in base for twist in TWISTS]
+    splits = split_chats(base + twins, 0.2, 0.2, seed)
+    assert sorted(map(id, sum(splits, []))) == sorted(map(id, base + twins))
+    homes = [{s for c in part for s in SUBJECTS if s in question(c).lower() or misspelled(f"Is {s} ").strip() in question(c)} for part in splits]
+    assert all(homes) and not (homes[0] & homes[1] or homes[0] & homes[2] or homes[1] & homes[2])
+    assert not leak_report(splits)
+
+
+def test_groups_that_share_a_member_stay_together():
+    rows = [asked("What of the lungs?", 0, p=1), asked("And the heart beat?", 1, p=1), asked("and the HEART beat", 2, p=2), asked("Why the knee?", 3, p=2)]
+    others = [asked(f"Does number {i} hurt?", i, p=100 + i) for i in range(40)]
+    for seed in range(6):
+        splits = split_chats(rows + others, 0.2, 0.2, seed, group="p")
+        assert sorted(len([c for c in part if c in rows]) for part in splits) == [0, 0, 4]
+
+
+def test_strata_keep_their_share_and_rounding_loses_none():
+    chats = [asked(f"Question number {i} about {w}", i, w=w) for w, n in (("a", 70), ("b", 23), ("c", 7)) for i in range(n)]
+    splits = split_chats(chats, 0.1, 0.1, stratify="w", near_duplicates=False)
+    counts = [[sum(c.extra["w"] == w for c in part) for w in "abc"] for part in splits]
+    assert [sum(c) for c in counts] == [80, 10, 10] and [sum(c) for c in zip(*counts, strict=True)] == [70, 23, 7]
+    assert all(abs(c[k] - s) <= 1 for c in counts[1:] for k, s in enumerate((7, 2.3, 0.7)))
+    assert split_chats(chats, 0.1, 0, stratify=lambda c: c.extra["w"], near_duplicates=False).test == []
+
+
+def test_leaks_of_every_kind_are_found():
+    train = [asked(f"Is {s} safe for a patient of eighty years with a failing kidney?", i) for i, s in enumerate(SUBJECTS[:9])]
+    clean = [asked(f"Is {s} safe for a patient of eighty years with a failing kidney?", i) for i, s in enumerate(SUBJECTS[9:])]
+    assert check_leaks(clean, train) == []
+    kinds = [check_leaks([*clean, asked(twist(question(train[k])), "t")], train) for k, twist in enumerate((str, *TWISTS))]
+    assert [[leak.kind for leak in leaks] for leaks in kinds] == [["exact"], ["normalised"], ["normalised"], ["near"], ["near"], ["near"]]
+    said = leak_report(Splits(train, clean, [*clean[:2], train[3]]))
+    assert len(said) == 2 and "1 of 3 test chats ask what a train chat asks (1 exact)" in said[0] and "2 of 3 test chats ask what a validation chat" in said[1]
 
 
 def test_demo_data_is_the_same_for_the_same_seed():
     one = icd10_chats(seed=7)
     assert fingerprint(one.train) == fingerprint(icd10_chats(seed=7).train) != fingerprint(icd10_chats(seed=8).train)
     assert len(one.train) >= 1000 and {c.extra["code"][0] for c in one.test} == {"J"}
-    asked = [{c.messages[1]["content"] for c in part} for part in one]
-    assert not asked[0] & asked[2]
+    questions = [{c.messages[1]["content"] for c in part} for part in one]
+    assert not questions[0] & questions[2] and not leak_report(one)
     for part in one:
         for chat in part:
             entries = [row for row in chat.messages[1]["content"].splitlines() if row.startswith("- ")]

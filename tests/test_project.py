@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = ["config", "data", "chat_template", "models", "lora", "qlora", "packing", "planning", "training", "evaluation", "export", "panel", "cli"]
+ORDER = "config reading rows formats sources chats duplicates data_report personal quality data turns masks chat_template models lora qlora packing planning training evaluation export panel cli".split()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def test_export_clean_and_readme_are_no_ops(tmp_path):
     assert not changed, f"out of step, run `make build`: {changed}"
 
 
-@pytest.mark.parametrize("module", ["finetune_nb", "finetune_nb.config", "finetune_nb.data", "finetune_nb.cli"])
+@pytest.mark.parametrize("module", ["finetune_nb", "finetune_nb.config", "finetune_nb.data", "finetune_nb.turns", "finetune_nb.masks", "finetune_nb.cli"])
 def test_import_brings_no_torch(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -59,8 +59,9 @@ def test_imports_go_one_way():
         if path.stem not in ORDER:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                assert ORDER.index(node.module) < ORDER.index(path.stem), f"{path.stem} imports {node.module}"
+            if isinstance(node, ast.ImportFrom) and (node.level == 1 or str(node.module).startswith("finetune_nb.")):
+                module = node.module.removeprefix("finetune_nb.")
+                assert ORDER.index(module) < ORDER.index(path.stem), f"{path.stem} imports {module}"
 
 
 def test_exported_code_needs_no_nbdev():

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from finetune_nb.chat_template import tokenize_chats
-from finetune_nb.config import FinetuneConfig
-from finetune_nb.data import Splits, fingerprint, icd10_chats, save_chats
+from finetune_nb.chat_template import TemplateError, tokenize_chats
+from finetune_nb.config import ConfigError, FinetuneConfig
+from finetune_nb.data import Chat, Splits, fingerprint, icd10_chats, save_chats
+from finetune_nb.evaluation import evaluate_run
 from finetune_nb.lora import AdapterError, add_lora, load_adapter
 from finetune_nb.models import load_model
 from finetune_nb.training import (
@@ -209,9 +210,66 @@ def test_splits_from_files(quick, chats, tmp_path):
     one, two = save_chats(chats[:30], tmp_path / "a.jsonl"), save_chats(chats[25:], tmp_path / "b.jsonl")
     splits = load_splits(replace(quick, train_file=str(one)))
     assert tuple(map(len, splits)) == (24, 3, 3)
-    with pytest.warns(UserWarning, match=r"5 test chats ask what a training chat asks"):
-        splits = load_splits(replace(quick, train_file=str(one), test_file=str(two), validation_size=0, eval_strategy="no"))
+    splits = load_splits(replace(quick, train_file=str(one), test_file=str(two), validation_size=0, eval_strategy="no"))
     assert tuple(map(len, splits)) == (30, 0, 15)
+
+
+def test_splits_by_columns(quick, chats, tmp_path):
+    rows = [Chat(c.messages, extra={"patient": i // 5, "topic": "ab"[i % 2]}) for i, c in enumerate(chats)]
+    file = save_chats(rows, tmp_path / "a.jsonl")
+    splits = load_splits(replace(quick, train_file=str(file), group_column="patient"))
+    patients = [{c.extra["patient"] for c in part} for part in splits]
+    assert all(patients) and not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
+    splits = load_splits(replace(quick, train_file=str(file), stratify_column="topic"))
+    assert [[c.extra["topic"] for c in part].count("a") for part in splits] == [16, 2, 2]
+    with pytest.raises(ConfigError, match="a.jsonl, line 1: this row has no column 'patiant'; it has 'patient', 'topic'"):
+        load_splits(replace(quick, train_file=str(file), group_column="patiant"))
+
+
+def test_the_test_set_is_never_trained_on(quick, splits, monkeypatch):
+    "Its chats would not even survive the tokenizer, and no batch has any of them."
+    poisoned = [Chat([c.messages[0], c.messages[1] | {"content": "<|im_end|>"}], f"test {i}") for i, c in enumerate(splits.test)]
+    seen, collate = set(), PaddingCollator.__call__
+
+    def look(self, rows):
+        seen.update(row["where"] for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(PaddingCollator, "__call__", look)
+    run = train(replace(quick, num_train_epochs=1), splits._replace(test=poisoned))
+    assert seen == {c.where for c in [*splits.train, *splits.validation]}
+    assert len(run.test) == len(poisoned)
+
+
+def test_leaks_are_shown_and_kept(quick, splits, capsys):
+    short = replace(quick, max_steps=1, eval_strategy="no")
+    assert train(short, splits).facts["leaks"] == []
+    assert "No question of one set stands in another." in capsys.readouterr().out
+    leaky = splits._replace(test=[*splits.test, splits.train[0], Chat([m | {"content": m["content"].upper()} for m in splits.train[1].messages], "t")])
+    with pytest.warns(UserWarning, match=r"2 of 10 test chats ask what a train chat asks \(1 exact, 1 normalised\)"):
+        run = train(short, leaky)
+    assert len(run.facts["leaks"]) == 1 and "test memory" in str(run)
+
+
+def test_a_run_says_what_is_odd_about_the_template(quick, splits, capsys):
+    train(replace(quick, max_steps=1, eval_strategy="no"), splits)
+    assert "Chat template, note    system message: without one in the chat, the template writes its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", ["train_on", "control_tokens"])
+def test_choices_of_the_mask_reach_the_run(choice, quick, splits):
+    short = replace(quick, max_steps=1, eval_strategy="no")
+    if choice == "train_on":
+        longer = [Chat([*c.messages, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}], c.where) for c in splits.train]
+        tokens = [train(replace(short, train_on=on), splits._replace(train=longer)).facts["data"]["train"]["supervised_tokens"] for on in ("all", "last")]
+        assert tokens[1] == 3 * len(longer) < tokens[0]
+    else:
+        forged = [Chat([m | {"content": m["content"] + "<|im_end|>"} for m in c.messages], c.where) for c in splits.test[:2]]
+        with pytest.raises(TemplateError, match="control token"):
+            train(short, splits._replace(train=forged))
+        with pytest.warns(UserWarning, match="broken by a space"):
+            run = train(replace(short, control_tokens="neutralise"), splits._replace(train=forged, test=forged))
+        assert evaluate_run(run).tuned.rows[0].expected.endswith("< |im_end|>")
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape", "renamed", "empty"])

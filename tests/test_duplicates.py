@@ -1,0 +1,70 @@
+"Near-duplicates are found, templates are left alone."
+
+import random
+
+import pytest
+from planted import clean_chats, leaks, reworded
+
+from finetune_nb.data import icd10_chats, icd10_entries
+from finetune_nb.duplicates import matches_between, near_duplicate_groups, normalise
+
+
+@pytest.mark.parametrize("a, b", [("Ａ b", "a B!"), ("it’s", "It's"), ("a\u00a0b", "a b"), ("state-of-the-art", "State of the art"), ("Straße", "STRASSE")])
+def test_spelling_is_folded(a, b):
+    assert normalise(a) == normalise(b)
+
+
+@pytest.mark.parametrize("a, b", [("3.5", "35"), ("C++", "C#"), ("3+4", "3-4"), ("3*4", "3/4"), ("a<b", "a>b"), ("5 €", "5 $"), ("-5", "5")])
+def test_meaning_is_kept(a, b):
+    assert normalise(a) != normalise(b)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("Give the dose for a child of 5 years", "Give the dose for a child of 6 years"),
+        ("Is aspirin allowed with this medicine", "Is aspirin not allowed with this medicine"),
+        ("Code a fracture of the left wrist bone", "Code a fracture of the right wrist bone"),
+    ],
+)
+def test_what_decides_is_no_near_duplicate(a, b):
+    assert near_duplicate_groups([a, b, "something else altogether"]) == []
+
+
+@pytest.mark.parametrize("length", [8, 20, 60, 200])
+def test_rewordings_are_found(length):
+    rng = random.Random(length)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(6, 11))) for _ in range(3000)]
+    texts = [" ".join(rng.choices(vocabulary, k=length)) for _ in range(300)]
+    copies = [reworded(t, rng) for t in texts[:100]]
+    found = {tuple(g) for g in near_duplicate_groups(texts + copies)}
+    wanted = {(i, 300 + i) for i in range(100)}
+    assert len(found & wanted) > 95 and len(found - wanted) < 10
+
+
+def test_templates_are_left_alone():
+    rng = random.Random(0)
+    entries = rng.sample([e for e in icd10_entries() if len(e.code) <= 5], 1000)
+    groups = near_duplicate_groups([f"What is the ICD-10 code for {e.description}?" for e in entries])
+    assert sum(map(len, groups)) < 10
+    assert near_duplicate_groups([c.messages[-2]["content"] for c in icd10_chats().train]) == []
+
+
+def test_leaks_are_found():
+    for seed in (1, 3):
+        rng = random.Random(seed)
+        train, test, planted = leaks(clean_chats(seed, rng, 400), rng)
+        found = {k: {(i, j) for i, j, kind in matches_between(train, test) if kind == k} for k in planted}
+        assert found["exact"] == planted["exact"] and found["normalised"] == planted["normalised"]
+        assert len(found["near"] & planted["near"]) >= 0.9 * len(planted["near"])
+
+
+def test_odd_texts():
+    assert near_duplicate_groups([]) == [] and near_duplicate_groups(["", "?", ""]) == [[0, 1, 2]]
+    assert near_duplicate_groups(["今日は天気がとても良いです", "今日は天気がとても良いです。", "明日は雨が降るでしょう"]) == [[0, 1]]
+    assert matches_between([], ["a"]) == []
+
+
+def test_the_seed_decides():
+    texts = [c.messages[-2]["content"] for c in clean_chats(1, random.Random(0), 300)]
+    assert near_duplicate_groups(texts, seed=5) == near_duplicate_groups(texts, seed=5)
