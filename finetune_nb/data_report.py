@@ -86,7 +86,7 @@ def histogram(
 
 # %% ../nbs/00ca_data_report.ipynb #6772d25d
 _MARK = {"error": "✗", "warning": "!", "note": "·"}
-_SHOWN = 20
+_SHOWN, _GROUPS = 20, 10  # chats, or groups of them, that a card shows
 
 
 class DataReport:
@@ -174,7 +174,7 @@ class DataReport:
             lines += [
                 "",
                 f"{_MARK[f.severity]} {f.check}: {f.message}",
-                *(f"    {self._where(r)}: {t}" for r, t in list(f.excerpts.items())[:3]),
+                *(f"    {self._where(r)}: {' '.join(t.split())}" for r, t in list(f.excerpts.items())[:3]),
                 f"  → {f.advice}",
             ]
         return "\n".join(lines)
@@ -215,19 +215,42 @@ class DataReport:
         return head + self._repr_html_()
 
     def _repr_html_(self) -> str:
+        points = "".join(map(self._chip, POINTS))
         cards = "".join(map(self._card, self.findings))
-        return f'<div style="font:14px sans-serif;max-width:900px"><p><b>{escape(self.verdict)}</b></p>{cards}</div>'
+        return f'<div style="font:14px sans-serif;max-width:900px"><p><b>{escape(self.verdict)}</b></p><p>{points}</p>{cards}</div>'
+
+    def _chip(self, point: int) -> str:
+        "One point of the checklist, with the worst that was found."
+        worst = min((SEVERITIES.index(f.severity) for f in self.findings if f.point == point), default=2)
+        mark, colour = (("✗", "#d33"), ("!", "#d90"), ("✓", "#2a4"))[worst]
+        style = f"display:inline-block;border:1px solid {colour};border-radius:12px;padding:2px 10px;margin:2px"
+        return f'<span style="{style}"><b style="color:{colour}">{mark}</b> {escape(POINTS[point])}</span>'
 
     def _card(self, f: Finding) -> str:
         "A check as a card that opens."
         colour = {"error": "#d33", "warning": "#d90", "note": "#888"}[f.severity]
-        items = "".join(f"<li><small>{escape(self._where(r))}</small><br>{escape(t)}</li>" for r, t in list(f.excerpts.items())[:_SHOWN])
-        more = f"<p>and {len(f.excerpts) - _SHOWN:,} more</p>" if len(f.excerpts) > _SHOWN else ""
+        shown = self._side_by_side(f) if f.groups else "".join(map(self._item, list(f.excerpts.items())[:_SHOWN]))
+        n = len(f.groups) - _GROUPS if f.groups else len(f.excerpts) - _SHOWN
+        more = f"<p>and {n:,} more {'groups' if f.groups else 'chats'}</p>" if n > 0 else ""
         head = f'<summary style="cursor:pointer"><b>{escape(f.check)}</b> <small>{f.severity}</small> — {escape(f.message)}</summary>'
         picture = bar_chart(f.bars) if f.bars else ""
         point = f"<p>{escape(POINTS[f.point])}. <i>{escape(f.advice)}</i></p>"
-        body = f"{point}{picture}<ul style='white-space:pre-wrap'>{items}</ul>{more}"
+        body = f"{point}{picture}<div style='white-space:pre-wrap;margin-top:8px'>{shown}</div>{more}"
         return f'<details style="border-left:4px solid {colour};padding:4px 10px;margin:6px 0">{head}{body}</details>'
+
+    def _item(self, excerpt: tuple[int, str]) -> str:
+        row, text = excerpt
+        return f'<div style="margin:4px 0"><small>{escape(self._where(row))}</small><br>{escape(text)}</div>'
+
+    def _side_by_side(self, f: Finding) -> str:
+        "The first members of each group beside each other."
+        cells = "flex:1 1 0;min-width:160px;padding:0 8px;border-left:1px solid #8886"
+        groups = []
+        for group in f.groups[:_GROUPS]:
+            members = "".join(f'<div style="{cells}">{self._item((r, f.excerpts[r]))}</div>' for r in group[:3])
+            rest = f"<small>and {len(group) - 3:,} more</small>" if len(group) > 3 else ""
+            groups.append(f'<div style="display:flex;border-top:1px solid #8886;padding:4px 0">{members}{rest}</div>')
+        return "".join(groups)
 
 
 def _cell(text: str) -> str:

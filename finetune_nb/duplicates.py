@@ -11,8 +11,9 @@ import re
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from math import log
 
 # %% ../nbs/00c_duplicates.ipynb #db035d84
@@ -31,12 +32,18 @@ def normalise(
 _NO_SPACES = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")  # Thai, Japanese, Chinese
 _WORDS = re.compile(_NO_SPACES.pattern + r"|[^\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 _FILLER = frozenset(
-    "a an the please kindly just really actually simply now then so well also very quite hi hello hey thanks thank ok okay maybe "
-    "perhaps of to is are was were be do does did can could would should will i you me my your we us "
-    "our it its this that there here and for in on at by bitte mal doch der die das ein eine ist und ich mir s'il te vous plaît le la "
-    "les un une est et je "
-    "por favor el los las una es y yo".split()
-)
+    "a an the this that these those there here it its i me my mine you your yours we us our he she him her his they them their one "
+    "am is are was were be been being do does did done doing have has had having can could shall should will would may might must "
+    "and or but if so as of to in on at by for from with about into onto than then also too very quite rather just really actually simply "
+    "basically exactly currently usually normally generally typically often again still now today please kindly thanks thank hello hi hey "
+    "dear ok okay well maybe perhaps possibly probably likely quick quickly properly easily correctly directly even yet already ever "
+    "tell know say ask asking question wonder wondering want need like help let get got some any what which who whom whose how when where why "
+    "im ive id youre its thats whats hows dont "
+    "bitte mal doch denn eigentlich gerade heute noch wieder jetzt genau normalerweise der die das den dem des ein eine einen einem einer ist "
+    "sind und oder ich mir mich sie ihr wir uns man wie was wo wann wer welche welcher welches "
+    "le la les l un une des du de et est sont je me moi vous nous svp merci actuellement exactement encore qui que quoi "
+    "el los las y es son yo por favor gracias ahora todavía exactamente cómo qué cuál".split()
+) - frozenset(["dont"])
 _DECIDING = frozenset("not no non never without left right nicht kein keine ohne pas sans sin dont doesnt isnt cant".split())
 
 
@@ -73,13 +80,21 @@ def _one_edit(a: str, b: str) -> bool:
     return a[start + 1 :] == b[start + 1 :] or a[start : start + 2] == b[start : start + 2][::-1] and a[start + 2 :] == b[start + 2 :]
 
 
+def _is_slip(word: str, best: str, counts: Counter[str], rare: int) -> bool:
+    "Whether a word is so much rarer than one that is spelled nearly alike that it must be a slip of the pen."
+    often = counts[best] >= 20 * counts[word]
+    if max(len(word), len(best)) < 5 and not (often and len(best) == 4):
+        return False
+    return (often or counts[word] <= rare) and word not in _DECIDING and best not in _DECIDING and _one_edit(word, best)
+
+
 def misspellings(
     counts: Counter[str],  # word to the number of texts that have it
     rare: int = 2,  # a misspelling stands in at most so many texts
 ) -> dict[str, str]:
     "Rare word to the more common one that was probably meant."
     near = defaultdict(list)
-    known = [w for w in counts if len(w) >= 5 and w.isalpha()]
+    known = [w for w in counts if len(w) >= 3 and w.isalpha()]
     for word in known:
         for form in {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))}:
             near[hash(form)].append(word)
@@ -88,13 +103,13 @@ def misspellings(
         if len(group) > 1:
             best = max(group, key=lambda w: (counts[w], w))
             for word in group:
-                if counts[word] <= rare and word != best and _one_edit(word, best):
+                if word != best and _is_slip(word, best, counts, rare):
                     old = meant.get(word)
                     meant[word] = best if old is None else max(best, old, key=lambda w: (counts[w], w))
     return meant
 
 # %% ../nbs/00c_duplicates.ipynb #5b3f4f4e
-_ROWS, _BANDS, _COMPARED = 5, 14, 40  # rows of a band, bands, and how many neighbours in a bucket are compared
+_ROWS, _BANDS, _COMPARED = 4, 20, 40  # rows of a band, bands, and how many neighbours in a bucket are compared
 _LIGHT = 0.0625  # words up to this weight are filler
 
 
@@ -128,18 +143,47 @@ def _candidates(signatures: Sequence[Sequence[int]], usable: Sequence[int]) -> I
                     yield i, j
 
 # %% ../nbs/00c_duplicates.ipynb #527767b3
+_ROMAN = frozenset("ii iii iv vi vii viii ix xi xii".split())
+
+
+def _decides(word: str) -> bool:
+    "Whether a word says which of several alike things is meant: a negation, a number, a letter."
+    return word in _DECIDING or word in _ROMAN or (len(word) == 1 and word not in "ais") or any(c.isnumeric() for c in word)
+
+
 def _similarity(
     a: set[str],  # the words of one text
     b: set[str],  # the words of another
     weights: dict[str, float],  # word to weight
+    framed: Callable[[str], bool] = lambda word: False,  # whether a word stands in what many texts have in common
 ) -> float:
     "Weighted share of common words, from 0 to 1; 0 when a number or a deciding word differs."
     differ = a ^ b
-    if any(w in _DECIDING or not w.isascii() and w.isnumeric() or any(c.isdigit() for c in w) for w in differ):
+    if any(_decides(w) for w in differ):
         return 0.0
-    common, other = sum(weights[w] for w in a & b), sum(weights[w] for w in differ)
     swapped = all(any(weights[w] > _LIGHT for w in side) for side in (a - b, b - a))
+    common, other = sum(weights[w] for w in a & b), sum(weights[w] for w in differ)
+    if not swapped and common < 4 * other:
+        other = sum(min(weights[w], _LIGHT) if weights[w] > _LIGHT and framed(w) else weights[w] for w in differ)
     return common / (common + (3 * other if swapped else other) or 1.0)
+
+
+_COMMON = 0.35  # words up to this weight stand in a tenth of the texts or more
+
+
+def _framed(
+    word: str,  # a word that only one of two texts has
+    texts: tuple[str, str],  # both
+    weights: dict[str, float],  # word to weight
+    meant: dict[str, str],  # misspelling to word
+) -> bool:
+    "Whether a word is put between words of the frame that many texts share: 'how do I *safely* reset', not 'a *broken* wrist'."
+    for text in texts:
+        found = ["", *(meant.get(w, w) for w in text.split()), ""]
+        for i in range(1, len(found) - 1):
+            if found[i] == word and any(n and weights.get(n, 1.0) > _COMMON for n in (found[i - 1], found[i + 1])):
+                return False
+    return True
 
 
 def _same_order(
@@ -173,7 +217,8 @@ def near_pairs(
     for i, j in _candidates(signatures, usable):
         if (key := (i << 32) | j) not in seen:
             seen.add(key)
-            if (alike := _similarity(sets[i], sets[j], weights)) >= threshold:
+            framed = partial(_framed, texts=(texts[i], texts[j]), weights=weights, meant=meant)
+            if (alike := _similarity(sets[i], sets[j], weights, framed)) >= threshold:
                 common = {w for w in sets[i] & sets[j] if weights[w] > _LIGHT}
                 if _same_order(texts[i], texts[j], common, meant):
                     scored.append((i, j, alike))

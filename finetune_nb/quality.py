@@ -260,7 +260,7 @@ def check_copies(texts: Texts) -> list[Finding]:
             message = f"{len(rows):,} chats in {_many(len(groups), 'group', 'groups')}: {what}."
             number = {i: n for n, g in enumerate(groups, 1) for i in g}
             asked = {i: _short(texts.questions[i].split("user ", 1)[-1], 90) for i in number}
-            excerpts = {i: f"[{n}] {asked[i]} → {_short(texts.answers[i], 90)}" for i, n in number.items()}
+            excerpts = {i: f"[{n}] {asked[i]}\n→ {_short(texts.answers[i], 90)}" for i, n in number.items()}
             sizes = sorted(Counter(map(len, groups)).items())
             bars = [(f"{_many(n, 'group', 'groups')} of {size}", n * size) for size, n in sizes[:12]]
             found.append(Finding(check, point, severity, message, advice, rows, groups, excerpts, bars))
@@ -434,24 +434,42 @@ def check_characters(texts: Texts) -> list[Finding]:
     return found
 
 # %% ../nbs/00d_quality.ipynb #26f3f7b2
-def _count(tokenizer: Any, text: str) -> int:
-    "The number of tokens of a text; without a tokenizer an estimate."
-    return len(tokenizer(text)["input_ids"]) if tokenizer else -(-4 * len(text.split()) // 3)
+def _estimates(texts: Texts) -> list[tuple[int, int]]:
+    "The tokens of prompt and chat, by their words; a few more for each message."
+    found = []
+    for chat in texts.chats:
+        counts = [-(-4 * len(_spoken(m).split()) // 3) + 4 for m in chat.messages]
+        found.append((sum(counts[:-1]), sum(counts)))
+    return found
 
 
-def _tokens(chat: Chat, tokenizer: Any) -> tuple[int, int]:
-    "The tokens of the prompt and of the whole chat; a few per message for the template."
-    messages = [_count(tokenizer, _spoken(m)) + 4 for m in chat.messages]
-    if tokenizer and getattr(tokenizer, "chat_template", None):
-        messages[0] += len(
-            tokenizer.apply_chat_template(chat.messages, tokenize=True, return_dict=True, tools=chat.tools)["input_ids"]
-        ) - sum(messages)
-    return sum(messages[:-1]), sum(messages)
+def _counts(texts: Texts, tokenizer: Any) -> list[tuple[int, int]]:
+    "The tokens of prompt and chat as the chat template writes them; of the bare texts where it refuses them or there is none."
+
+    def render(chats: Sequence[Chat], n: int | None) -> list[str]:
+        try:
+            groups: dict[bool, list[Chat]] = {False: [], True: []}
+            for chat in chats:
+                groups[bool(chat.tools)].append(chat)
+            options = {"tokenize": False, "add_generation_prompt": n == -1}
+            plain = tokenizer.apply_chat_template([c.messages[:n] for c in groups[False]], **options) if groups[False] else []
+            rich = [tokenizer.apply_chat_template(c.messages[:n], tools=c.tools, **options) for c in groups[True]]
+            order = {False: iter(plain), True: iter(rich)}
+            return [next(order[bool(chat.tools)]) for chat in chats]
+        except Exception:  # a template may refuse a chat for any reason; check_template says which
+            return [" ".join(map(_spoken, c.messages[:n])) for c in chats] if len(chats) == 1 else [t for c in chats for t in render([c], n)]
+
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(texts.chats), 256):
+        batch = texts.chats[start : start + 256]
+        sizes = [list(map(len, tokenizer(render(batch, n), add_special_tokens=False)["input_ids"])) for n in (-1, None)]
+        found += zip(*sizes, strict=True)
+    return found
 
 
 def check_tokens(texts: Texts, tokenizer: Any, max_length: int | None) -> list[Finding]:
     "How many tokens chats have, which would be cut, and which would lose their whole answer."
-    counts = [_tokens(c, tokenizer) for c in texts.chats]
+    counts = _counts(texts, tokenizer) if tokenizer else _estimates(texts)
     totals = [t for _, t in counts]
     cut = [i for i, t in enumerate(totals) if max_length and t > max_length]
     lost = [i for i in cut if counts[i][0] >= max_length]

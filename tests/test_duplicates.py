@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from planted import clean_chats, leaks, reworded
 
 from finetune_nb.data import icd10_chats, icd10_entries
 from finetune_nb.duplicates import matches_between, near_duplicate_groups, normalise
+from finetune_nb.planted import clean_chats, leaks, reworded
 
 
 @pytest.mark.parametrize("a, b", [("Ａ b", "a B!"), ("it’s", "It's"), ("a\u00a0b", "a b"), ("state-of-the-art", "State of the art"), ("Straße", "STRASSE")])

@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
-from planted import PERSONAL, SECRETS, clean_chats, plant
 
 from finetune_nb.chats import Chat
 from finetune_nb.config import ConfigError
 from finetune_nb.data import icd10_chats
 from finetune_nb.personal import find_personal, masked
+from finetune_nb.planted import PERSONAL, SECRETS, clean_chats, plant
 from finetune_nb.quality import check_chats
 
 
@@ -37,7 +37,7 @@ def test_planted_faults_are_found(kind):
     report = check_chats(chats)
     for name, rows in planted.items():
         check = name.split(":")[0].replace("near", "near_duplicates")
-        least = 0.9 if name in ("near: reworded", "contradictions: near") else 1.0
+        least = {"near: reworded": 0.9, "contradictions: near": 0.9, "near: another hand": 0.6}.get(name, 1.0)
         assert len(rows & set(report.rows(check))) >= least * len(rows), name
     everything = set().union(*planted.values())
     near = set(report.rows("near_duplicates")) | set(report.rows("contradictions"))
