@@ -89,9 +89,16 @@ def check_refusals(texts: Texts) -> list[Finding]:
     )
 
 
+_HINTS = (
+    "language model", "artificial intelligence", " ai ", " ai,", "an ai", "chatgpt", "claude", "gemini", "bard", "copilot", "gpt", "openai", "anthropic",
+    "by google", "meta ai", "mistral", "knowledge cut", "cutoff", "training data", "my last", "sprachmodell", "als ki", "en tant qu", "como ", "作为",
+)  # fmt: skip
+
+
 def check_boilerplate(texts: Texts) -> list[Finding]:
     "Answers that speak as another model."
-    rows = [i for i, a in enumerate(texts.answers) if _BOILERPLATE.search(a)]
+    lower = map(str.lower, texts.answers)  # a plain search first: the pattern is slow on long texts
+    rows = [i for i, a in enumerate(lower) if any(h in a for h in _HINTS) and _BOILERPLATE.search(a)]
     message = _many(len(rows), "answer speaks as another model.", "answers speak as another model.")
     return _finding(texts, "boilerplate", 1, "warning", rows, message, "Take the sentence out, or leave the chat out.")
 
