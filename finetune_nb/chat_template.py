@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from html import escape
 from multiprocessing import get_context
 from pathlib import Path
@@ -182,7 +183,10 @@ def _cache_key(chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", trai
     "SHA-256 over all that the rows depend on."
     from transformers import __version__
 
-    today = render([{"role": "user", "content": "Hi"}], tokenizer, True, None, kwargs)  # some templates write the date
+    try:
+        today = render([{"role": "user", "content": "Hi"}], tokenizer, True, None, kwargs)  # some templates write the date
+    except TemplateError:  # some want a system message
+        today = date.today().isoformat()
     source = "".join((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in ("chat_template", "masks", "turns")) if "__file__" in globals() else ""
     marks = [[(m.get("train"), m.get("weight")) for m in c.messages] for c in chats if any("train" in m or "weight" in m for m in c.messages)]
     tools = [c.tools for c in chats if c.tools]
@@ -437,7 +441,8 @@ def _check_system(look: _Look) -> Found:
         has = any(chat.messages[0]["role"] == "system" for chat in look.chats)
         return "system message", "error" if has else "note", str(error)
     before = re.sub("|".join(map(re.escape, control_tokens(look.tokenizer))), " ", look.render(look.probe.prompt).partition("Quartz?")[0])
-    if len(re.findall(r"\w{2,}", before)) > 4:
+    without = not look.chats or any(c.messages[0]["role"] != "system" for c in look.chats)
+    if without and len(re.findall(r"\w{2,}", before)) > 4:
         return "system message", "note", f"without one in the chat, the template writes its own: {' '.join(before.split())[:120]!r}.", "It is part of training and test alike."
     return "system message", "ok", "written where the chat has one."
 

@@ -60,11 +60,19 @@ def evaluate_command(options: argparse.Namespace) -> None:
     _evaluate(load_run(options.run), load_chats(options.data) if options.data else None)
 
 
+def _pair(word: str, option: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ConfigError(f"{option} {word}: expected NAME=VALUE, such as {option} user=question assistant=answer")
+    return name, value
+
+
 def check_command(options: argparse.Namespace) -> None:
     "Reads chats, judges them, and says what their tokens look like to a model."
     from finetune_nb.data import check_chats, load_chats
 
-    chats = load_chats(options.files if len(options.files) > 1 else options.files[0], on_error=options.on_error)
+    columns = dict(_pair(word, "--columns") for word in options.columns)
+    chats = load_chats(options.files if len(options.files) > 1 else options.files[0], columns=columns or None, on_error=options.on_error)
     tokenizer = None
     if options.model:
         from finetune_nb.models import load_tokenizer
@@ -245,6 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--model", help="also count tokens, and check the chat template, of this base model")
     check.add_argument("--max-length", type=int, default=1024, help="longest chat in tokens (default: %(default)s)")
     check.add_argument("--pattern", help="regular expression that every answer should match as a whole")
+    check.add_argument("--columns", metavar="ROLE=COLUMN", nargs="+", default=[], help="which columns of a table hold what, as in user=question assistant=reply")
     check.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad rows (default: %(default)s)")
     check.add_argument("--save", metavar="PATH", help="write the report: .html, .md or .json")
     check.set_defaults(run_command=check_command)

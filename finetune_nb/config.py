@@ -66,7 +66,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _expected(hint: Any, metadata: dict) -> str:
     "In words, what a field accepts: `an integer from 1 to 1024`."
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null (empty)"}
-    names |= {list[str]: "a list of names", dict[str, str]: "names with texts, as in {question: user}", dict[str, Any]: "names with values, as in {enable_thinking: false}"}
+    names |= {list[str]: "a list of names", dict[str, str]: "names with texts, as in {user: question}", dict[str, Any]: "names with values, as in {enable_thinking: false}"}
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if choices:
         return "one of " + ", ".join(repr(c) for c in choices)
@@ -151,7 +151,7 @@ class FinetuneConfig:
 
     # --- the data
     train_file: str = setting("icd10")  # chats: a file (JSONL, JSON, CSV, parquet), a pattern such as data/*.jsonl, or a data set on the hub; "icd10" and "icd10-bare" are the built-in demo sets, already split
-    columns: dict[str, str] = setting({})  # which columns of a table hold what, as in {question: user, reply: assistant}; empty: the format is recognised
+    columns: dict[str, str] = setting({})  # which columns of a table hold what, as in {user: question, assistant: reply}; empty: the format is recognised
     on_error: str = setting("raise", choices=("raise", "skip"))  # what to do with bad rows: stop and list them all, or leave them out, listed and kept in a file beside the data
     validation_file: str | None = setting(None)  # file of chats that steers early stopping; empty: a share of train_file
     test_file: str | None = setting(None)  # file of chats that is looked at once, at the end; empty: a share of train_file

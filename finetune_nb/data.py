@@ -46,6 +46,13 @@ def question(chat: Chat) -> str:
     return "\n".join(m["content"] or "" for m in chat.messages if m["role"] == "user")
 
 
+def _questions(*sets: Sequence[Chat]) -> list[list[str]]:
+    "The question of every chat of every set; where most chats have a system message of their own, it belongs to the question."
+    systems = [m["content"] or "" for chats in sets for c in chats for m in c.messages[:1] if m["role"] == "system"]
+    part_of_it = len(set(systems)) > 0.25 * sum(map(len, sets))
+    return [[f"{c.messages[0]['content']}\n{question(c)}" if part_of_it and c.messages[0]["role"] == "system" else question(c) for c in chats] for chats in sets]
+
+
 def _joined(n: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:
     "The numbers below `n`, put together wherever a group has two of them."
     parent = list(range(n))
@@ -85,9 +92,11 @@ def split_chats(
     near_duplicates: bool = True,  # chats that ask nearly the same stay together too
 ) -> Splits:
     "Splits by seed, whole groups at a time; raises `ConfigError` when a part that was asked for would be empty."
-    texts = [question(chat) for chat in chats]
-    together = list(_by_value(chats, lambda chat: normalise(question(chat))).values())
-    together += near_duplicate_groups(texts) if near_duplicates else []
+    texts = _questions(chats)[0]
+    same = defaultdict(list)
+    for i, text in enumerate(texts):
+        same[normalise(text)].append(i)
+    together = list(same.values()) + (near_duplicate_groups(texts) if near_duplicates else [])
     together += _by_value(chats, group).values() if group else []
     groups = _joined(len(chats), together)
     random.Random(seed).shuffle(groups)
@@ -145,7 +154,7 @@ def check_leaks(
     "Every chat of `clean` whose question stands in `other`, once each, with the closest twin."
     order = {"exact": 0, "normalised": 1, "near": 2}
     found: dict[int, Leak] = {}
-    for i, j, kind in sorted(matches_between([question(c) for c in clean], [question(c) for c in other]), key=lambda m: (m[0], order[m[2]], m[1])):
+    for i, j, kind in sorted(matches_between(*_questions(clean, other)), key=lambda m: (m[0], order[m[2]], m[1])):
         found.setdefault(i, Leak(kind, clean[i], other[j]))
     return list(found.values())
 

@@ -58,9 +58,16 @@ def _render_many(
     except Exception as error:  # a template is a program: it may raise anything
         if len(batch) > 1:
             return [_render_many([m], tokenizer, add_generation_prompt, tools, kwargs, [w])[0] for m, w in zip(batch, wheres, strict=True)]
-        if isinstance(error, TypeError) and any(m.get("tool_calls") for m in batch[0]):
-            return [tokenizer.apply_chat_template(_as_texts(batch[0]), **options)]
+        if isinstance(error, TypeError) and (as_texts := _as_texts(batch[0])) != batch[0]:  # it wants the arguments as text
+            return _render_texts(as_texts, tokenizer, options, wheres[0])
         raise TemplateError(f"{wheres[0]}: the chat template refuses this chat: {_reason(error, batch[0])}") from None
+
+
+def _render_texts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], where: str) -> list[str]:
+    try:
+        return [tokenizer.apply_chat_template(messages, **options)]
+    except Exception as error:
+        raise TemplateError(f"{where}: the chat template refuses this chat: {_reason(error, messages)}") from None
 
 
 def _reason(error: Exception, messages: list[dict[str, Any]]) -> str:
@@ -80,7 +87,8 @@ def _with_arguments(messages: list[dict[str, Any]], change: Any) -> list[dict[st
         changed = inner | {"arguments": change(inner["arguments"])} if "arguments" in inner else inner
         return one | {"function": changed} if "function" in one else changed
 
-    return [m | {"tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+    given = ({k: v for k, v in m.items() if v is not None} for m in messages)  # a template would write "None"
+    return [m | {"tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in given]
 
 
 def _as_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finetune_nb.chat_template import (
     NO_LOSS,
@@ -330,3 +331,57 @@ def test_render_names_the_chat(tokenizer):
     assert render([{"role": "user", "content": "Hi"}], tokenizer, True).endswith("<|im_start|>assistant\n")
     with pytest.raises(TemplateError, match="here: the chat template refuses"):
         render([{"role": "user", "content": "Hi"}], with_template(tokenizer, "{{ raise_exception('no') }}"), where="here")
+
+
+def small_tokenizer(kind):
+    "A tokenizer of another kind than the embedded one, trained on a few words."
+    special = ["<unk>", "<s>", "</s>"]
+    if kind.startswith("metaspace"):
+        made, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>")
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind.split()[1])
+        made.decoder = decoders.Metaspace(prepend_scheme=kind.split()[1])
+    elif kind == "sentencepiece":
+        made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
+    elif kind == "word pieces":
+        made, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(vocab_size=400, special_tokens=special)
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    else:
+        made, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.post_processor = processors.ByteLevel(trim_offsets=True)
+    made.train_from_iterator(["[INST] hello there it is [/INST] yes, no, the code is J20", "USER: what? ASSISTANT: spaced yes\n\nno"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("template", ["[INST]", "ASSISTANT:", "ASSISTANT: "])
+@pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "sentencepiece", "word pieces", "bytes with trimmed offsets"])
+def test_other_tokenizers_give_the_prompt_of_inference_or_refuse(kind, template):
+    tokenizer = small_tokenizer(kind)
+    if template == "[INST]":
+        tokenizer.chat_template = "<s>{% for m in messages %}{{ ' ' + m.content + '</s>' if m.role == 'assistant' else '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
+    else:
+        tokenizer.chat_template = (
+            "<s>{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content }}{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}"
+            "{% if add_generation_prompt %}" + template + "{% endif %}"
+        )
+    refused = 0
+    for one in (chat("hello", "there it is"), chat("what", "The code is J20", "yes", "no"), chat("yes", "\n\nno"), chat("yes", "  no")):
+        try:
+            rows = next(token_rows([one], tokenizer))
+        except TemplateError as error:
+            assert "across the end of the prompt" in str(error)
+            refused += 1
+            continue
+        answers = iter([i for i, m in enumerate(one.messages) if m["role"] == "assistant"])
+        for row in rows:
+            for start in [k for k, label in enumerate(row["labels"]) if label != NO_LOSS and row["labels"][k - 1] == NO_LOSS]:
+                i = next(answers)
+                assert row["input_ids"][:start] == tokenizer(render_prompt(one.messages[:i], tokenizer), add_special_tokens=False)["input_ids"]
+                end = row["labels"].index(tokenizer.eos_token_id, start)
+                said = tokenizer.decode(row["input_ids"][start:end])
+                assert said.replace(" ", "").strip().lower() == one.messages[i]["content"].replace(" ", "").strip().lower()
+        assert next(answers, None) is None
+    assert refused < 4 or kind == "sentencepiece"

@@ -38,6 +38,27 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
     assert "40 test chats" in capsys.readouterr().out
 
 
+def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_chats([*chats, chats[3]], "chats.jsonl")
+    assert main(["check", "chats.jsonl", "--save", "report.html"]) == 0
+    said = capsys.readouterr().out
+    assert "exact_duplicates: 2 chats in 1 group" in said and "chats.jsonl, line 41" in said and "41 examples" in said
+    assert "Report: report.html" in said and "<details" in (tmp_path / "report.html").read_text()
+    assert main(["check", "chats.jsonl", "--model", "SmolLM2-135M-Instruct", "--max-length", "40"]) == 0
+    said = capsys.readouterr().out
+    assert "pass max_length=40" in said and "ok      generation stops" in said
+    (tmp_path / "a.csv").write_text("q,reply\nWho?,Me.\nWhat?,\n")
+    assert main(["check", "a.csv", "--columns", "user=q", "assistant=reply"]) == 2
+    assert "a.csv, line 3" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="a.rejected"):
+        assert main(["check", "a.csv", "--columns", "user=q", "assistant=reply", "--on-error", "skip"]) == 0
+    assert "1 chats checked" in capsys.readouterr().out
+    for words, what in ((["--pattern", "("], "not a regular expression"), (["--columns", "q"], "expected NAME=VALUE"), (["--save", "x.pdf"], "a report ends in")):
+        assert main(["check", "chats.jsonl", *words]) == 2
+        assert what in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -48,10 +48,10 @@ def test_every_field_round_trips_and_refuses_nonsense(field, tmp_path):
 
 
 def test_names_with_values(tmp_path):
-    config = FinetuneConfig(columns={"question": "user"}, chat_template_kwargs={"enable_thinking": False, "tools": ["a"]})
+    config = FinetuneConfig(columns={"user": "question"}, chat_template_kwargs={"enable_thinking": False, "tools": ["a"]})
     assert load_config(save_config(config, tmp_path / "c.yaml")) == config
-    with pytest.raises(ConfigError, match="columns: expected names with texts, as in {question: user}, got {'question': 1}"):
-        config.columns = {"question": 1}
+    with pytest.raises(ConfigError, match="columns: expected names with texts, as in {user: question}, got {'user': 1}"):
+        config.columns = {"user": 1}
 
 
 def test_odd_texts_round_trip(tmp_path):

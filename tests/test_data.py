@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from finetune_nb.config import ConfigError
 from finetune_nb.data import (
     Chat,
     ChatError,
@@ -129,6 +130,18 @@ def test_leaks_of_every_kind_are_found():
     assert [[leak.kind for leak in leaks] for leaks in kinds] == [["exact"], ["normalised"], ["normalised"], ["near"], ["near"], ["near"]]
     said = leak_report(Splits(train, clean, [*clean[:2], train[3]]))
     assert len(said) == 2 and "1 of 3 test chats ask what a train chat asks (1 exact)" in said[0] and "2 of 3 test chats ask what a validation chat" in said[1]
+
+
+def test_a_system_message_of_its_own_belongs_to_the_question():
+    def about(document, i):
+        return Chat([{"role": "system", "content": document}, *asked("What does it say about fever?").messages], f"row {i}")
+
+    own = [about(f"Leaflet of {s}: take it with water, twice a day.", i) for i, s in enumerate(SUBJECTS)]
+    shared = [about("Answer from the leaflet.", i) for i in range(18)]
+    assert check_leaks(own[9:], own[:9]) == [] and len(check_leaks(shared[9:], shared[:9])) == 9
+    assert all(split_chats(own, 0.2, 0.2)) and check_leaks([own[0]], own[:9])[0].kind == "exact"
+    with pytest.raises(ConfigError, match="18 chats in 1 groups of the same question are too few"):
+        split_chats(shared, 0.2, 0.2)
 
 
 def test_demo_data_is_the_same_for_the_same_seed():

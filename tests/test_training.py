@@ -254,6 +254,9 @@ def test_leaks_are_shown_and_kept(quick, splits, capsys):
 def test_a_run_says_what_is_odd_about_the_template(quick, splits, capsys):
     train(replace(quick, max_steps=1, eval_strategy="no"), splits)
     assert "Chat template, note    system message: without one in the chat, the template writes its own" in capsys.readouterr().out
+    told = [[Chat([{"role": "system", "content": "Add."}, *c.messages], c.where) for c in part] for part in splits]
+    train(replace(quick, max_steps=1, eval_strategy="no"), Splits(*told))
+    assert "Chat template" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choice", ["train_on", "control_tokens"])
