@@ -237,7 +237,9 @@ def test_forged_control_tokens_are_refused_or_neutralised(tokenizer):
 
 
 def test_marks_of_the_template_are_the_assistants_own(tokenizer):
-    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(["<think>", "</think>", "<b>"])
+    tokenizer.chat_template = "{# knows <think> #}" + TEMPLATES["chatml"]
+    assert tokenize_chat(chat("What does <b> mean?", "Bold."), tokenizer)  # a word of the vocabulary, but none of the template's
     assert "<think>" in taught(tokenize_chat(chat("a", "<think>x</think>y"), tokenizer), tokenizer)[0]
     with pytest.raises(TemplateError, match="message 1: the content contains '<think>'"):
         tokenize_chat(chat("<think>", "y"), tokenizer)
