@@ -175,8 +175,10 @@ class FinetuneConfig:
     # --- the training
     num_train_epochs: float = setting(3, 0.01, 1000)  # passes over the training chats: more fits them better, too many learns them by heart
     max_steps: int = setting(-1, -1, 10_000_000)  # optimizer steps; above 0 it overrides num_train_epochs, for a quick look
-    per_device_train_batch_size: int = setting(4, 1, 4096)  # chats per device at once: higher is faster until memory is full
-    gradient_accumulation_steps: int = setting(4, 1, 4096)  # batches added up before each step: a larger effective batch without more memory
+    per_device_train_batch_size: int = setting(4, 1, 4096)  # chats per device in a batch; times gradient_accumulation_steps it is what one step learns from, however much is computed at once
+    gradient_accumulation_steps: int = setting(4, 1, 4096)  # batches added up before each step: a larger effective batch
+    packing: str = setting("shared", choices=("shared", "packed", "padded", "single"))  # how the chats of a step are computed, with the same result: in one row with common beginnings once (fastest), without sharing, filled up, one by one; a model that can't do one gets the next
+    max_tokens_at_once: int | None = setting(None, 16, 100_000_000)  # tokens computed at once: more is faster until memory is full; empty: found from the memory
     learning_rate: float = setting(2e-4, 1e-8, 1)  # size of a step: too high diverges, too low learns nothing; LoRA wants about ten times that of full fine-tuning
     warmup_ratio: float = setting(0.1, 0, 1)  # share of the steps in which the learning rate rises from zero: steadies the start
     lr_scheduler_type: str = setting("cosine", choices=("cosine", "linear", "constant_with_warmup", "constant"))  # how the learning rate falls after the warm-up; cosine ends gently
@@ -184,13 +186,13 @@ class FinetuneConfig:
     max_grad_norm: float = setting(1.0, 0, 1000)  # gradients longer than this are shortened, so that one odd batch does no harm; 0: never
     optim: str = setting("adamw_torch", choices=("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit"))  # optimizer: adamw_torch is the safe choice; paged_adamw_8bit saves memory on a GPU
     gradient_checkpointing: bool = setting(False)  # compute activations twice instead of keeping them: a third slower, far less memory
-    group_by_length: bool = setting(True)  # batches of chats of similar length: less padding, faster; a little less random
+    group_by_length: bool = setting(False)  # steps of chats of similar length; only of use where chats are filled up (packing "padded"), and a little less random
 
     # --- looking, saving, stopping
     logging_steps: int = setting(10, 1, 1_000_000)  # steps between two points of the training curve
     eval_strategy: str = setting("epoch", choices=("no", "steps", "epoch"))  # when to look at the validation set; "no" also gives up early stopping and the best adapter
     eval_steps: int | None = setting(None, 1, 10_000_000)  # steps between two looks, with eval_strategy "steps"; empty: logging_steps
-    per_device_eval_batch_size: int = setting(8, 1, 4096)  # chats at once when evaluating: higher is faster until memory is full
+    per_device_eval_batch_size: int = setting(64, 1, 4096)  # chats packed together when evaluating: more of them share a common beginning
     save_total_limit: int = setting(2, 1, 1000)  # checkpoints kept on disk, the best one always among them
     early_stopping_patience: int = setting(2, 0, 1000)  # looks without improvement of validation loss before training stops; 0: never stop early
     seed: int = setting(42, 0, 2**32 - 1)  # start of every random choice: the same seed repeats the run on the same machine

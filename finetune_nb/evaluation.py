@@ -27,7 +27,9 @@ from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_c
 from .config import replacing
 from .data import Chat
 from .models import release_memory
-from .training import PaddingCollator, Picture, Progress, Run, TrainingError, clock_time, mixed_precision, token_losses
+from .losses import mixed_precision, token_losses
+from .packing import PackingCollator
+from .training import Picture, Progress, Run, TrainingError, clock_time
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)
@@ -169,14 +171,14 @@ def evaluate(
     checks: dict[str, Check | str] | None = None,  # by name, a function of answer and chat, or a pattern for the whole answer
     name: str = "model",  # what to call it
     max_new_tokens: int = 128,  # the longest answer
-    batch_size: int = 8,  # chats at once when computing the loss
+    collator: PackingCollator | None = None,  # how chats are computed together for the loss; None: filled up to the longest
     generation_batch_size: int = 16,  # chats at once when answering
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template, the same as in training
 ) -> EvalReport:
     "Answers and scores `chats`. An exact match compares after stripping; `ended by itself` is the share that stopped before the limit."
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
-    losses = _losses(model, tokenizer, chats, batch_size, chat_template_kwargs)
+    losses = _losses(model, tokenizer, chats, collator or PackingCollator("padded"), chat_template_kwargs)
     answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}", chat_template_kwargs)
     rows = []
     for chat, answer, (loss, tokens) in zip(chats, answers, losses, strict=True):
@@ -191,23 +193,21 @@ def evaluate(
 
 @torch.no_grad()
 def _losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], batch_size: int, chat_template_kwargs: dict[str, Any] | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], collator: PackingCollator, chat_template_kwargs: dict[str, Any] | None
 ) -> list[tuple[float, int]]:
     "For each chat the summed loss of its last answer and the number of its tokens; nothing is cut, whatever its length."
     rows = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    collate, found = PaddingCollator(tokenizer.pad_token_id), {}
+    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        tensors = {key: value.to(model.device) for key, value in collate([rows[i] for i in batch]).items()}
-        with mixed_precision(model):
-            losses, row_of = token_losses(model, tensors)
-        for k, i in enumerate(batch):
-            found[i] = (losses[row_of == k].double().sum().item(), int((row_of == k).sum()))
+    with collator.attention(model):
+        for batch in collator.batches(rows):
+            with mixed_precision(model):
+                losses = token_losses(model, batch.to(model.device))
+            total.index_add_(0, batch.chat, losses.double().cpu())
+            count.index_add_(0, batch.chat, torch.ones_like(batch.chat))
     model.train(training)
-    return [found[i] for i in range(len(rows))]
+    return list(zip(total.tolist(), count.tolist(), strict=True))
 
 # %% ../nbs/09_evaluation.ipynb #b162c255
 @dataclass(frozen=True)
@@ -344,12 +344,13 @@ def evaluate_run(
     if config.control_tokens == "neutralise":
         sample = [neutralise(chat, run.tokenizer) for chat in sample]
     checks = {**(pattern_checks(config.answer_pattern) if config.answer_pattern else {}), **(checks or {})}
+    packing = PackingCollator(run.facts.get("packing", "padded"), run.facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id)
     reports = []
     for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
         with switch():
             report = evaluate(
                 run.model, run.tokenizer, sample, checks, name,
-                config.max_new_tokens, config.per_device_eval_batch_size, config.generation_batch_size, config.chat_template_kwargs,
+                config.max_new_tokens, packing, config.generation_batch_size, config.chat_template_kwargs,
             )  # fmt: skip
         reports.append(report)
     comparison = compare(*reports, facts=_run_facts(run, len(sample), len(everything)))

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import FinetuneConfig, FinetuneError
+from .lora_linear import use_one_rounding
 
 # %% ../nbs/04_lora.ipynb #1e3547b7
 class AdapterError(FinetuneError, ValueError):
@@ -70,7 +71,9 @@ def add_lora(
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, lora, autocast_adapter_dtype=True)
+        tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    use_one_rounding(tuned)
+    return tuned
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> list[str]:
@@ -128,6 +131,7 @@ def load_adapter(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the name of the base model, which is ours to check
         tuned = get_peft_model(model, lora)
+    use_one_rounding(tuned)
     set_adapter_weights(tuned, load_file(folder / "adapter_model.safetensors"), str(folder))
     return tuned if is_trainable else tuned.eval()
 

@@ -17,14 +17,13 @@ from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits, fingerprint, icd10_chats, save_chats
 from finetune_nb.evaluation import evaluate_run
 from finetune_nb.lora import AdapterError, add_lora, load_adapter
+from finetune_nb.losses import mean_loss, token_losses
 from finetune_nb.models import load_model
+from finetune_nb.packing import PackingCollator
 from finetune_nb.training import (
-    PaddingCollator,
     TrainingError,
     load_run,
     load_splits,
-    mean_loss,
-    token_losses,
     total_steps,
     train,
 )
@@ -44,7 +43,8 @@ def splits(chats):
 
 def batches_of(chats, tokenizer, size=4):
     rows = list(tokenize_chats(chats, tokenizer))
-    return [PaddingCollator(tokenizer.pad_token_id)(rows[i : i + size]) for i in range(0, len(rows), size)]
+    collator = PackingCollator("padded", pad_token_id=tokenizer.pad_token_id)
+    return [batch for i in range(0, len(rows), size) for batch in collator.batches(rows[i : i + size])]
 
 
 def test_a_run_is_whole_and_comes_back_the_same(quick, splits):
@@ -112,12 +112,14 @@ def test_accumulation_changes_nothing(size, accumulate, quick, splits):
     assert change > 0 and all((one[k] - two[k]).abs().max() < 1e-5 * max(change, 1) for k in one)
 
 
-def test_loss_at_supervised_columns_is_the_whole_loss(tiny_model, splits):
+def test_loss_at_supervised_places_is_the_whole_loss(tiny_model, splits):
     model, tokenizer = load_model(tiny_model, torch.float32, use_cpu=True)
-    for batch in batches_of(splits.train, tokenizer, 6):
-        losses, row_of = token_losses(model, batch)
-        assert losses.mean().item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
-        assert len(losses) == (batch["labels"][:, 1:] != -100).sum() and row_of.max() == len(batch["labels"]) - 1
+    rows = list(tokenize_chats(splits.train[:6], tokenizer))
+    for row, batch in zip(rows, batches_of(splits.train[:6], tokenizer, 1), strict=True):
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        losses = token_losses(model, batch)
+        assert losses.mean().item() == pytest.approx(model(ids, labels=labels).loss.item(), abs=1e-6)
+        assert len(losses) == (labels[:, 1:] != -100).sum()
 
 
 def test_gradients_reach_every_adapter(tiny_model, quick, splits):
@@ -229,13 +231,13 @@ def test_splits_by_columns(quick, chats, tmp_path):
 def test_the_test_set_is_never_trained_on(quick, splits, monkeypatch):
     "Its chats would not even survive the tokenizer, and no batch has any of them."
     poisoned = [Chat([c.messages[0], c.messages[1] | {"content": "<|im_end|>"}], f"test {i}") for i, c in enumerate(splits.test)]
-    seen, collate = set(), PaddingCollator.__call__
+    seen, collate = set(), PackingCollator.__call__
 
     def look(self, rows):
         seen.update(row["where"] for row in rows)
         return collate(self, rows)
 
-    monkeypatch.setattr(PaddingCollator, "__call__", look)
+    monkeypatch.setattr(PackingCollator, "__call__", look)
     run = train(replace(quick, num_train_epochs=1), splits._replace(test=poisoned))
     assert seen == {c.where for c in [*splits.train, *splits.validation]}
     assert len(run.test) == len(poisoned)
