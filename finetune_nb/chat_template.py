@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from .data import Chat, fingerprint
+from .data import Chat
 from .masks import NO_LOSS, Controls, neutralise, token_rows, tokenize_chat  # noqa: F401
 from .turns import TemplateError, control_tokens, merge_system, render, render_prompt, rows_of  # noqa: F401
 
@@ -183,16 +183,14 @@ def _cache_key(chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", trai
     "SHA-256 over all that the rows depend on."
     from transformers import __version__
 
-    try:
-        today = render([{"role": "user", "content": "Hi"}], tokenizer, True, None, kwargs)  # some templates write the date
-    except TemplateError:  # some want a system message
-        today = date.today().isoformat()
+    today = date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
+    written = hashlib.sha256()
+    for chat in chats:  # in the order of their keys, as templates write them
+        written.update(json.dumps([chat.messages, chat.tools], ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     source = "".join((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in ("chat_template", "masks", "turns")) if "__file__" in globals() else ""
-    marks = [[(m.get("train"), m.get("weight")) for m in c.messages] for c in chats if any("train" in m or "weight" in m for m in c.messages)]
-    tools = [c.tools for c in chats if c.tools]
-    parts = [fingerprint(chats), [c.where for c in chats], marks, tools, str(tokenizer.chat_template), tokenizer.special_tokens_map]
+    parts = [written.hexdigest(), [c.where for c in chats], str(tokenizer.chat_template), tokenizer.special_tokens_map]
     parts += [tokenizer.backend_tokenizer.to_str(), today, train_on, kwargs, controls, source, __version__]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def _from_cache(file: Path | None) -> Dataset | None:

@@ -26,10 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_chats
 from .config import replacing
 from .data import Chat
-from .models import release_memory
 from .losses import mixed_precision, token_losses
+from .models import release_memory
 from .packing import PackingCollator
 from .training import Picture, Progress, Run, TrainingError, clock_time
+
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+
 # %% ../nbs/03a_lora_linear.ipynb #c0d56cf9
 class OneRounding(torch.autograd.Function):
     "`x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with a single rounding, for a frozen `W`."

@@ -31,22 +31,28 @@ class Controls:
         special = set(control_tokens(tokenizer))
         words = {t.content for t in tokenizer.added_tokens_decoder.values() if re.search(r"[^\w\s]", t.content)} | PLAIN_CONTROLS
         marks = {word for word in words if word in str(tokenizer.chat_template)}
-        self._assistant, self._others = _any_of(special), _any_of(special | marks)
+        self._assistant, self.others = _any_of(special), _any_of(special | marks)
 
     def pattern(self, message: dict[str, Any]) -> re.Pattern[str]:
         "What this message must not say: the assistant may write the marks of its own template, such as <think>."
-        return self._assistant if message["role"] == "assistant" else self._others
+        return self._assistant if message["role"] == "assistant" else self.others
 
     def find(self, chat: Chat) -> str | None:
         "Says which control token a chat contains, and where."
         for i, message in enumerate(chat.messages, 1):
             for key, text in _texts(message):
                 if found := self.pattern(message).search(text):
-                    return (
-                        f"{chat.where}, message {i}: the {key.replace('_', ' ')} contains {found[0]!r}, a control token of this model, which would "
-                        'forge the structure of the chat. Remove it, or set control_tokens to "neutralise" to have it read as plain text.'
-                    )
+                    return _forged(f"{chat.where}, message {i}: the {key.replace('_', ' ')} contains", found[0])
+        if chat.tools and (found := self.others.search(json.dumps(chat.tools, ensure_ascii=False))):
+            return _forged(f"{chat.where}: the description of a tool contains", found[0])
         return None
+
+
+def _forged(place: str, token: str) -> str:
+    return (
+        f"{place} {token!r}, a control token of this model, which would forge the structure of the chat. "
+        'Remove it, or set control_tokens to "neutralise" to have it read as plain text.'
+    )
 
 
 def _any_of(words: set[str]) -> re.Pattern[str]:
@@ -58,8 +64,24 @@ def _texts(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("content", *REASONING):
         if isinstance(message.get(key), str):
             yield key, message[key]
-    if message.get("tool_calls"):
-        yield "tool_calls", json.dumps(message["tool_calls"], ensure_ascii=False)
+    for key in ("name", "tool_call_id"):
+        if isinstance(message.get(key), str):
+            yield key, message[key]
+    for call in message.get("tool_calls") or ():
+        yield "tool_calls", json.dumps(_with_decoded_arguments(call), ensure_ascii=False)
+
+
+def _with_decoded_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    "A tool call whose arguments are an object: in JSON text a control token may hide behind escapes, which a template undoes."
+    inner = call.get("function", call)
+    arguments = inner.get("arguments")
+    if not isinstance(arguments, str) or not arguments.strip():
+        return call
+    try:
+        decoded = inner | {"arguments": json.loads(arguments)}
+    except ValueError:  # the template will say so
+        return call
+    return call | {"function": decoded} if "function" in call else decoded
 
 # %% ../nbs/01b_masks.ipynb #ecdfd7ef
 def neutralise(
@@ -70,19 +92,42 @@ def neutralise(
     controls = tokenizer if isinstance(tokenizer, Controls) else Controls(tokenizer)
     if controls.find(chat) is None:
         return chat
-    keys = {"content", "tool_calls", *REASONING}
-    messages = [{k: _broken(v, controls.pattern(m)) if k in keys else v for k, v in m.items()} for m in chat.messages]
-    return Chat(messages, chat.where, chat.extra)
+    keys = {"content", "name", "tool_call_id", *REASONING}
+    messages = []
+    for message in chat.messages:
+        pattern = controls.pattern(message)
+        plain = {k: _broken(v, pattern, chat.where) if k in keys else v for k, v in message.items()}
+        calls = message.get("tool_calls")
+        messages.append(plain | {"tool_calls": [_broken_call(call, pattern, chat.where) for call in calls]} if calls else plain)
+    tools = {"tools": _broken(chat.tools, controls.others, chat.where)} if chat.tools else {}
+    return Chat(messages, chat.where, chat.extra | tools)
 
 
-def _broken(value: Any, pattern: re.Pattern[str]) -> Any:
+def _broken(value: Any, pattern: re.Pattern[str], where: str) -> Any:
     if isinstance(value, str):
-        while pattern.search(value):
+        for _ in range(10):
+            if not (found := pattern.search(value)):
+                return value
+            if len(found[0]) == 1:
+                break
             value = pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
-        return value
+        raise TemplateError(f"{where}: the control token {pattern.search(value)[0]!r} can't be broken by a space. Remove it from the data.")
     if isinstance(value, list):
-        return [_broken(v, pattern) for v in value]
-    return {k: _broken(v, pattern) for k, v in value.items()} if isinstance(value, dict) else value
+        return [_broken(v, pattern, where) for v in value]
+    return {_broken(k, pattern, where): _broken(v, pattern, where) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _broken_call(call: dict[str, Any], pattern: re.Pattern[str], where: str) -> dict[str, Any]:
+    "A tool call without control tokens; the same object, its arguments in the same form, when there is none."
+    decoded = _with_decoded_arguments(call)
+    broken = _broken(decoded, pattern, where)
+    if broken == decoded:
+        return call
+    if isinstance(call.get("function", call).get("arguments"), str):
+        inner = broken.get("function", broken)
+        as_text = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+        return broken | {"function": as_text} if "function" in broken else as_text
+    return broken
 
 # %% ../nbs/01b_masks.ipynb #2184242e
 @dataclass

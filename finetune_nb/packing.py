@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .attention import PACKED, Layout, NotPackable, Segment, attention_of
+from .attention import PACKED, Layout, Segment, attention_of
 from .chat_template import NO_LOSS
 from .losses import Batch, inner_model, mixed_precision, token_losses
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+
 # %% ../nbs/00cb_personal.ipynb #6ea0bdea
 def is_card(
     text: str,  # digits, with spaces or hyphens

@@ -39,9 +39,10 @@ from .chat_template import NO_LOSS, check_template, tokenize_chats
 from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .lora import add_lora, load_adapter, set_adapter_weights, trainable_parameters
-from .losses import inner_model, needs_autocast, token_losses
+from .losses import needs_autocast, token_losses
 from .models import cache_folder, hardware, load_model, release_memory
 from .packing import PackingCollator, check_packing
+
 
 # %% ../nbs/08_training.ipynb #59901afa
 class TrainingError(FinetuneError, RuntimeError):

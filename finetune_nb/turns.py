@@ -104,7 +104,8 @@ def _without_python_objects(text: str, messages: list[dict[str, Any]], tokenizer
         for call in message.get("tool_calls") or ():
             arguments = call.get("function", call).get("arguments")
             arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-            if arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in text:
+            said = sum(str(m.get("content")).count(str(arguments)) for m in messages)  # somebody may have written the like
+            if arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and text.count(str(arguments)) > said:
                 return tokenizer.apply_chat_template(_as_texts(messages), **options)
     return text
 
@@ -270,24 +271,51 @@ def _find_loosely(template: Template, chat: Chat, i: int, shape: Shape, prompt: 
             "Split the message in several (one tool call each), or use another template."
         )
     written = text[len(prompt) : end]
-    for part, name in _parts(message):
-        if _letters(part) not in _letters(written) and not _words(part) <= _words(written):
-            if name == "content":
-                raise TemplateError(f"{where}: {_changed(part, written)}")
-            raise TemplateError(f"{where}: the chat template leaves out {name} ({part[:40]!r}). Use a template that knows it, or remove it from the data.")
+    if left_out := _left_out(message, _letters(written)):
+        part, name = left_out
+        if name == "content" and not message.get("tool_calls"):
+            raise TemplateError(f"{where}: {_changed(part, written)}")
+        raise TemplateError(f"{where}: the chat template leaves out {name} ({part[:40]!r}). Use a template that knows it, or remove it from the data.")
     return Turn(i, len(prompt) + len(shape.header if text.startswith(shape.header, len(prompt)) else ""), end, len(prompt))
 
 
-def _parts(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    "The texts that have to be found in a turn, and what they are."
+def _left_out(message: dict[str, Any], written: str) -> tuple[str, str] | None:
+    "The first text of a message that does not stand in `written` (letters), and what it is; each has to stand there by itself."
     for key in ("content", *REASONING):
-        if message.get(key):
-            yield message[key], key
+        part = _letters(message.get(key) or "")
+        if part not in written:
+            return message[key], key
+        written = written.replace(part, " ", 1) if part else written
     for call in message.get("tool_calls") or ():
         inner = call.get("function", call)
-        yield str(inner.get("name", "")), "the name of a tool call"
+        if _letters(str(inner.get("name", ""))) not in written:
+            return str(inner.get("name")), "the name of a tool call"
         arguments = inner.get("arguments")
-        yield arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False), "the arguments of a tool call"
+        objects = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+        if not all(_is_written(leaf, written) for leaf in _leaves(objects)):
+            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False), "the arguments of a tool call"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    "Keys and values inside JSON, down to texts and numbers."
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _is_written(leaf: Any, written: str) -> bool:
+    "Whether a text or number stands in `written` (letters): as it is, as JSON, or as JSON inside JSON."
+    plain = leaf if isinstance(leaf, str) else str(leaf)
+    once = [json.dumps(leaf, ensure_ascii=ascii).removeprefix('"').removesuffix('"') for ascii in (False, True)]
+    twice = [json.dumps(text)[1:-1] for text in once]
+    return any(_letters(form) in written for form in (plain, *once, *twice))
 
 
 def _letters(text: str) -> str:
