@@ -20,7 +20,6 @@ from .data_report import Finding
 from .duplicates import normalise
 from .personal import masked
 
-
 # %% ../nbs/00cc_answers.ipynb #b282a241
 class Texts(NamedTuple):
     "The chats, taken apart for the checks."

@@ -18,7 +18,6 @@ from transformers.masking_utils import sdpa_mask
 
 from .config import FinetuneError
 
-
 # %% ../nbs/05a_attention.ipynb #455a2cf6
 @dataclass(frozen=True)
 class Segment:
@@ -61,18 +60,18 @@ class TreeAttention(torch.autograd.Function):
     "Attention over the segments of a row: query of shape (heads, tokens, size), key and value of shape (key heads, tokens, size)."
 
     @staticmethod
-    def forward(ctx, query, key, value, segments, scaling, window):
+    def forward(ctx, query, key, value, segments, scaling, window=None, softcap=None):
         heads, tokens, size = query.shape
         grouped = (query * scaling).view(len(key), heads // len(key), tokens, size)
         out, kept = query.new_empty(tokens, heads, value.shape[-1]), []
         for segment in segments:
             keys, values = _seen(key, segment), _seen(value, segment)
             for start, end, n_keys in _blocks(segment):
-                p = _probabilities(grouped[:, :, start:end], keys[:, :n_keys], window)
+                p = _probabilities(grouped[:, :, start:end], keys[:, :n_keys], window, softcap)
                 out[start:end] = (p @ values[:, :n_keys]).view(heads, end - start, -1).transpose(0, 1)
                 kept.append(p if n_keys <= KEPT and ctx.needs_input_grad[0] else None)
         ctx.save_for_backward(grouped, key, value, *kept)
-        ctx.segments, ctx.scaling, ctx.window = segments, scaling, window
+        ctx.segments, ctx.scaling, ctx.window, ctx.softcap = segments, scaling, window, softcap
         return out
 
     @staticmethod
@@ -88,14 +87,16 @@ class TreeAttention(torch.autograd.Function):
             for start, end, n_keys in _blocks(segment):
                 p = next(kept)
                 if p is None:
-                    p = _probabilities(grouped[:, :, start:end], keys[:, :n_keys], ctx.window)
+                    p = _probabilities(grouped[:, :, start:end], keys[:, :n_keys], ctx.window, ctx.softcap)
                 q, d = (t[:, :, start:end].reshape(n_key_heads, group * (end - start), -1) for t in (grouped, d_grouped))
                 d_p = d @ values[:, :n_keys].transpose(1, 2)
                 d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+                if ctx.softcap is not None:
+                    d_scores = d_scores * (1 - ((q @ keys[:, :n_keys].transpose(1, 2)) / ctx.softcap).tanh().square())
                 d_query[:, :, start:end] = (d_scores @ keys[:, :n_keys]).view(n_key_heads, group, end - start, size)
                 _add_to_seen(d_key, d_scores.transpose(1, 2) @ q, segment)
                 _add_to_seen(d_value, p.transpose(1, 2) @ d, segment)
-        return d_query.view(-1, tokens, size) * ctx.scaling, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+        return d_query.view(-1, tokens, size) * ctx.scaling, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
@@ -106,11 +107,13 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
         yield start, end, earlier + end - segment.start
 
 
-def _probabilities(q: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+def _probabilities(q: torch.Tensor, keys: torch.Tensor, window: int | None, softcap: float | None) -> torch.Tensor:
     "Softmax of the scores: shape (key heads, heads per key head × queries, keys). The last query sees all keys, the one before it one less."
     n_key_heads, group, n, size = q.shape
     n_keys = keys.shape[1]
     scores = (q.reshape(n_key_heads, group * n, size) @ keys.transpose(1, 2)).view(n_key_heads, group, n, n_keys)
+    if softcap is not None:
+        scores = (scores / softcap).tanh_().mul_(softcap)
     scores[..., n_keys - n :].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
     if window is not None and n_keys > window:
         place = torch.arange(n_keys, device=q.device)
@@ -148,14 +151,14 @@ def packed_attention(
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[-2]:
             raise NotPackable("The model does not hand the layout of a row on to its attention.")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    odd = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
+    odd = [name for name in ("s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
     if odd or dropout or len(query) != 1 or key.shape[-2] != len(layout.last):
         raise NotPackable(f"The attention of the model uses {', '.join(odd) or 'dropout, or a cache,'} which packing does not know.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window")
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     if query.device.type == "cuda":
-        return _flex(query, key, value, layout, scaling, window), None
-    return TreeAttention.apply(query[0], key[0], value[0], layout.segments, scaling, window)[None], None
+        return _flex(query, key, value, layout, scaling, window, softcap), None
+    return TreeAttention.apply(query[0], key[0], value[0], layout.segments, scaling, window, softcap)[None], None
 
 
 PACKED = "finetune_nb_packed"
@@ -163,7 +166,7 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 # %% ../nbs/05a_attention.ipynb #8b871415
-def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float, window: int | None) -> torch.Tensor:
+def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None) -> torch.Tensor:
     "FlexAttention over the layout; the compiled kernel and the block mask are made once."
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -176,9 +179,12 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: L
             return seen if window is None else seen & (places[i] - places[j] < window)
 
         kept[window, query.device] = create_block_mask(sees, None, None, len(last), len(last), device=query.device)
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
-    out = _COMPILED["flex"](query, key, value, block_mask=kept[window, query.device], scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+    def capped(score: torch.Tensor, *place: Any) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    compiled = _COMPILED.setdefault("flex", torch.compile(flex_attention, dynamic=True))
+    out = compiled(query, key, value, capped if softcap else None, kept[window, query.device], scaling, query.shape[1] != key.shape[1])
     return out.transpose(1, 2)
 
 

@@ -21,6 +21,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Union, overload
 
+from .config import ConfigError, replacing
+from .formats import FORMS, SHAPE, Form, check_messages, check_tools, column_form, oddities, recognise, unknown_form
 from finetune_nb.reading import (
     DEFAULT_LIMITS,
     FORMATS,
@@ -35,9 +37,6 @@ from finetune_nb.reading import (
     decode_utf8,
     grouped,
 )
-
-from .config import ConfigError, replacing
-from .formats import FORMS, SHAPE, Form, check_messages, check_tools, column_form, oddities, recognise, unknown_form
 from .rows import ReadingProgress, holds_lines
 from .sources import Source, open_sources
 

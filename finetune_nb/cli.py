@@ -22,7 +22,6 @@ import yaml
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, check_value, field_help, load_config, save_config, yaml_value
 
-
 # %% ../nbs/12_cli.ipynb #a3e27825
 def _with_changes(
     config: FinetuneConfig,  # from a file

@@ -22,7 +22,6 @@ from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-
 # %% ../nbs/00_config.ipynb #f26a3ec2
 def setting(
     default: Any,  # the value when nothing is said

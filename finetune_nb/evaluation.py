@@ -31,7 +31,6 @@ from .models import release_memory
 from .packing import PackingCollator
 from .training import Picture, Progress, Run, TrainingError, clock_time
 
-
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)
 class Answer:

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from .config import FinetuneConfig, FinetuneError
 from .lora_linear import use_one_rounding
 
-
 # %% ../nbs/04_lora.ipynb #1e3547b7
 class AdapterError(FinetuneError, ValueError):
     "An adapter that does not fit the model; the message names what is missing or too much."

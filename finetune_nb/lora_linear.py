@@ -13,7 +13,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-
 # %% ../nbs/03a_lora_linear.ipynb #c0d56cf9
 class OneRounding(torch.autograd.Function):
     "`x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with a single rounding, for a frozen `W`."
@@ -30,7 +29,7 @@ class OneRounding(torch.autograd.Function):
         if base.bias is not None:
             y += base.bias
         ctx.save_for_backward(dropped, thin, down, up, kept)
-        ctx.base, ctx.scaling, ctx.p = base, scaling, p
+        ctx.base, ctx.scaling, ctx.p, ctx.dtype = base, scaling, p, A.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -44,8 +43,8 @@ class OneRounding(torch.autograd.Function):
                 dx.mul_(kept).div_(1 - ctx.p)
             dx.addmm_(dy_rows, dense_weight(ctx.base, dy.dtype))
             dx = dx.view(*dy.shape[:-1], -1)
-        dA = (d_thin.T @ dropped).float() if ctx.needs_input_grad[2] else None
-        dB = (dy_rows.T @ thin).float().mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        dA = (d_thin.T @ dropped).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        dB = (dy_rows.T @ thin).to(ctx.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
         return dx, None, dA, dB, None, None
 
 # %% ../nbs/03a_lora_linear.ipynb #e487d32a

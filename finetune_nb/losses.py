@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from .attention import Layout
 
-
 # %% ../nbs/05b_losses.ipynb #d82a5c31
 @dataclass
 class Batch:

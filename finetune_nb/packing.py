@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .attention import PACKED, Layout, Segment, attention_of
+from .attention import PACKED, Layout, NotPackable, Segment, attention_of
 from .chat_template import NO_LOSS
 from .losses import Batch, inner_model, mixed_precision, token_losses
 
@@ -210,9 +210,12 @@ def check_packing(
     with _stirred(model):
         for mode in MODES[MODES.index(fastest) : -1]:
             try:
+                _try_in_training(model, chats[0], PackingCollator(mode, 10**9, pad_token_id))
                 together = _losses_and_gradient(model, chats, PackingCollator(mode, 10**9, pad_token_id))
             except Exception as error:  # whatever an architecture has against it
-                found[mode] = f"not possible: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                reason = str(error).partition("\n")[0] if isinstance(error, NotPackable) else f"this architecture does not take it ({error!r:.100})"
+                found[mode] = f"not possible: {reason}"
+                model.eval()
                 continue
             attention = "eager" if low and mode in ("shared", "packed") and inner_model(model).device.type == "cpu" else ""
             if attention not in alone:
@@ -224,6 +227,14 @@ def check_packing(
             if exact:
                 return PackingReport(mode, found)
     return PackingReport("single", found)
+
+
+def _try_in_training(model: torch.nn.Module, chat: dict[str, Any], collator: PackingCollator) -> None:
+    "Runs a chat forward as in training, where a model may use what packing does not know, such as dropout in its attention."
+    model.train()
+    with torch.no_grad(), collator.attention(model), mixed_precision(model):
+        token_losses(model, collator.batches([chat])[0].to(inner_model(model).device))
+    model.eval()
 
 
 def _losses_and_gradient(model: torch.nn.Module, chats: Sequence[dict[str, Any]], collator: PackingCollator) -> tuple[torch.Tensor, list[torch.Tensor]]:

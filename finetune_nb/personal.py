@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-
 # %% ../nbs/00cb_personal.ipynb #6ea0bdea
 def is_card(
     text: str,  # digits, with spaces or hyphens

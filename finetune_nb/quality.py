@@ -28,13 +28,11 @@ from finetune_nb.answers import (
     spoken,
     take_apart,
 )  # fmt: skip
-
 from .chats import Chat
 from .config import ConfigError
 from .data_report import DataReport, Finding, histogram
 from .duplicates import near_duplicate_groups, normalise
 from .personal import PERSONAL, SECRETS, find_personal, masked
-
 
 # %% ../nbs/00d_quality.ipynb #ae9eea05
 def _grouped(texts: Texts) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:

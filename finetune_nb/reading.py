@@ -27,7 +27,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from .config import FinetuneError
 
-
 # %% ../nbs/00a_reading.ipynb #b27eefb7
 class Problem(NamedTuple):
     "One fault of one row, or one thing worth saying about it."

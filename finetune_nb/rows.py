@@ -35,7 +35,6 @@ from finetune_nb.reading import (
     open_file,
 )
 
-
 # %% ../nbs/00a_rows.ipynb #7b4bfb8d
 def _lines(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None]) -> Iterator[tuple[int, int, bytes, int]]:
     "The (number, offset, bytes, size) of every line that is not blank; an overlong one is skipped over and given empty."

@@ -17,7 +17,6 @@ from .config import ConfigError
 from .reading import FORMATS, PACKED, ChatError, Limits, Problem, Row, check_file
 from .rows import read_rows, without_nulls
 
-
 # %% ../nbs/00ac_sources.ipynb #2dbe77de
 class Source(NamedTuple):
     "Rows and where they come from."

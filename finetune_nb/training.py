@@ -43,7 +43,6 @@ from .losses import needs_autocast, token_losses
 from .models import cache_folder, hardware, load_model, release_memory
 from .packing import PackingCollator, check_packing
 
-
 # %% ../nbs/08_training.ipynb #59901afa
 class TrainingError(FinetuneError, RuntimeError):
     "A run that can't start or go on; the message says why and what to change."

@@ -409,12 +409,6 @@ def calling(arguments, content=None, tools=LOOK):
     return Chat([QUESTION, {"role": "assistant", "content": content, "tool_calls": [call]}], "c", {"tools": tools} if tools else {})
 
 
-def with_template(tokenizer, template):
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template
-    return changed
-
-
 @pytest.mark.parametrize(("filter", "answer"), [("m.content | e", "a < b"), ("m.content | replace('.', '')", "3.5 mg"), ("m.content | upper", "yes")])
 def test_an_answer_that_the_template_changes_is_refused(filter, answer, tokenizer):
     changed = with_template(tokenizer, CHATML.replace("ANSWER", "{{ " + filter + " }}"))
