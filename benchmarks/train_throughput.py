@@ -126,7 +126,7 @@ def _ours(config, model, tokenizer, rows):
     tuned = add_lora(model, config)
     trainer = make_trainer(config, tuned, PackingCollator("shared", 4096, tokenizer.pad_token_id), {"train": rows}, "unused")
     trainer.args.train_sampling_strategy = "sequential"
-    model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(PACKED["tree"])
     return trainer
 
 

@@ -66,7 +66,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _expected(hint: Any, metadata: dict) -> str:
     "In words, what a field accepts: `an integer from 1 to 1024`."
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null (empty)"}
-    names |= {list[str]: "a list of names", dict[str, str]: "names with texts, as in {user: question}", dict[str, Any]: "names with values, as in {enable_thinking: false}"}
+    names |= {list[str]: "a list of names", list[int]: "a list of numbers", dict[str, str]: "names with texts, as in {user: question}", dict[str, Any]: "names with values, as in {enable_thinking: false}"}
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if choices:
         return "one of " + ", ".join(repr(c) for c in choices)
@@ -149,6 +149,8 @@ class FinetuneConfig:
     attn_implementation: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))  # sdpa suits everything; eager can be faster for short chats on a CPU; flash_attention_2 needs an extra package and a recent GPU
     bf16: bool | None = setting(None)  # 16-bit arithmetic: half the memory, faster; empty: where the hardware has it (fp16 on GPUs without it); false: fp32, slow and exact
 
+    load_in_4bit: bool = setting(False)  # QLoRA: base weights in 4 bits (NF4): a quarter of the memory, somewhat slower, a little less exact; needs bitsandbytes
+
     # --- the data
     train_file: str = setting("icd10")  # chats: a file (JSONL, JSON, CSV, parquet), a pattern such as data/*.jsonl, or a data set on the hub; "icd10" and "icd10-bare" are the built-in demo sets, already split
     columns: dict[str, str] = setting({})  # which columns of a table hold what, as in {user: question, assistant: reply}; empty: the format is recognised
@@ -171,6 +173,13 @@ class FinetuneConfig:
     target_modules: list[str] | str = setting(["q_proj", "k_proj", "v_proj", "o_proj"])  # layers that get an adapter: names, "attention" (those of this architecture) or "all-linear" (learns more, costs about twice the adapter memory or more)
     lora_dropout: float = setting(0.05, 0, 0.9)  # share of adapter inputs dropped in training: against overfitting on few chats; 0 is a quarter faster on a CPU
     bias: str = setting("none", choices=("none", "all", "lora_only"))  # train bias terms too; "none" keeps the base model exactly intact when the adapter is off
+
+    use_rslora: bool = setting(False)  # scale by alpha / sqrt(r) in place of alpha / r: a high rank then learns as fast as a low one
+    use_dora: bool = setting(False)  # DoRA: learn the length of each weight column apart from its direction; can help at low rank, half as fast
+    init_lora_weights: str = setting("default", choices=("default", "gaussian", "orthogonal", "pissa"))  # how the adapter begins: all but "pissa" begin with no effect; "pissa" takes over the largest components of the base weights and learns faster at first
+    loraplus_lr_ratio: float = setting(1.0, 1, 1024)  # LoRA+: learning rate of B as a multiple of that of A; 16 can learn faster, 1 is plain LoRA
+    modules_to_save: list[str] = setting([])  # modules that are trained whole, such as lm_head or embed_tokens: needed for new tokens, takes far more memory
+    layers_to_transform: list[int] = setting([])  # blocks that get an adapter, counted from 0; empty: all. Blocks below the first one cost no backward pass
 
     # --- the training
     num_train_epochs: float = setting(3, 0.01, 1000)  # passes over the training chats: more fits them better, too many learns them by heart

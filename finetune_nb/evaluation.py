@@ -344,7 +344,7 @@ def evaluate_run(
     if config.control_tokens == "neutralise":
         sample = [neutralise(chat, run.tokenizer) for chat in sample]
     checks = {**(pattern_checks(config.answer_pattern) if config.answer_pattern else {}), **(checks or {})}
-    packing = PackingCollator(run.facts.get("packing", "padded"), run.facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id)
+    packing = PackingCollator(run.facts.get("packing", "padded"), run.facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id, run.facts.get("attention", "tree"))
     reports = []
     for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
         with switch():

@@ -57,7 +57,7 @@ def _in_attention(path: str) -> bool:
 # %% ../nbs/04_lora.ipynb #985bcc5d
 def add_lora(
     model: PreTrainedModel,  # the base model; its weights are frozen and stay as they are
-    config: FinetuneConfig,  # r, lora_alpha, lora_dropout, bias, target_modules
+    config: FinetuneConfig,  # r, lora_alpha, lora_dropout, bias, target_modules, and the variants
 ) -> PeftModel:
     "The model with a fresh adapter, which at first changes nothing; raises `AdapterError` when a target module does not exist."
     lora = LoraConfig(
@@ -66,6 +66,11 @@ def add_lora(
         lora_dropout=config.lora_dropout,
         bias=config.bias,
         target_modules=_check_targets(model, config.target_modules),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+        modules_to_save=_check_modules(model, config.modules_to_save) or None,
+        layers_to_transform=_check_blocks(model, config.layers_to_transform) or None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
@@ -74,6 +79,22 @@ def add_lora(
         tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
     use_one_rounding(tuned)
     return tuned
+
+
+def _check_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    "The names of modules that are trained whole, each of which is in the model."
+    there = {_last_names(path, 1) for path, module in model.named_modules() if path and not path.rpartition(".")[2].isdigit()}
+    if missing := [name for name in names if name not in there]:
+        raise AdapterError(f"modules_to_save: this model has no module called {', '.join(missing)}; it has {', '.join(sorted(there))}.")
+    return names
+
+
+def _check_blocks(model: PreTrainedModel, blocks: list[int]) -> list[int]:
+    "The numbers of blocks, each of which is in the model."
+    n = model.config.get_text_config().num_hidden_layers
+    if wrong := [i for i in blocks if not 0 <= i < n]:
+        raise AdapterError(f"layers_to_transform: this model has blocks 0 to {n - 1}, so there is no block {wrong[0]}.")
+    return blocks
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> list[str]:
@@ -115,7 +136,7 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     sizes = [(p, p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()) for p in model.parameters()]
     return ParameterCount(sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes))
 
-# %% ../nbs/04_lora.ipynb #62c0e4d1
+# %% ../nbs/04_lora.ipynb #1fc3e36c
 def load_adapter(
     model: PreTrainedModel,  # the base model that the adapter was trained on
     folder: str | Path,  # holds adapter_config.json and adapter_model.safetensors
@@ -144,7 +165,7 @@ def _known_settings(saved: dict) -> dict:
         raise AdapterError(f"This adapter uses {', '.join(lost)}, which the installed peft does not know. Upgrade: pip install -U peft")
     return {k: v for k, v in saved.items() if k in known}
 
-# %% ../nbs/04_lora.ipynb #6a87e22e
+# %% ../nbs/04_lora.ipynb #4ef52213
 def set_adapter_weights(
     model: PeftModel,  # has an adapter of the same shape
     weights: dict[str, torch.Tensor],  # as read from adapter_model.safetensors

@@ -103,7 +103,7 @@ def _forward(self: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     if self.disable_adapters or self.merged or len(active) != 1 or kwargs.get("adapter_names") is not None:
         return type(self).forward(self, x, *args, **kwargs)
     device, base = x.device.type, self.get_base_layer()
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    low = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     dtype = low or (x.dtype if hasattr(base.weight, "quant_state") else base.weight.dtype)
     dropout = self.lora_dropout[active[0]]
     p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -227,20 +228,36 @@ def load_model(
     dtype: torch.dtype | None = None,  # None: what suits the hardware
     attn_implementation: str = "sdpa",  # how attention is computed
     use_cpu: bool = False,  # stay on the CPU even where there is a GPU
+    quantization_config: Any = None,  # load the weights packed: `nf4_config()` of the QLoRA chapter
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model on its device, and its tokenizer; says which precision was chosen. Raises `ModelError` when it can't be had."
     machine = hardware(use_cpu)
     tokenizer = load_tokenizer(name)
     with _load_errors(name), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            _resolve(name), dtype=dtype or machine.dtype, attn_implementation=attn_implementation, use_safetensors=True
-        )
+        options = {"dtype": dtype or machine.dtype, "use_safetensors": True}
+        if quantization_config is not None:  # packed weights are made where they are used
+            options |= {"quantization_config": quantization_config, "device_map": {"": machine.device}}
+        model = _with_attention(_resolve(name), attn_implementation, options)
+    for module in model.modules():  # bitsandbytes would lay packed weights out anew for the CPU at the first look, in a form that has no gradients
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     rows, top = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if top >= rows:
         raise ModelError(f"{name}: the tokenizer knows id {top}, the model has only {rows} embeddings; the two don't belong together.")
-    parameters, precision = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
+    parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in model.parameters())
+    precision = str(model.dtype).removeprefix("torch.") + (", packed in 4 bits," if quantization_config is not None else "")
     print(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}", flush=True)
-    return model.to(machine.device), tokenizer
+    return model if quantization_config is not None else model.to(machine.device), tokenizer
+
+
+def _with_attention(path: str, attn_implementation: str, options: dict[str, Any]) -> PreTrainedModel:
+    "The model with the wanted attention; an architecture that torch's fused attention can't compute (Gemma 2) gets plain products."
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
+    except ValueError as error:
+        if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
 
 # %% ../nbs/03_models.ipynb #5a68dca3
 def release_memory() -> None:

@@ -20,6 +20,7 @@ from finetune_nb.evaluation import (
     wilson_interval,
 )
 from finetune_nb.models import load_model
+from finetune_nb.packing import PackingCollator
 from finetune_nb.training import TrainingError, load_run, train
 
 
@@ -30,7 +31,7 @@ def embedded():
 
 def test_answers_and_losses_do_not_depend_on_the_batch(embedded):
     chats = icd10_chats().test[:7]
-    one, three, eight = (evaluate(*embedded, chats, batch_size=n, generation_batch_size=n, max_new_tokens=12) for n in (1, 3, 8))
+    one, three, eight = (evaluate(*embedded, chats, collator=PackingCollator("padded", 200 * n), generation_batch_size=n, max_new_tokens=12) for n in (1, 3, 8))
     assert [r.answer for r in one.rows] == [r.answer for r in three.rows] == [r.answer for r in eight.rows]
     assert one.loss == pytest.approx(three.loss, abs=1e-5) and one.loss == pytest.approx(eight.loss, abs=1e-5)
     assert [r.where for r in one.rows] == [c.where for c in chats]

@@ -109,16 +109,17 @@ def computed(model, chats, batches):
     return losses.tolist(), total
 
 
+@pytest.mark.parametrize("way", ["tree", "masked"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_architecture_is_exact_in_its_mode(name):
+def test_each_architecture_is_exact_in_its_mode(name, way):
     config, expected = ARCHITECTURES[name]
     model, chats = tuned_model(config), example_chats()
-    report = check_packing(model, chats)
-    assert report.mode == expected, str(report)
+    report = check_packing(model, chats, ways=(way,))
+    assert report.mode == expected and report.way == way, str(report)
     model.eval()
     losses, gradient = reference(model, chats)
     for max_tokens in (10**6, 60):  # in one row, and in several
-        collator = PackingCollator(report.mode, max_tokens)
+        collator = PackingCollator(report.mode, max_tokens, way=way)
         with collator.attention(model):
             mine, my_gradient = computed(model, chats, collator.batches(chats))
         assert mine == pytest.approx(losses, rel=1e-7 if model.dtype == torch.double and expected == "shared" else 1e-5)
@@ -133,7 +134,7 @@ def test_dropout_and_checkpointing_leave_packing_exact():
     model.enable_input_require_grads()
     inner_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    with attention_of(inner_model(model), PACKED):
+    with attention_of(inner_model(model), PACKED["tree"]):
         mine, my_gradient = computed(model, chats, pack(chats, 10**6))
     assert mine == pytest.approx(losses, rel=1e-7)
     assert max((a - b).abs().max() for a, b in zip(gradient, my_gradient, strict=True)) < 1e-6 * max(g.abs().max() for g in gradient)
@@ -148,7 +149,7 @@ def test_long_chats_are_computed_in_blocks():
     chats = [{"input_ids": one, "labels": [NO_LOSS] * 10 + one[10:]} for one in ids]
     model = tuned_model(config)
     losses, gradient = reference(model, chats)
-    with attention_of(inner_model(model), PACKED):
+    with attention_of(inner_model(model), PACKED["tree"]):
         mine, my_gradient = computed(model, chats, pack(chats, 10**6))
     assert mine == pytest.approx(losses, rel=1e-7)
     assert max((a - b).abs().max() for a, b in zip(gradient, my_gradient, strict=True)) < 1e-6 * max(g.abs().max() for g in gradient)

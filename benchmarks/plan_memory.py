@@ -1,0 +1,108 @@
+"""How far is the memory that `estimate` foretells from the memory that a run takes?
+
+    python benchmarks/plan_memory.py [--out plan_memory.json]
+
+Model shapes (random weights, written to a temporary folder) times rank, length, and method, each in a process of its own: first
+the plan, then two steps of the real training on chats of that length; on a CPU the peak resident memory of the process is
+compared, on a GPU the peak of its allocator. Prints the table, the median and the worst error.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SHAPES = {"30M": (384, 1024, 8, 6), "135M": (576, 1536, 30, 9), "360M": (960, 2560, 32, 15)}  # hidden, intermediate, blocks, heads
+CASES = [
+    *itertools.product(("30M", "135M", "360M"), (8, 64), (128, 512), ("lora",)),
+    *itertools.product(("135M", "360M"), (16,), (128, 1024), ("lora fp32", "lora checkpointing", "qlora")),
+]
+
+
+def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
+    "The plan and the run of one case, in this process."
+    import random
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from finetune_nb import planning
+    from finetune_nb.config import FinetuneConfig
+    from finetune_nb.models import load_tokenizer
+    from finetune_nb.packing import PackingCollator
+    from finetune_nb.planning import estimate, resident_bytes
+    from finetune_nb.training import add_lora, load_base, make_trainer
+
+    path = Path(folder) / shape
+    if not path.is_dir():  # made by the first process; the others find it
+        hidden, intermediate, blocks, heads = SHAPES[shape]
+        config = LlamaConfig(
+            vocab_size=49_152, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=heads,
+            num_key_value_heads=heads // 3, tie_word_embeddings=True, max_position_embeddings=8192,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+        load_tokenizer().save_pretrained(path)
+        return {}
+    rng = random.Random(0)
+    ids = [[rng.randrange(1000, 40_000) for _ in range(length)] for _ in range(2 * 2048 // length)]
+    rows = [{"input_ids": one, "labels": [-100] * (length // 2) + one[length // 2 :]} for one in ids]
+    config = FinetuneConfig(
+        model_name_or_path=str(path), r=r, lora_alpha=r, bf16=False if "fp32" in method else None, load_in_4bit=method == "qlora",
+        gradient_checkpointing="checkpointing" in method, max_tokens_at_once=2048, max_steps=2,
+        per_device_train_batch_size=2048 // length, gradient_accumulation_steps=1, eval_strategy="no", max_length=length,
+    )  # fmt: skip
+    cuda = torch.cuda.is_available()
+    base_before = resident_bytes()
+    plan = estimate(config, rows, float("nan"))
+    model, tokenizer = load_base(config)
+    loaded = resident_bytes(peak=True)
+    from datasets import Dataset
+
+    tuned = add_lora(model, config)
+    collator = PackingCollator("shared", 2048, tokenizer.pad_token_id)
+    trainer = make_trainer(config, tuned, collator, {"train": Dataset.from_list(rows)}, Path(folder) / "run")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with collator.attention(tuned):
+        trainer.train()
+    measured = torch.cuda.max_memory_allocated() if cuda else resident_bytes(peak=True)
+    planned = plan.bytes - (plan.parts.get(planning.PROCESS, 0) if cuda else 0)
+    return {"planned": planned, "measured": measured, "before": base_before, "loaded": loaded, "parts": plan.parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="keep every figure in this JSON file")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print("RESULT" + json.dumps(work(*json.loads(options.case))))
+        return
+    found, made = [], set()
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            for _ in range(1 if case[0] in made else 2):
+                made.add(case[0])
+                command = [sys.executable, __file__, "--case", json.dumps([*case, folder])]
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+                result = json.loads(lines[0].removeprefix("RESULT")) if lines else None
+                if result is None:
+                    print(case, "did not run:", done.stderr.strip().splitlines()[-1:], flush=True)
+            if result:
+                error = result["planned"] / result["measured"] - 1
+                found.append({"case": case, "error": error, **result})
+                print(f"{case!s:44} planned {result['planned'] / 2**30:6.2f} GiB, measured {result['measured'] / 2**30:6.2f} GiB, {error:+.1%}", flush=True)
+    errors = sorted(abs(f["error"]) for f in found)
+    print(f"{len(found)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
