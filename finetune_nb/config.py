@@ -176,7 +176,7 @@ class FinetuneConfig:
 
     use_rslora: bool = setting(False)  # scale by alpha / sqrt(r) in place of alpha / r: a high rank then learns as fast as a low one
     use_dora: bool = setting(False)  # DoRA: learn the length of each weight column apart from its direction; can help at low rank, half as fast
-    init_lora_weights: str = setting("default", choices=("default", "gaussian", "orthogonal", "pissa"))  # how the adapter begins: all but "pissa" begin with no effect; "pissa" takes over the largest components of the base weights and learns faster at first
+    init_lora_weights: str = setting("default", choices=("default", "gaussian", "orthogonal", "eva", "pissa"))  # how the adapter begins: all but "pissa" begin with no effect; "eva" looks along the main directions of the training data; "pissa" takes over the largest components of the base weights and learns faster at first
     loraplus_lr_ratio: float = setting(1.0, 1, 1024)  # LoRA+: learning rate of B as a multiple of that of A; 16 can learn faster, 1 is plain LoRA
     modules_to_save: list[str] = setting([])  # modules that are trained whole, such as lm_head or embed_tokens: needed for new tokens, takes far more memory
     layers_to_transform: list[int] = setting([])  # blocks that get an adapter, counted from 0; empty: all. Blocks below the first one cost no backward pass
@@ -194,7 +194,7 @@ class FinetuneConfig:
     weight_decay: float = setting(0.0, 0, 1)  # pull of the adapter towards zero: a little can help against overfitting
     max_grad_norm: float = setting(1.0, 0, 1000)  # gradients longer than this are shortened, so that one odd batch does no harm; 0: never
     optim: str = setting("adamw_torch", choices=("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit"))  # optimizer: adamw_torch is the safe choice; paged_adamw_8bit saves memory on a GPU
-    gradient_checkpointing: bool = setting(False)  # compute activations twice instead of keeping them: a third slower, far less memory
+    gradient_checkpointing: bool | None = setting(None)  # compute activations twice instead of keeping them: a third slower, far less memory; empty: only where the memory demands it, in as few blocks as it takes
     group_by_length: bool = setting(False)  # steps of chats of similar length; only of use where chats are filled up (packing "padded"), and a little less random
 
     # --- looking, saving, stopping

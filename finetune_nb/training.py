@@ -35,16 +35,24 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .chat_template import NO_LOSS, check_template, tokenize_chats
 from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
-from .lora import add_lora, load_adapter, set_adapter_weights, trainable_parameters
-from .losses import Batch, needs_autocast, token_losses
+from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
+from .losses import Batch, needs_autocast, recompute_blocks, token_losses
 from .models import cache_folder, hardware, load_model, release_memory
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
-from .planning import largest_batch, probe_fit, token_budget
+from .planning import Probe, blocks_to_recompute, largest_batch, probe_fit, token_budget
 from .qlora import nf4_config
 
 # %% ../nbs/08_training.ipynb #59901afa
@@ -270,7 +278,6 @@ def training_arguments(
     steps = config.eval_steps or config.logging_steps
     known = TrainingArguments.__dataclass_fields__
     by_length = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {"group_by_length": True}
-    recompute = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"  # the newer name first
     same_names = (
         "num_train_epochs max_steps per_device_eval_batch_size learning_rate "
         "lr_scheduler_type weight_decay max_grad_norm optim logging_steps eval_strategy save_total_limit seed "
@@ -280,7 +287,6 @@ def training_arguments(
         output_dir=str(folder),
         **{name: getattr(config, name) for name in same_names},
         **(by_length if config.group_by_length else {}),
-        **{recompute: config.gradient_checkpointing},
         per_device_train_batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         warmup_steps=math.ceil(config.warmup_ratio * total_steps(config, n_chats)),
         bf16=autocast and (machine.bf16 if config.bf16 is None else config.bf16),
@@ -298,6 +304,7 @@ def training_arguments(
         disable_tqdm=True,
         use_cpu=machine.device == "cpu",
         dataloader_pin_memory=machine.device == "cuda",
+        dataloader_num_workers=int(machine.device == "cuda" and sys.platform == "linux"),  # packs the next steps while the GPU computes
     )
 
 
@@ -449,6 +456,7 @@ def train(
     _show_checks(config, splits, model, tokenizer, leaks)
     rows = {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
     tuned = add_lora(model, config)
+    begin_with_data(tuned, rows["train"])
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     print(trainable_parameters(tuned), flush=True)
     with _run_folder(config) as folder:
@@ -517,7 +525,8 @@ def _fit(
     "Runs the trainer; leaves the best adapter in `model` and returns what was seen."
     stop, look = _Stop(), config.eval_strategy != "no"
     collator = choose_packing(config, model, tokenizer, rows["train"])
-    _probe(model, largest_batch(rows["train"], replace(config, packing=collator.mode), collator.max_tokens), collator)
+    recompute_blocks(model, blocks_to_recompute(config, rows["train"]))
+    print(_probe(model, largest_batch(rows["train"], replace(config, packing=collator.mode), collator.max_tokens), collator), flush=True)
     started = time.monotonic()
     with Progress("Training", total_steps(config, len(rows["train"]))) as progress, stop.on_interrupt():
         callbacks = [_Watch(progress, folder / "history.jsonl"), stop, *callbacks]
@@ -578,10 +587,10 @@ def make_trainer(
     return trainer
 
 
-def _probe(model: torch.nn.Module, batch: Batch, collator: PackingCollator) -> None:
+def _probe(model: torch.nn.Module, batch: Batch, collator: PackingCollator) -> Probe:
     "Computes the largest batch once; raises `TrainingError` when the device has no room for it."
     try:
-        probe_fit(model, batch, collator)
+        return probe_fit(model, batch, collator)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise

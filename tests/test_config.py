@@ -76,7 +76,7 @@ def test_two_configurations_share_nothing():
         ("r: eight", r"line 1: r: expected an integer from 1 to 1024, got 'eight'"),
         ("r: 0", r"got 0"),
         ("bias: lora", r"expected one of 'none', 'all', 'lora_only'"),
-        ("gradient_checkpointing: 1", r"expected true or false, got 1"),
+        ("group_by_length: 1", r"expected true or false, got 1"),
         ("target_modules: [1]", r"a list of names or a text, got \[1\]"),
         ("r: 4\nr: 5", r"line 2: 'r' stands here and in line 1"),
         ("- r", r"line 1: expected lines such as"),

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from finetune_nb.chat_template import tokenize_chats
-from finetune_nb.config import FinetuneConfig
 from finetune_nb.lora import AdapterError, add_lora, trainable_parameters
+from finetune_nb.losses import inner_model, recompute_blocks, token_losses
 from finetune_nb.models import ModelError, load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator
-from finetune_nb.planning import activation_bytes, estimate, largest_batch, probe_fit, shape_of, token_budget, weight_bytes
+from finetune_nb.planning import activation_bytes, blocks_to_recompute, estimate, largest_batch, probe_fit, shape_of, token_budget, weight_bytes
 from finetune_nb.training import load_base, train
 
 
@@ -41,7 +41,7 @@ def test_what_is_kept_grows_with_the_tokens_and_less_with_checkpointing(quick, r
     model = shape_of(quick)
     small, large = (PackingCollator("shared").batches(rows[:n])[0] for n in (4, 16))
     assert activation_bytes(model, large)[0] > 2 * activation_bytes(model, small)[0]
-    assert activation_bytes(model, large, True)[0] < activation_bytes(model, large)[0]
+    assert activation_bytes(model, large, 2)[0] < activation_bytes(model, large)[0]
     assert all(p.is_meta for p in model.parameters()), "nothing was allocated"
 
 
@@ -73,12 +73,44 @@ def test_the_budget_follows_the_memory(quick, rows):
     assert token_budget(quick, rows, available=2**20) == 256
 
 
+def test_blocks_are_computed_twice_only_where_a_single_chat_does_not_fit(quick, rows):
+    model = shape_of(quick)
+    longest = largest_batch(rows, replace(quick, per_device_train_batch_size=1), 1)
+    kept, moment = activation_bytes(model, longest)
+    fixed = estimate(quick, rows, math.nan, available=2**40)
+    fixed = sum(n for name, n in fixed.parts.items() if name in ("base weights", "adapter and its gradients", "optimizer"))
+    assert blocks_to_recompute(quick, rows, model, 2**40) == 0
+    assert blocks_to_recompute(quick, rows, model, int((fixed + moment + kept * 0.9) / 0.85)) == 2
+    assert blocks_to_recompute(replace(quick, gradient_checkpointing=True), rows, model, 2**40) == 2
+    assert blocks_to_recompute(replace(quick, gradient_checkpointing=False), rows, model, 1) == 0
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_computing_blocks_twice_changes_no_gradient(quick, rows, n):
+    "And as many blocks as were asked for are computed twice."
+    results = []
+    for recomputed in (0, n):
+        model = add_lora(load_base(quick)[0], replace(quick, lora_dropout=0)).train()
+        recompute_blocks(model, recomputed)
+        calls = []
+        for block in inner_model(model).model.layers:
+            block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        collator = PackingCollator("shared")
+        with collator.attention(model):
+            token_losses(model, collator.batches(rows[:4])[0]).sum().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 4 + n, "two to look at the last layer, two forward, and n again"
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_the_probe_changes_nothing(quick, rows):
     base, _ = load_base(quick)
     model, state = add_lora(base, quick), torch.get_rng_state()
     before = {name: p.clone() for name, p in model.named_parameters()}
     collator = PackingCollator("shared")
-    assert probe_fit(model, largest_batch(rows, quick, 4096), collator) > 0
+    probe = probe_fit(model, largest_batch(rows, quick, 4096), collator)
+    assert probe.bytes > 0 and probe.seconds > 0 and probe.evaluation_seconds > 0
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
@@ -95,7 +127,7 @@ def test_unknown_models_and_modules_are_said_before_anything_is_loaded(quick, ro
 
 
 VARIANTS = [
-    {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "pissa"},
+    {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "eva"}, {"init_lora_weights": "pissa"},
     {"loraplus_lr_ratio": 8.0}, {"layers_to_transform": [1]}, {"modules_to_save": ["lm_head"]}, {"load_in_4bit": True}, {"packing": "packed"},
     {"packing": "padded"}, {"packing": "single"}, {"max_tokens_at_once": 64}, {"gradient_checkpointing": True}, {"optim": "adamw_torch_fused"},
 ]  # fmt: skip
@@ -123,3 +155,56 @@ def test_the_adapter_of_a_packed_base_counts_what_the_weights_stand_for(quick):
     pytest.importorskip("bitsandbytes")
     base, _ = load_base(replace(quick, load_in_4bit=True))
     assert trainable_parameters(add_lora(base, quick)) == trainable_parameters(add_lora(load_model(quick.model_name_or_path, torch.float32, use_cpu=True)[0], quick))
+
+
+TWO_PROCESSES = """
+import json, sys, warnings
+from pathlib import Path
+from datasets import Dataset
+from finetune_nb.config import load_config
+from finetune_nb.lora import add_lora
+from finetune_nb.packing import PackingCollator
+from finetune_nb.training import load_base, make_trainer
+
+folder = Path(sys.argv[1])
+config = load_config(folder / "config.yaml")
+rows = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
+base, tokenizer = load_base(config)
+collator = PackingCollator("shared", 64, tokenizer.pad_token_id)
+trainer = make_trainer(config, add_lora(base, config), collator, {"train": rows, "validation": rows.select(range(8))}, folder / "run")
+with collator.attention(trainer.model):
+    trainer.train()
+if trainer.is_world_process_zero():
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(sys.argv[2])
+    losses = [row.get("eval_loss") or row["loss"] for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    (Path(sys.argv[2]) / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def test_two_processes_make_the_adapter_of_one(quick, rows, tmp_path):
+    "DDP over two CPU processes, with unequal numbers of supervised tokens, of rows and of chats that carry them."
+    import json
+    import os
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    from finetune_nb.config import save_config
+
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    (tmp_path / "rows.json").write_text(json.dumps([{k: list(row[k]) for k in ("input_ids", "labels")} for row in rows]))
+    common = replace(quick, lora_dropout=0, eval_strategy="epoch", num_train_epochs=1, group_by_length=False, early_stopping_patience=0)
+    results = []
+    for processes, batch in ((1, 8), (2, 4)):
+        save_config(replace(common, per_device_train_batch_size=batch), tmp_path / "config.yaml")
+        out = tmp_path / f"adapter{processes}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(29_000 + os.getpid() % 999)]
+        command = [sys.executable] if processes == 1 else command
+        done = subprocess.run([*command, str(script), str(tmp_path), str(out)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append((load_file(out / "adapter_model.safetensors"), json.loads((out / "losses.json").read_text())))
+    (one, losses), (two, other_losses) = results
+    assert losses[-1] == pytest.approx(other_losses[-1], rel=1e-4), (losses, other_losses)
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5 * max(v.abs().max() for v in one.values())
