@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py [--out plan_memory.json]
 
 Model shapes (random weights, written to a temporary folder) times rank, length, and method, each in a process of its own: first
-the plan, then two steps of the real training on chats of that length; on a CPU the peak resident memory of the process is
+the plan, then two steps of the real training on 1,024 tokens of such chats; on a CPU the peak resident memory of the process is
 compared, on a GPU the peak of its allocator. Prints the table, the median and the worst error.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 SHAPES = {"30M": (384, 1024, 8, 6), "135M": (576, 1536, 30, 9), "360M": (960, 2560, 32, 15)}  # hidden, intermediate, blocks, heads
 CASES = [
     *itertools.product(("30M", "135M", "360M"), (8, 64), (128, 512), ("lora",)),
-    *itertools.product(("135M", "360M"), (16,), (128, 1024), ("lora fp32", "lora checkpointing", "qlora")),
+    *itertools.product(("135M", "360M"), (16,), (128, 1024), ("all-linear", "checkpointing", "qlora")),
 ]
+TOKENS = 1024  # computed at once
 
 
 def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
@@ -33,9 +34,10 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
 
     from finetune_nb import planning
     from finetune_nb.config import FinetuneConfig
+    from finetune_nb.losses import recompute_blocks
     from finetune_nb.models import load_tokenizer
     from finetune_nb.packing import PackingCollator
-    from finetune_nb.planning import estimate, resident_bytes
+    from finetune_nb.planning import blocks_to_recompute, estimate, resident_bytes
     from finetune_nb.training import add_lora, load_base, make_trainer
 
     path = Path(folder) / shape
@@ -49,12 +51,12 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
         load_tokenizer().save_pretrained(path)
         return {}
     rng = random.Random(0)
-    ids = [[rng.randrange(1000, 40_000) for _ in range(length)] for _ in range(2 * 2048 // length)]
+    ids = [[rng.randrange(1000, 40_000) for _ in range(length)] for _ in range(TOKENS // length)]
     rows = [{"input_ids": one, "labels": [-100] * (length // 2) + one[length // 2 :]} for one in ids]
     config = FinetuneConfig(
-        model_name_or_path=str(path), r=r, lora_alpha=r, bf16=False if "fp32" in method else None, load_in_4bit=method == "qlora",
-        gradient_checkpointing="checkpointing" in method, max_tokens_at_once=2048, max_steps=2,
-        per_device_train_batch_size=2048 // length, gradient_accumulation_steps=1, eval_strategy="no", max_length=length,
+        model_name_or_path=str(path), r=r, lora_alpha=r, load_in_4bit=method == "qlora", gradient_checkpointing=method == "checkpointing",
+        target_modules="all-linear" if method == "all-linear" else "attention", max_tokens_at_once=TOKENS, max_steps=2,
+        per_device_train_batch_size=TOKENS // length, gradient_accumulation_steps=1, eval_strategy="no", max_length=length,
     )  # fmt: skip
     cuda = torch.cuda.is_available()
     base_before = resident_bytes()
@@ -64,7 +66,8 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
     from datasets import Dataset
 
     tuned = add_lora(model, config)
-    collator = PackingCollator("shared", 2048, tokenizer.pad_token_id)
+    collator = PackingCollator("shared", TOKENS, tokenizer.pad_token_id)
+    recompute_blocks(tuned, blocks_to_recompute(config, rows))
     trainer = make_trainer(config, tuned, collator, {"train": Dataset.from_list(rows)}, Path(folder) / "run")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -97,7 +100,8 @@ def main() -> None:
             if result:
                 error = result["planned"] / result["measured"] - 1
                 found.append({"case": case, "error": error, **result})
-                print(f"{case!s:44} planned {result['planned'] / 2**30:6.2f} GiB, measured {result['measured'] / 2**30:6.2f} GiB, {error:+.1%}", flush=True)
+                planned, measured = result["planned"] / 2**30, result["measured"] / 2**30
+                print(f"{case!s:44} planned {planned:6.2f} GiB, measured {measured:6.2f} GiB, {error:+.1%}", flush=True)
     errors = sorted(abs(f["error"]) for f in found)
     print(f"{len(found)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
     if options.out:

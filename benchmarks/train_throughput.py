@@ -6,8 +6,9 @@
 Each measurement is a process of its own, so that its peak memory is its own: it loads the embedded model, adds the same adapter
 (r 16 on q, k, v, o, no dropout), trains one step to warm up and then times `--steps` optimizer steps of 16 chats each, the same
 chats in the same order and from the same token ids and labels. The engines take turns; medians over the rounds are printed, with
-the ratio to the best of the peers, peak resident memory, and the loss of each step. Peers run without checkpointing, in each shape
-that is theirs to choose: one batch of 16, four batches of 4, and for TRL also packing (which forms its own steps).
+the ratio to the best of the peers (by CPU time, which other work on the machine disturbs least), peak resident memory, and the
+loss of each step. Peers run without checkpointing, in each shape that is theirs to choose: one batch of 16, four batches of 4, and
+for TRL also packing (which forms its own steps).
 Needs trl (pip install trl); what is missing is left out and said.
 """
 
@@ -30,7 +31,7 @@ def words(n: int, rng: random.Random) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(n))
 
 
-WORDS = "code note entry patient report list rule left right acute chronic first second other part same over under with without of the a in".split()
+WORDS = "code note entry patient report list rule left right acute chronic first second other part same over under with of the a in".split()
 
 
 def chats_of(scenario: str, n: int) -> list[list[dict[str, str]]]:
@@ -55,9 +56,11 @@ def _problem(rng: random.Random) -> list[dict[str, str]]:
     "A word problem with a worked answer, in the shape of GSM8K, that shares nothing with another one."
     a, b, c = rng.randrange(3, 90), rng.randrange(2, 40), rng.randrange(2, 9)
     name, thing = rng.choice("Ana Ben Chloe Dev Eva Finn Gul Hana".split()), rng.choice("apples books cards coins pens stamps".split())
-    question = f"{name} has {a} {thing} and is given {b} more by each of {c} friends. {words(30, rng).capitalize()}. How many {thing} does {name} have?"
-    answer = f"{c} friends give {b} {thing} each, which makes {c} * {b} = {c * b}. {words(40, rng).capitalize()}. With the first {a} these are {a} + {c * b} = {a + c * b}. The answer is {a + c * b}."
-    return [{"role": "system", "content": f"{rng.random()}"}, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question = f"{name} has {a} {thing} and gets {b} more from each of {c} friends. {words(30, rng).capitalize()}. How many {thing}?"
+    product = f"{c} friends give {b} {thing} each, which makes {c} * {b} = {c * b}. {words(40, rng).capitalize()}."
+    answer = f"{product} With the first {a} that is {a} + {c * b} = {a + c * b}. The answer is {a + c * b}."
+    texts = (("system", f"{rng.random()}"), ("user", question), ("assistant", answer))
+    return [{"role": role, "content": text} for role, text in texts]
 
 
 def work(options: argparse.Namespace) -> dict:
@@ -86,13 +89,16 @@ def work(options: argparse.Namespace) -> dict:
     trainer.add_callback(clock.callback())
     trainer.train()
     timed = rows.select(range(STEP, len(rows)))
-    tokens = sum(map(len, timed["input_ids"]))
-    seen = clock.ticks[-1][2] / options.steps / STEP if engine == "trl-packing" else 1  # its steps hold other numbers of chats
-    seconds, cpu = clock.ticks[-1][0] - clock.ticks[0][0], clock.ticks[-1][1] - clock.ticks[0][1]
+    tokens, supervised = sum(map(len, timed["input_ids"])), sum(label != -100 for labels in timed["labels"] for label in labels)
+    seen = 1.0
+    if engine == "trl-packing":  # its steps hold other numbers of chats
+        n = trainer.args.per_device_train_batch_size
+        seen = sum(map(len, trainer.train_dataset["input_ids"][n : n * steps])) / tokens
+    seconds, cpu = (clock.ticks[-1][i] - clock.ticks[0][i] for i in (0, 1))
     return {
         "chats/s": seen * STEP * options.steps / seconds,
         "tokens/s": seen * tokens / seconds,
-        "supervised/s": seen * sum(label != -100 for labels in timed["labels"] for label in labels) / seconds,
+        "supervised/s": seen * supervised / seconds,
         "cpu seconds per chat": cpu / (seen * STEP * options.steps),
         "peak GiB": peak_memory_gib(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
@@ -100,10 +106,10 @@ def work(options: argparse.Namespace) -> dict:
 
 
 class _Clock:
-    "Wall and CPU time at the end of each step, and the chats seen since the first one."
+    "Wall and CPU time at the end of each step."
 
     def __init__(self) -> None:
-        self.ticks: list[tuple[float, float, int]] = []
+        self.ticks: list[tuple[float, float]] = []
 
     def callback(self):
         from transformers import TrainerCallback
@@ -112,7 +118,7 @@ class _Clock:
 
         class Tick(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
-                ticks.append((time.perf_counter(), time.process_time(), 0))
+                ticks.append((time.perf_counter(), time.process_time()))
 
         return Tick()
 
@@ -145,9 +151,11 @@ def _peer(engine, config, model, tokenizer, rows):
 
         length = max(map(len, rows["input_ids"]))
         packing = engine == "trl-packing"
-        arguments = SFTConfig(**common, max_length=max(length, 1024) if packing else 4096, packing=packing, gradient_checkpointing=False)
+        common |= {"max_length": max(length, 1024) if packing else 4096, "packing": packing, "gradient_checkpointing": False}
+        arguments = SFTConfig(**common)
         if packing:  # rows of max_length, as many as hold about the same number of tokens
-            arguments.per_device_train_batch_size = max(1, round(STEP * sum(map(len, rows["input_ids"])) / len(rows) / arguments.max_length))
+            tokens = STEP * sum(map(len, rows["input_ids"])) / len(rows)
+            arguments.per_device_train_batch_size = max(1, round(tokens / arguments.max_length))
         return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -184,7 +192,8 @@ def compare(scenario: str, threads: int, dtype: str, options: argparse.Namespace
     found: dict[str, list[dict]] = {}
     for _ in range(options.rounds):
         for engine in options.engines:
-            command = [sys.executable, __file__, "--engine", engine, "--scenarios", scenario, "--threads", str(threads), "--dtypes", dtype, "--steps", str(options.steps)]
+            command = [sys.executable, __file__, "--engine", engine, "--scenarios", scenario, "--threads", str(threads)]
+            command += ["--dtypes", dtype, "--steps", str(options.steps)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
             if lines:
@@ -192,14 +201,14 @@ def compare(scenario: str, threads: int, dtype: str, options: argparse.Namespace
             else:
                 print(f"{engine} did not run: {done.stderr.strip().splitlines()[-1:]}", flush=True)
     medians = {e: {k: statistics.median(r[k] for r in runs) for k in runs[0] if k != "losses"} for e, runs in found.items()}
-    best = max((m["chats/s"] for e, m in medians.items() if e != "ours"), default=float("nan"))
-    print(f"\n{scenario}, {dtype}, {threads} thread(s), medians of {options.rounds}")
+    best = min((m["cpu seconds per chat"] for e, m in medians.items() if e != "ours"), default=float("nan"))
+    print(f"\n{scenario}, {dtype}, {threads} thread(s), medians of {options.rounds}; ratios by CPU time")
     print(f"{'engine':16}{'chats/s':>9}{'tokens/s':>10}{'superv./s':>10}{'CPU s/chat':>11}{'peak GiB':>9}{'of best peer':>13}  losses")
     for engine, m in medians.items():
         losses = " ".join(f"{loss:.4f}" for loss in found[engine][0]["losses"])
         print(
             f"{engine:16}{m['chats/s']:9.2f}{m['tokens/s']:10.0f}{m['supervised/s']:10.0f}{m['cpu seconds per chat']:11.3f}"
-            f"{m['peak GiB']:9.2f}{m['chats/s'] / best:12.2f}x  {losses}", flush=True,
+            f"{m['peak GiB']:9.2f}{best / m['cpu seconds per chat']:12.2f}x  {losses}", flush=True,
         )  # fmt: skip
     return {"scenario": scenario, "threads": threads, "dtype": dtype, "runs": found, "medians": medians}
 
