@@ -193,7 +193,7 @@ class FinetuneConfig:
     lr_scheduler_type: str = setting("cosine", choices=("cosine", "linear", "constant_with_warmup", "constant"))  # how the learning rate falls after the warm-up; cosine ends gently
     weight_decay: float = setting(0.0, 0, 1)  # pull of the adapter towards zero: a little can help against overfitting
     max_grad_norm: float = setting(1.0, 0, 1000)  # gradients longer than this are shortened, so that one odd batch does no harm; 0: never
-    optim: str = setting("adamw_torch", choices=("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit"))  # optimizer: adamw_torch is the safe choice; paged_adamw_8bit saves memory on a GPU
+    optim: str = setting("adamw_torch", choices=("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit"))  # optimizer: adamw_torch is the safe choice; paged_adamw_8bit saves memory on a GPU, and QLoRA there takes it in place of adamw_torch
     gradient_checkpointing: bool | None = setting(None)  # compute activations twice instead of keeping them: a third slower, far less memory; empty: only where the memory demands it, in as few blocks as it takes
     group_by_length: bool = setting(False)  # steps of chats of similar length; only of use where chats are filled up (packing "padded"), and a little less random
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights, set_peft_model_state_dict
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel

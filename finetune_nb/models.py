@@ -12,6 +12,7 @@ import gc
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import platform
 import shutil
@@ -29,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from .config import FinetuneError
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for kernels from a hub at each import, which we go without
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 EMBEDDED_TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, unquantised

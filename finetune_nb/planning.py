@@ -25,6 +25,7 @@ from .lora import add_lora
 from .losses import Batch, inner_model, mixed_precision, token_losses
 from .models import _load_errors, _quiet, _resolve, hardware
 from .packing import PackingCollator
+from .qlora import optimizer_of
 
 # %% ../nbs/07_planning.ipynb #98a46857
 def shape_of(
@@ -245,7 +246,7 @@ def _fixed_parts(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
         "base weights": weight_bytes(model, config.load_in_4bit),
         **({"quantisation constants": round(CONSTANTS * sum(_packed_weights(model).values()))} if config.load_in_4bit else {}),
         "adapter and its gradients": 8 * trained,
-        "optimizer": OPTIMIZER_BYTES[config.optim] * trained,
+        "optimizer": OPTIMIZER_BYTES[optimizer_of(config, hardware(config.use_cpu).device)] * trained,
     }
 
 # %% ../nbs/07_planning.ipynb #e6b732bf
@@ -304,7 +305,7 @@ def estimate(
 
 PROCESS = "Python and its libraries"
 GAPS = 0.3  # what the C library's allocator holds beside what is kept, measured on Linux
-LIBRARIES = 700 * 2**20  # resident memory of Python with torch, transformers and the data, before any model
+LIBRARIES = 500 * 2**20  # resident memory of Python with torch and transformers, before any model
 
 
 def _merging_bytes(model: nn.Module) -> int:

@@ -53,7 +53,7 @@ from .losses import Batch, needs_autocast, recompute_blocks, token_losses
 from .models import cache_folder, hardware, load_model, release_memory
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from .planning import Probe, blocks_to_recompute, largest_batch, probe_fit, token_budget
-from .qlora import nf4_config
+from .qlora import nf4_config, optimizer_of
 
 # %% ../nbs/08_training.ipynb #59901afa
 class TrainingError(FinetuneError, RuntimeError):
@@ -280,7 +280,7 @@ def training_arguments(
     by_length = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {"group_by_length": True}
     same_names = (
         "num_train_epochs max_steps per_device_eval_batch_size learning_rate "
-        "lr_scheduler_type weight_decay max_grad_norm optim logging_steps eval_strategy save_total_limit seed "
+        "lr_scheduler_type weight_decay max_grad_norm logging_steps eval_strategy save_total_limit seed "
         "report_to"
     ).split()
     return TrainingArguments(
@@ -288,6 +288,7 @@ def training_arguments(
         **{name: getattr(config, name) for name in same_names},
         **(by_length if config.group_by_length else {}),
         per_device_train_batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        optim=optimizer_of(config, machine.device),
         warmup_steps=math.ceil(config.warmup_ratio * total_steps(config, n_chats)),
         bf16=autocast and (machine.bf16 if config.bf16 is None else config.bf16),
         fp16=config.bf16 is None and machine.dtype == torch.float16,

@@ -11,7 +11,16 @@ from finetune_nb.lora import AdapterError, add_lora, trainable_parameters
 from finetune_nb.losses import inner_model, recompute_blocks, token_losses
 from finetune_nb.models import ModelError, load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator
-from finetune_nb.planning import activation_bytes, blocks_to_recompute, estimate, largest_batch, probe_fit, shape_of, token_budget, weight_bytes
+from finetune_nb.planning import (
+    activation_bytes,
+    blocks_to_recompute,
+    estimate,
+    largest_batch,
+    probe_fit,
+    shape_of,
+    token_budget,
+    weight_bytes,
+)
 from finetune_nb.training import load_base, train
 
 
