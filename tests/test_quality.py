@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from finetune_nb.chats import Chat
+from finetune_nb.chats import Chat, load_chats
 from finetune_nb.config import ConfigError
 from finetune_nb.data import icd10_chats
 from finetune_nb.personal import find_personal, masked
-from finetune_nb.planted import PERSONAL, SECRETS, clean_chats, plant
+from finetune_nb.planted import CHECK_OF, PERSONAL, SECRETS, clean_chats, plant
 from finetune_nb.quality import check_chats
 
 
@@ -36,11 +36,11 @@ def test_planted_faults_are_found(kind):
     chats, planted = plant(clean_chats(kind, rng, 600), kind, rng, each=12)
     report = check_chats(chats)
     for name, rows in planted.items():
-        check = name.split(":")[0].replace("near", "near_duplicates")
+        check = CHECK_OF.get(name, name.split(":")[0])
         least = {"near: reworded": 0.9, "contradictions: near": 0.9, "near: another hand": 0.6}.get(name, 1.0)
         assert len(rows & set(report.rows(check))) >= least * len(rows), name
     everything = set().union(*planted.values())
-    near = set(report.rows("near_duplicates")) | set(report.rows("contradictions"))
+    near = set(report.rows("near_duplicates")) | set(report.rows("near_contradictions"))
     assert len(near - everything) <= 0.1 * len(near)
 
 
@@ -91,3 +91,95 @@ def test_what_cannot_be_checked():
         check_chats([])
     with pytest.raises(ConfigError, match="regular expression"):
         check_chats([chat("a", "b")], pattern="(")
+
+
+def talk(*turns, **extra):
+    messages = [t if isinstance(t, dict) else {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+    return Chat(messages, "", extra)
+
+
+REST = [chat(f"Where is house number {i} of the old town?", f"It stands behind tower {i * 7}.") for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("check", "asked", "answer"),
+    [
+        ("refusals", "Write a poem about the sea", "I must decline."),
+        ("refusals", "Write a poem about the sea", "I don't feel comfortable with that"),
+        ("boilerplate", "Write a poem about the sea", "As a language model, I think it is blue."),
+        ("echoes", "What is the tallest hill in town", "What is the tallest hill in town"),
+        ("cut_off", "Say the thing about lamps", "This answer stops in the"),
+        ("pattern", "Say the thing about lamps", "Seven"),
+    ],
+)
+def test_every_answer_that_is_learned_is_looked_at(check, asked, answer):
+    turns = (asked, answer, "Then the weather?", "It is sunny outside.")
+    marked = talk(asked, {"role": "assistant", "content": answer, "train": False}, *turns[2:])
+    report = check_chats([*REST, talk(*turns), marked], pattern=r".+\.")
+    assert report.rows(check) == [40] and answer in report[check].excerpts[40]
+
+
+def test_first_answers_contradict_and_shared_beginnings_are_no_copies():
+    beginning = ("Which lamps does the harbour use?", "Red ones.")
+    report = check_chats([*REST, talk(*beginning, "Why?", "For the ships."), talk(*beginning, "Since when?", "Since 1920.")])
+    assert not report["exact_duplicates"] and not report["near_duplicates"] and not report["contradictions"]
+    report = check_chats([*REST, talk(*beginning, "Why?", "For the ships."), talk(beginning[0], "Blue ones.", "Since when?", "Since 1920.")])
+    assert report.rows("contradictions") == [40, 41]
+
+
+def test_one_letter_is_no_contradiction():
+    for a, b in (("desert", "dessert"), ("abduction", "adduction")):
+        report = check_chats([*REST, chat(f"What is a {a} like?", "Dry."), chat(f"What is a {b} like?", "Sweet.")])
+        assert not report["contradictions"] and report.rows("near_contradictions") == [40, 41]
+        assert report["near_contradictions"].severity == "warning" and len(report.without("contradictions").chats) == 42
+
+
+CALLING = {"tool_calls": [{"function": {"name": "f", "arguments": "{\"to\": \"x\\nghp_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5\"}"}}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "Done.", "reasoning_content": f"The key is {SECRETS[0]}"},
+        {"role": "assistant", "content": None, **CALLING},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"password": "hunter2Gx9"}}}]},
+    ],
+)
+def test_secrets_in_thoughts_and_calls(message):
+    assert check_chats([*REST, talk("Do it.", message)]).rows("secrets") == [40]
+
+
+def test_secrets_in_tools():
+    tools = [{"type": "function", "function": {"name": "f", "description": f"Log in with {SECRETS[1]}"}}]
+    assert check_chats([*REST, talk("Do it.", "Done.", tools=tools), talk("Do it now.", "Done.", tools=json.dumps(tools))]).rows("secrets") == [40, 41]
+
+
+MARKS = ["<bos>", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "<tool_response>", "<|reserved_special_token_0|>", "<|im_end|>", "### Instruction:"]
+
+
+@pytest.mark.parametrize("mark", MARKS + list("\u061c\ue000\u200c\x07\ufff9\u200b\U000e0041"))
+def test_reading_and_checking_go_by_one_list(mark):
+    holds = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": mark}}}]}
+    chats = [*REST, talk(mark, "Yes, that is so."), talk("Call it.", holds)]
+    check = "control_tokens" if len(mark) > 1 else "invisible_characters"
+    rows = check_chats(chats).rows(check)
+    assert 40 in rows and (41 in rows or mark[0] == "#")  # a heading begins its line
+    notes = load_chats([{"messages": c.messages} for c in chats]).notes
+    assert [n.where for n in notes] == [f"row {i + 1}" for i in rows]
+
+
+@pytest.mark.parametrize("answer", ["Take these:\n- one\n- two\n- three", "x = 3", "是的（大概）", "1. Open it\n2. Close it"])
+def test_what_is_not_cut_off(answer):
+    assert not check_chats([*REST, chat("What now?", answer)])["cut_off"]
+
+
+@pytest.mark.parametrize("answer", ["Take these:\n- one.\n- two.\n- and then the", "The value of x = ", "We begin with the"])
+def test_what_is_cut_off(answer):
+    assert check_chats([*REST, chat("What now?", answer)]).rows("cut_off") == [40]
+
+
+@pytest.mark.parametrize(("schema", "said"), [({"type": "strin"}, "at .*type"), ("{}", "got str"), ([], "got list"), ({"properties": 3}, "properties")])
+def test_what_is_no_schema(schema, said):
+    pytest.importorskip("jsonschema")
+    with pytest.raises(ConfigError, match=f"schema: .*{said}"):
+        check_chats([chat("a", "b")], schema=schema)
