@@ -59,7 +59,8 @@ def spoken(message: dict[str, Any]) -> str:
 
 
 def _said_before(chat: Chat, place: int) -> str:
-    return "\n".join(f"{m['role']} {spoken(m)}" for m in chat.messages[:place])
+    "All messages before a place, each after a mark with its role that is no word: a slip such as *uder* must not be taken for *user*."
+    return "\n".join(f"={m['role']}= {spoken(m)}" for m in chat.messages[:place])
 
 
 def _turns(row: int, chat: Chat) -> Iterator[Turn]:

@@ -115,7 +115,12 @@ def misspellings(
                 if word != best and _is_slip(word, best, counts, rare):
                     old = meant.get(word)
                     meant[word] = best if old is None else max(best, old, key=lambda w: (counts[w], w))
-    return meant
+    return {w: w[:-1] for w in known if _is_plural(w, counts)} | meant
+
+
+def _is_plural(word: str, counts: Counter[str]) -> bool:
+    "Whether a word is another one with the s of a plural; the two are alike in what they ask about."
+    return len(word) > 5 and word[-1] == "s" and word[-2] not in "su" and word[:-1] in counts
 
 # %% ../nbs/00c_duplicates.ipynb #5b3f4f4e
 _ROWS, _BANDS, _COMPARED = 4, 20, 40  # rows of a band, bands, and how many neighbours in a bucket are compared
@@ -160,6 +165,14 @@ def _decides(word: str) -> bool:
     return word in _DECIDING or word in _ROMAN or (len(word) == 1 and word not in "ais") or any(c.isnumeric() for c in word)
 
 
+def _is_adverb(word: str) -> bool:
+    "Whether a word says how something is done: *safely*, *urgently*. *Daily* and the like say which, and some words only end so."
+    return len(word) > 5 and word.endswith("ly") and word not in _NO_ADVERBS
+
+
+_NO_ADVERBS = frozenset("weekly monthly yearly hourly quarterly family elderly orderly supply assembly anomaly homely lovely friendly multiply comply partly".split())  # noqa: E501
+
+
 def _similarity(
     a: set[str],  # the words of one text
     b: set[str],  # the words of another
@@ -173,7 +186,7 @@ def _similarity(
     swapped = all(any(weights[w] > _LIGHT for w in side) for side in (a - b, b - a))
     common, other = sum(weights[w] for w in a & b), sum(weights[w] for w in differ)
     if not swapped and common < 4 * other:
-        other = sum(min(weights[w], _LIGHT) if weights[w] > _LIGHT and framed(w) else weights[w] for w in differ)
+        other = sum(min(weights[w], _LIGHT) if weights[w] > _LIGHT and (_is_adverb(w) or framed(w)) else weights[w] for w in differ)
     return common / (common + (3 * other if swapped else other) or 1.0)
 
 

@@ -75,7 +75,8 @@ def reworded(text: str, rng: random.Random) -> str:
         if long:
             i, j = rng.choice(long), rng.randrange(1, 4)
             w = words[i]
-            words[i] = rng.choice((w[:j] + w[j + 1 :], w[:j] + w[j + 1] + w[j] + w[j + 2 :], w[:j] + w[j] + w[j:]))
+            slips = (w[:j] + w[j + 1 :], w[:j] + w[j + 1] + w[j] + w[j + 2 :], w[:j] + w[j] + w[j:])
+            words[i] = rng.choice([s for s in slips if s != w])  # two equal letters swapped are none
         else:
             how = 1
     if how in (1, 3):

@@ -110,7 +110,7 @@ def _copies_finding(spec: tuple[str, int, str, str, str], groups: list[list[_Pai
     excerpts: dict[int, str] = {}
     for n, group in enumerate(groups, 1):
         for p in group:
-            text = f"[{n}] {shorten(p.question.split('user ', 1)[-1], 90)}\n→ {shorten(p.turn.answer, 90)}"
+            text = f"[{n}] {shorten(p.question.split('=user= ', 1)[-1], 90)}\n→ {shorten(p.turn.answer, 90)}"
             excerpts[p.turn.row] = f"{excerpts[p.turn.row]}\n{text}" if p.turn.row in excerpts else text
     sizes = sorted(Counter(map(len, groups)).items())
     bars = [(f"{counted(n, 'group', 'groups')} of {size}", n * size) for size, n in sizes[:12]]
