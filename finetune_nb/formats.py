@@ -61,6 +61,16 @@ def _mark_faults(message: dict, role: str) -> Iterator[Fault]:
     for key in THOUGHTS:
         if message.get(key) is not None and not isinstance(message[key], str):
             yield Fault("D069", f"{key!r} must be a text, got {shown(message[key])}.", "Write the text, or remove the key.")
+    yield from _strange_faults(message)
+
+
+def _strange_faults(message: dict) -> Iterator[Fault]:
+    "What JSON can't hold, as the time stamps of a parquet file."
+    for key, value in message.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            yield Fault("D059", f"{key!r} can't be written as JSON ({error}): {shown(value)}.", "Convert it to a text or a number, or remove it.")
 
 
 def _message_faults(message: Any) -> Iterator[Fault]:
@@ -207,6 +217,8 @@ def check_tools(
         tools = decode_json(tools) if isinstance(tools, str) else tools
     except Fault as fault:
         return [Fault("D087", f"'tools' is a text but {fault.found}", "Write a list of functions, or the JSON text of one.")]
+    if strange := list(_strange_faults({"tools": tools})):
+        return strange
     functions = [t.get("function", t) if isinstance(t, dict) else None for t in tools] if isinstance(tools, list) else [None]
     if all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
         return []
@@ -470,9 +482,15 @@ def unknown_form(
     row: Any,  # in which nothing was recognised
 ) -> Fault:
     "The fault of a row without known columns, with the remedy that fits what is there."
+    if isinstance(row, list) and row and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in row):
+        found = f"this row is a bare list of messages: {shown(row)}."
+        return Fault("D050", found, 'Put it into an object: {"messages": […]}, or {"conversations": […]} where it says "from" and "value".')
     if not isinstance(row, dict):
         return Fault("D050", f"expected an object with 'messages', got {shown(row)}.", SHAPE)
     names = sorted(map(str, row))
+    if {"role", "content"} <= set(names) or {"from", "value"} <= set(names):
+        found = f"this row is a single message: {shown(row)}."
+        return Fault("D050", found, 'A row is a whole chat: put its messages into one list, {"messages": […]}, one chat a line.')
     remedy = f'{SHAPE} Or say which columns to use: columns={{"user": "question", "assistant": "answer"}}.'
     if {"chosen", "rejected"} <= set(names):
         remedy = "This is preference data; an adapter here learns one answer: rename 'chosen' to 'completion', or use columns=…."
@@ -481,25 +499,38 @@ def unknown_form(
     return Fault("D051", f"no 'messages' in this row, only {shown(names)}.", remedy)
 
 # %% ../nbs/00ab_formats.ipynb #aa95b302
+_SAME = {"prompt": "user", "completion": "assistant"}
+
+
+def _from_either(row: dict, column: str) -> Messages:
+    "The messages in a column, whether they have `role` and `content` or `from` and `value`."
+    turns = row[column]
+    turns = decode_json(turns) if isinstance(turns, str) and turns.lstrip()[:1] == "[" else turns
+    if isinstance(turns, list) and turns and all(isinstance(t, dict) and "from" in t for t in turns):
+        return _from_sharegpt({"conversations": turns})._replace(used=(column,))
+    return _from_messages(row, column)
+
+
 def column_form(
     columns: dict[str, str],  # role (or "messages") to column
 ) -> Form:
     "The form that reads those columns; raises `ConfigError` when the mapping makes no sense."
     known = ({"user", "assistant"}, {"system", "user", "assistant"}, {"messages"}, {"conversations"})
+    known += ({"prompt", "completion"}, {"system", "prompt", "completion"})
     if not isinstance(columns, dict) or set(columns) not in known or not all(isinstance(c, str) for c in columns.values()):
         example = '{"user": "question", "assistant": "answer"}, with "system" if there is one, or {"messages": "dialog"}'
         raise ConfigError(f"columns: expected a mapping such as {example}; got {columns!r}")
+    if "prompt" in columns:  # other words for the same
+        columns = {_SAME.get(role, role): column for role, column in columns.items()}
 
     def read(row: dict) -> Messages:
         if missing := [c for c in columns.values() if c not in row]:
             raise Fault(
                 "D051", f"no column {missing[0]!r} in this row, only {shown(sorted(map(str, row)))}.", "Correct columns=…, or the row."
             )
-        if "messages" in columns:
-            return _from_messages(row, columns["messages"])
-        if "conversations" in columns:
-            renamed = {"conversations": row[columns["conversations"]]}
-            return _from_sharegpt(renamed)._replace(used=(columns["conversations"],))
+        if "messages" in columns or "conversations" in columns:
+            (column,) = columns.values()
+            return _from_either(row, column)
         texts = [(role, _text(row, columns[role], role != "system")) for role in ROLES if role in columns]
         return Messages([_said(role, text) for role, text in texts if text], tuple(columns.values()))
 
