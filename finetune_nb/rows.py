@@ -284,7 +284,8 @@ class _CsvLines:
 
     def __iter__(self) -> Iterator[str]:
         limit = self.limits.line
-        for self.number, raw in enumerate(iter(lambda: self.stream.readline(limit + 1), b""), 1):
+        while raw := self.stream.readline(limit + 1):
+            self.number += 1
             if len(raw) > limit:
                 raise Fault("D030", f"line {self.number} is longer than {limit:,} bytes.", "Is a quote missing? Or pass limits=Limits(line=…).")
             self.raw.append(raw)

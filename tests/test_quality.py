@@ -183,3 +183,48 @@ def test_what_is_no_schema(schema, said):
     pytest.importorskip("jsonschema")
     with pytest.raises(ConfigError, match=f"schema: .*{said}"):
         check_chats([chat("a", "b")], schema=schema)
+
+
+PHONES = ["030 1234567", "0171/1234567", "0171/123456", "020 7946 0958", "555.123.4567", "00491711234567", "(030) 1234567", "+49 30 901820"]
+KEYS = [
+    "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "glpat-" + "aB3dE5gH7jK9mN1pQ3sT", "npm_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5",
+    "SG." + "aB3dE5gH7jK9mN1pQ3sT5v.aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5gH7jK9m", "Bearer " + "abcdef1234567890abcdef1234567890",
+    "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY", "postgres://user:" + "Sup3rS3cret@db.host/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*PHONES, *KEYS, "de89 3704 0044 0532 0130 00"])
+def test_more_shapes_of_secrets(text):
+    [found] = find_personal(f"Take {text} for it.")
+    hidden = text[found.start - 5 : found.end - 5]
+    assert hidden in text and len(hidden) > 8 and hidden not in masked(f"Take {text} for it.")
+    assert (found.kind in ("phone number", "IBAN")) == (text not in KEYS)
+
+
+def test_a_password_in_an_address_is_no_mail_address():
+    report = check_chats([chat("Connect to postgres://user:Sup3rS3cret@db.host.org/x and mail anna.berg@clinic.org", "Done.")])
+    assert report["secrets"].excerpts == {0: "password in an address ••••••"} and report["personal_data"].bars == [("e-mail address", 1)]
+    assert "Sup" not in repr(report) + report.to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0101 1010 0110", "at 0900-1700", "postgres://user:password@host/x", "commit 3f2a9c0b1d4e5f60718293a4b5c6d7e8f9012345", "src/components/MyWidget/index2/definitions", "Bearer of bad news", "0.123 456 789"],
+)
+def test_more_that_is_no_secret(text):
+    assert list(find_personal(text)) == []
+
+
+def test_what_is_kept_and_removed_is_named():
+    report = check_chats([chat("What is this?", "I'm sorry, no.", "a, line 1"), chat("And what is that?", "A lamp.", "a, line 2")])
+    assert report.only("refusals").summary == "only refusals: 1 of 2 chats kept. Kept: a, line 1"
+    assert report.without("refusals").summary == "without refusals: 1 of 2 chats removed, 1 left. Removed: a, line 1"
+    one = repr(check_chats([chat("What is this?", "A lamp.")]))
+    assert "1 chat checked" in one and "1 distinct opening (" in one and "1 chats" not in one
+
+
+def test_markdown_is_escaped_everywhere():
+    systems = ["<script>alert(1)</script>", "<img src=x onerror=alert(2)>"]
+    chats = [Chat([{"role": "system", "content": systems[i % 2]}, *chat(f"Question {i}?", "Yes.").messages], f"<b>{i}") for i in range(30)]
+    text = check_chats(chats).to_markdown()
+    assert "&lt;script" in text and not any(tag in text for tag in ("<script", "<img", "<b>"))
