@@ -264,9 +264,13 @@ def validator_of(
     kind = validators.validator_for(schema)
     try:
         kind.check_schema(schema)
+        validator = kind(schema)
+        next(validator.iter_errors(None), None)  # a reference that leads nowhere is noticed only in use
     except exceptions.SchemaError as error:
         raise ConfigError(f"schema: this is no JSON schema: at {error.json_path}, {error.message}. Correct it") from None
-    return kind(schema)
+    except Exception as error:  # of the packages behind it
+        raise ConfigError(f"schema: it can't be used ({type(error).__name__}: {error}). Correct its references") from None
+    return validator
 
 
 def check_schema(texts: Texts, schema: dict) -> list[Finding]:

@@ -238,9 +238,10 @@ def leak_report(
         leaks = check_leaks(getattr(splits, name), getattr(splits, other))
         if leaks:
             kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(leak.kind for leak in leaks).items())
+            unsure = "Look at the near ones first: a letter can make another question. " * any(leak.kind == "near" for leak in leaks)
             said.append(
                 f"{len(leaks)} of {len(getattr(splits, name))} {name} chats ask what a {other} chat asks ({kinds}): they test memory. First: {leaks[0]}. "
-                f"Remove them from one of the files, or let split_chats make the {name} set."
+                f"{unsure}Remove them from one of the files, or let split_chats make the {name} set."
             )
     return said
 
