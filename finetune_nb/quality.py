@@ -48,14 +48,19 @@ class _Pair(NamedTuple):
     meant: int = 0  # the same number for the answers of a group that say the same
 
 
-def _rounds(texts: Texts) -> Iterator[list[_Pair]]:
-    "The first questions of all chats, then the second, …: only what is asked at the same turn is compared."
+def _rounds(texts: Texts) -> list[list[Turn]]:
+    "The first answers of all chats, then the second, …: only what is asked at the same turn is compared."
     rounds = defaultdict(list)
     for turn in texts.turns:
         rounds[turn.number].append(turn)
-    for turns in rounds.values():
-        pairs = [(t, t.place == len(texts.chats[t.row].messages) - 1) for t in turns]
-        yield [_Pair(texts.questions[t.row] if whole else texts.question(t), t, whole) for t, whole in pairs if whole or t.trained]
+    return list(rounds.values())
+
+
+def _pairs(texts: Texts, turns: list[Turn], alike: set[int]) -> list[_Pair]:
+    "The answers of one round with their questions: those of whole chats, and of chats that were asked alike in the round before."
+    lasts = [(t, t.place == len(texts.chats[t.row].messages) - 1) for t in turns]
+    kept = [(t, whole) for t, whole in lasts if whole or t.number == 1 or t.row in alike]
+    return [_Pair(texts.questions[t.row] if whole else texts.question(t), t, whole) for t, whole in kept]
 
 
 def _asked_alike(pairs: list[_Pair], seed: int) -> Iterator[list[_Pair]]:
@@ -82,10 +87,13 @@ def _contradict(pairs: list[_Pair]) -> bool:
 
 def _grouped(texts: Texts) -> tuple[list[list[_Pair]], ...]:
     "Groups of chats: exact copies, near copies, contradictions, and near contradictions."
-    exact, near, contradictions, unsure = [], [], [], []
-    for pairs in _rounds(texts):
+    exact, near, contradictions, unsure, alike = [], [], [], [], set()
+    for turns in _rounds(texts):
+        pairs = _pairs(texts, turns, alike)
         exact += [g for g in _by((p for p in pairs if p.whole), lambda p: (p.question, p.turn.answer)) if len(g) > 1]
-        for group in _asked_alike(pairs, texts.seed):
+        groups = list(_asked_alike(pairs, texts.seed))
+        alike = {p.turn.row for group in groups for p in group}
+        for group in groups:
             copies = _by((p for p in group if p.whole), lambda p: p.meant)
             near += [g for g in copies if len({(p.question, p.turn.answer) for p in g}) > 1]
             questions = _by((p for p in group if p.turn.trained), lambda p: normalise(p.question))

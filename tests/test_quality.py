@@ -228,3 +228,11 @@ def test_markdown_is_escaped_everywhere():
     chats = [Chat([{"role": "system", "content": systems[i % 2]}, *chat(f"Question {i}?", "Yes.").messages], f"<b>{i}") for i in range(30)]
     text = check_chats(chats).to_markdown()
     assert "&lt;script" in text and not any(tag in text for tag in ("<script", "<img", "<b>"))
+
+
+def test_contradictions_are_found_at_every_turn():
+    same = ("Which lamps does the harbour use?", "Red ones.", "And who made all of them?")
+    marked = {"role": "assistant", "content": "Nobody.", "train": False}
+    report = check_chats([*REST, *(talk(*same, answer, "Is that so?", "Yes.") for answer in ("Nobody.", "The smith of the town."))])
+    assert report.rows("contradictions") == [40, 41]
+    assert not check_chats([*REST, talk(*same, marked, "Is that so?", "Yes."), talk(*same, "The smith of the town.")])["contradictions"]
