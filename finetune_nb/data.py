@@ -49,15 +49,16 @@ def question(chat: Chat) -> str:
 
 def _turns(*sets: Sequence[Chat]) -> list[list[list[str]]]:
     "What the users of every chat of every set ask, turn by turn; where most chats have a system message of their own, it begins the first turn."
-    asked = [[[m["content"] or "" for m in c.messages if m["role"] in ("system", "user")] for c in chats] for chats in sets]
-    told = [[c.messages[0]["role"] == "system" for c in chats] for chats in sets]  # whether there is one
-    systems = {turns[0] for chats, has in zip(asked, told, strict=True) for turns, yes in zip(chats, has, strict=True) if yes}
+    found = [[[(m["role"], m["content"] or "") for m in c.messages if m["role"] in ("system", "user")] for c in chats] for chats in sets]
+    systems = {content for chats in found for said in chats for role, content in said[:1] if role == "system"}
     part_of_it = len(systems) > 0.25 * sum(map(len, sets))
 
-    def turns(found: list[str], has: bool) -> list[str]:
-        return (["\n".join(found[: 1 + has])] if part_of_it else found[has : 1 + has]) + found[1 + has :]
+    def turns(said: list[tuple[str, str]]) -> list[str]:
+        has = bool(said) and said[0][0] == "system"
+        texts = [content for _, content in said]
+        return (["\n".join(texts[: 1 + has])] if part_of_it else texts[has : 1 + has]) + texts[1 + has :]
 
-    return [[turns(*each) for each in zip(*both, strict=True)] for both in zip(asked, told, strict=True)]
+    return [[turns(said) for said in chats] for chats in found]
 
 
 _FIRST, _MANY = 8, 10  # turns that are looked at for a beginning; chats (or a hundredth of them) that a greeting may begin
