@@ -323,8 +323,8 @@ def message_texts(
     message: dict[str, Any],  # checked
 ) -> list[str]:
     "All that a message holds: its content, its thoughts, and the arguments of its calls."
-    if len(message) == 2:
-        return [message["content"]] if message.get("content") else []
+    if len(message) == 2 and message.get("content"):
+        return [message["content"]]
     texts = [text for text in map(message.get, ("content", *THOUGHTS)) if isinstance(text, str)]
     return texts + ["\n".join(_call_texts(message["tool_calls"]))] if message.get("tool_calls") else texts
 
@@ -333,7 +333,9 @@ def oddities(
     messages: list[dict],  # of one chat, checked
 ) -> list[tuple[str, str, str]]:
     "What is legal but odd about the texts of a chat: (code, finding, remedy); raises `Fault` for damaged ones."
-    if not _may_be_odd("\n".join(text for m in messages for text in message_texts(m))):
+    plain = [m.get("content") for m in messages if len(m) == 2]
+    rest = [text for m in messages if len(m) > 2 or m.get("content") is None for text in message_texts(m)]
+    if not _may_be_odd("\n".join(filter(None, plain + rest))):
         return []
     found = []
     for number, message in enumerate(messages, 1):

@@ -142,6 +142,7 @@ CALLING = {"tool_calls": [{"function": {"name": "f", "arguments": "{\"to\": \"x\
     [
         {"role": "assistant", "content": "Done.", "reasoning_content": f"The key is {SECRETS[0]}"},
         {"role": "assistant", "content": None, **CALLING},
+        {"role": "assistant", **CALLING},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"password": "hunter2Gx9"}}}]},
     ],
 )
