@@ -251,6 +251,7 @@ class _Rejects:
 
     def __init__(self, path: Path) -> None:  # the file wanted; numbered when it exists
         self.path, self.rows = path, 0
+        self.too_long: list[str] = []  # where the rows are that were not copied
         self.parts: list[tuple[Any, Path]] = []
 
     def add(self, row: Row, where: str, faults: list[Fault]) -> None:
@@ -259,12 +260,15 @@ class _Rejects:
             for ending in ("rows", "reasons"):
                 part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{id(self)}.{ending}")
                 self.parts.append((part.open("wb"), part))
+            self.parts[0][0].write(row.header)
         raw = row.raw
         if raw is None and row.value is not None:
             raw = json.dumps(row.value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        if not raw:
+            self.too_long.append(where)
         kept = "" if raw else " (the row is too long to copy; it is in the original file only)"
         reasons = " ".join(f"{fault.found} {fault.remedy} [{fault.code}]" for fault in faults)
-        self.parts[0][0].write(raw.rstrip(b"\r\n") + b"\n" if raw and not raw.endswith(b"\n") else raw or b"")
+        self.parts[0][0].write(raw + b"\n" if raw and not raw.endswith(b"\n") else raw or b"")
         self.parts[1][0].write(f"{where}: {reasons}{kept}\n".encode("utf-8", "backslashreplace"))
         self.rows += 1
 
@@ -307,6 +311,7 @@ class _Loading:
         self.offsets, self.lines = array("Q"), array("Q")
         self.forms: list[str] = []
         self.rejected: list[Path] = []
+        self.too_long: list[str] = []
         self.skipped_rows = 0
 
     def read(self, source: Source, bar: ReadingProgress, rejects: _Rejects, lazy: bool) -> _Rows:
@@ -398,6 +403,7 @@ def load_chats(
         if (loading.problems.kept and not loading.skip) or loading.fatal or not (loading.chats or loading.offsets):
             raise loading.problems.error()
         loading.skipped_rows = sum(rejects.rows for rejects in all_rejects)
+        loading.too_long = [where for rejects in all_rejects for where in rejects.too_long]
         loading.rejected = [path for path in (rejects.finish() for rejects in all_rejects) if path]
     return _result(loading, sources, maker, lazy)
 
@@ -417,7 +423,8 @@ def _rejected_path(source: Source, wanted: str | os.PathLike | None) -> Path:
     stem = source.path.name if source.path else "chats"
     while Path(stem).suffix.lower() in {*FORMATS, *PACKED}:
         stem = Path(stem).stem
-    return (source.path.parent if source.path else Path()) / f"{stem}.rejected.jsonl"
+    table = next((s.lower() for s in reversed(source.path.suffixes) if FORMATS.get(s.lower()) == "csv"), None) if source.path else None
+    return (source.path.parent if source.path else Path()) / f"{stem}.rejected{table or '.jsonl'}"
 
 
 def _result(loading: _Loading, sources: list[Source], maker: _Rows, lazy: bool) -> Chats | ChatFile:
@@ -432,7 +439,8 @@ def _result(loading: _Loading, sources: list[Source], maker: _Rows, lazy: bool) 
     if loading.problems.kept:
         files = ", ".join(path.name for path in loading.rejected)
         text = "\n".join(grouped(loading.problems.kept, loading.problems.totals))
-        warnings.warn(f"skipped rows: {chats.skipped_rows:,}, written to {files}:\n{text}", stacklevel=3)
+        more = f"; too long to copy, so in the original only: {', '.join(loading.too_long[:5])}{', …' * (len(loading.too_long) > 5)}"
+        warnings.warn(f"skipped rows: {chats.skipped_rows:,}, written to {files}{more * bool(loading.too_long)}:\n{text}", stacklevel=3)
     return chats
 
 # %% ../nbs/00b_chats.ipynb #cc44a80e

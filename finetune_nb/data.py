@@ -10,6 +10,7 @@ __all__ = ['SYSTEM', 'QUESTIONS', 'TEST_CHAPTER', 'ANSWER_PATTERN', 'Splits', 'q
 # %% ../nbs/01_data.ipynb #167ba481
 import math
 import random
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .chats import Chat, ChatError, Problem, fingerprint, load_chats, save_chats  # noqa: F401
 from .config import ConfigError, FinetuneError
-from .duplicates import matches_between, near_duplicate_groups, normalise
+from .duplicates import is_telling, matches_between, near_duplicate_groups, normalise
 from .quality import DataReport, check_chats  # noqa: F401
 
 _all_ = ["Chat", "ChatError", "DataReport", "Problem", "check_chats", "fingerprint", "load_chats", "save_chats"]
@@ -46,11 +47,42 @@ def question(chat: Chat) -> str:
     return "\n".join(m["content"] or "" for m in chat.messages if m["role"] == "user")
 
 
-def _questions(*sets: Sequence[Chat]) -> list[list[str]]:
-    "The question of every chat of every set; where most chats have a system message of their own, it belongs to the question."
-    systems = [m["content"] or "" for chats in sets for c in chats for m in c.messages[:1] if m["role"] == "system"]
-    part_of_it = len(set(systems)) > 0.25 * sum(map(len, sets))
-    return [[f"{c.messages[0]['content']}\n{question(c)}" if part_of_it and c.messages[0]["role"] == "system" else question(c) for c in chats] for chats in sets]
+def _turns(*sets: Sequence[Chat]) -> list[list[list[str]]]:
+    "What the users of every chat of every set ask, turn by turn; where most chats have a system message of their own, it begins the first turn."
+    found = [[[(m["role"], m["content"] or "") for m in c.messages if m["role"] in ("system", "user")] for c in chats] for chats in sets]
+    systems = {content for chats in found for said in chats for role, content in said[:1] if role == "system"}
+    part_of_it = len(systems) > 0.25 * sum(map(len, sets))
+
+    def turns(said: list[tuple[str, str]]) -> list[str]:
+        has = bool(said) and said[0][0] == "system"
+        texts = [content for _, content in said]
+        return (["\n".join(texts[: 1 + has])] if part_of_it else texts[has : 1 + has]) + texts[1 + has :]
+
+    return [[turns(said) for said in chats] for chats in found]
+
+
+_FIRST, _MANY = 8, 10  # turns that are looked at for a beginning; chats (or a hundredth of them) that a greeting may begin
+
+
+def _beginnings(turns: list[str]) -> list[str]:
+    "The first turn of a longer chat, the first two, and so on, less those that ask nothing: one to three words, or filler alone."
+    begins = ["\n".join(turns[:n]) for n in range(1, min(len(turns), _FIRST + 1))]
+    return [b for b in begins if is_telling(b)]
+
+
+def _asked(*sets: Sequence[Chat]) -> list[tuple[list[str], list[int]]]:
+    "Of every set the texts to compare, and the place of the chat of each: first every whole question, then the beginnings of longer chats."
+    turns = _turns(*sets)
+    wholes = [["\n".join(t) for t in chats] for chats in turns]
+    begins = [[(i, begun) for i, t in enumerate(chats) if (begun := _beginnings(t))] for chats in turns]
+    counts = Counter(normalise(b) for chats in begins for _, begun in chats for b in begun)
+    common = {text for text, n in counts.items() if n > max(_MANY, 0.01 * sum(map(len, sets)))}
+    common -= {normalise(whole) for chats in wholes for whole in chats} if common else set()
+    found = []
+    for whole, longer in zip(wholes, begins, strict=True):
+        first = [(i, b) for i, begun in longer if (b := next((b for b in begun if normalise(b) not in common), None))]
+        found.append((whole + [b for _, b in first], [*range(len(whole)), *(i for i, _ in first)]))
+    return found
 
 
 def _joined(n: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:
@@ -92,43 +124,78 @@ def split_chats(
     near_duplicates: bool = True,  # chats that ask nearly the same stay together too
 ) -> Splits:
     "Splits by seed, whole groups at a time; raises `ConfigError` when a part that was asked for would be empty."
-    texts = _questions(chats)[0]
-    same = defaultdict(list)
-    for i, text in enumerate(texts):
-        same[normalise(text)].append(i)
-    together = list(same.values()) + (near_duplicate_groups(texts) if near_duplicates else [])
-    together += _by_value(chats, group).values() if group else []
-    groups = _joined(len(chats), together)
+    groups = _groups(chats, group, near_duplicates)
     random.Random(seed).shuffle(groups)
     kinds = {i: value for value, places in _by_value(chats, stratify).items() for i in places} if stratify else {}
     strata = defaultdict(list)
     for members in groups:
         strata[kinds.get(members[0])].append(members)
     sizes = {"validation": validation_size, "test": test_size}
-    parts = {name: _take(list(strata.values()), share, len(chats)) for name, share in sizes.items()}
+    parts = {name: _take(list(strata.values()), share, len(chats), len(groups)) for name, share in sizes.items()}
     for name, share in sizes.items():
-        if share and not parts[name]:
-            raise ConfigError(
-                f"{len(chats)} chats in {len(groups)} groups of the same question are too few for a {name} set of {share:.0%}. "
-                f"Add chats, give a {name} file, or set {name}_size to 0."
-            )
+        _check_size(name, len(parts[name]), share, groups, len(chats))
     train = [i for stratum in strata.values() for members in stratum for i in members]
     return Splits(*(_chosen(chats, part) for part in (train, parts["validation"], parts["test"])))
 
 
-def _take(strata: list[list[list[int]]], share: float, n: int) -> list[int]:
-    "Takes whole groups out of each stratum until it has given its share; what rounding owes is carried to the next stratum."
+def _groups(chats: Sequence[Chat], group: str | Callable[[Chat], Any] | None, near_duplicates: bool) -> list[list[int]]:
+    "The places of the chats that have to stay together."
+    [(texts, rows)] = _asked(chats)
+    same = defaultdict(list)
+    for i, text in enumerate(texts):
+        same[normalise(text)].append(i)
+    together = list(same.values()) + (near_duplicate_groups(texts) if near_duplicates else [])
+    together = [[rows[i] for i in members] for members in together]
+    together += _by_value(chats, group).values() if group else []
+    return _joined(len(chats), together)
+
+
+def _wanted(share: float, n: int) -> int:
+    "How many of `n` chats a share is, rounded."
+    return math.floor(share * n + 0.5)
+
+
+def _slack(wanted: int) -> float:
+    "How many chats a set may have over what was wanted, because groups stay whole."
+    return max(1, wanted / 4)
+
+
+def _take(strata: list[list[list[int]]], share: float, n: int, n_groups: int) -> list[int]:
+    "Takes whole groups that fit out of each stratum until it has given its share; what rounding owes is carried to the next stratum."
     taken: list[int] = []
     total = [sum(map(len, stratum)) for stratum in strata]
-    left, wanted, owed = sum(map(len, strata)), math.floor(share * n + 0.5), 0.0
-    whole = sum(total)
+    left, wanted, owed = sum(map(len, strata)), _wanted(share, n), 0.0
+    whole, allowed = sum(total), math.ceil(2 * share * n_groups)  # or the small groups would all leave the training set
     for stratum, size in zip(strata, total, strict=True):
         owed += wanted * size / whole if whole else 0
-        while owed >= 0.5 and stratum and left > 1:
+        too_large = []
+        while owed >= 0.5 and stratum and left > 1 and allowed:
             members = stratum.pop()
+            if len(members) > owed + _slack(wanted):
+                too_large.append(members)
+                continue
             taken += members
-            owed, left = owed - len(members), left - 1
+            owed, left, allowed = owed - len(members), left - 1, allowed - 1
+        stratum += too_large
     return taken
+
+
+def _check_size(name: str, got: int, share: float, groups: list[list[int]], n: int) -> None:
+    "Raises `ConfigError` for a set that was asked for and is empty; warns of one that is far from its share."
+    wanted, sizes = _wanted(share, n), sorted(map(len, groups))
+    if share and not got:
+        whole = len(groups) > 2 and wanted and sizes[0] > wanted + _slack(wanted)
+        remedy = f"The smallest group has {sizes[0]} of them: set {name}_size to {sizes[0] / n:.2f} or more, " if whole else "Add chats, "
+        raise ConfigError(
+            f"{n} {'chat' if n == 1 else 'chats'} in {len(groups)} {'group' if len(groups) == 1 else 'groups'} of the same question are too few for a "
+            f"{name} set of {share:.0%}. {remedy}give a {name} file, or set {name}_size to 0."
+        )
+    if abs(got - wanted) > max(2, 0.3 * wanted):
+        warnings.warn(
+            f"the {name} set has {got:,} chats where {share:.0%} would be {wanted:,}: groups stay whole, and the largest has {sizes[-1]:,} of "
+            f"{n:,} chats. Look whether so many belong together, or give a {name} file.",
+            stacklevel=3,
+        )
 
 
 def _chosen(chats: Sequence[Chat], places: list[int]) -> list[Chat]:
@@ -141,10 +208,13 @@ class Leak(NamedTuple):
     kind: str  # "exact", "normalised" or "near"
     chat: Chat  # in the set that is to be clean
     twin: Chat  # in the other
+    whole: bool = True  # whether all that is asked is the same, not just how a longer chat begins
 
     def __str__(self) -> str:
         same = "with the same answer" if normalise(self.chat.answer) == normalise(self.twin.answer) else "with another answer"
-        return f"{self.chat.where or 'a chat'} asks what {self.twin.where or 'a chat'} asks ({self.kind}, {same}): {question(self.chat)[:60]!r}"
+        how, what = ("asks", f"{self.kind}, {same}") if self.whole else ("begins with", f"{self.kind}, one goes on or both do")
+        asked = question(self.chat)[:60]
+        return f"{self.chat.where or 'a chat'} {how} what {self.twin.where or 'a chat'} {how} ({what}): {asked!r}"
 
 
 def check_leaks(
@@ -152,11 +222,12 @@ def check_leaks(
     other: Sequence[Chat],  # the set that it must have nothing in common with: training
 ) -> list[Leak]:
     "Every chat of `clean` whose question stands in `other`, once each, with the closest twin."
+    (texts, rows), (twins, places) = _asked(clean, other)
     order = {"exact": 0, "normalised": 1, "near": 2}
-    found: dict[int, Leak] = {}
-    for i, j, kind in sorted(matches_between(*_questions(clean, other)), key=lambda m: (m[0], order[m[2]], m[1])):
-        found.setdefault(i, Leak(kind, clean[i], other[j]))
-    return list(found.values())
+    found: dict[int, tuple[str, int, bool]] = {}
+    for i, j, kind in sorted(matches_between(texts, twins), key=lambda m: (order[m[2]], m[0], m[1])):
+        found.setdefault(rows[i], (kind, places[j], i < len(clean) and j < len(other)))
+    return [Leak(kind, clean[i], other[j], whole) for i, (kind, j, whole) in sorted(found.items())]
 
 
 def leak_report(
@@ -168,9 +239,10 @@ def leak_report(
         leaks = check_leaks(getattr(splits, name), getattr(splits, other))
         if leaks:
             kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(leak.kind for leak in leaks).items())
+            unsure = "Look at the near ones first: a letter can make another question. " * any(leak.kind == "near" for leak in leaks)
             said.append(
                 f"{len(leaks)} of {len(getattr(splits, name))} {name} chats ask what a {other} chat asks ({kinds}): they test memory. First: {leaks[0]}. "
-                f"Remove them from one of the files, or let split_chats make the {name} set."
+                f"{unsure}Remove them from one of the files, or let split_chats make the {name} set."
             )
     return said
 

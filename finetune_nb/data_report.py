@@ -114,7 +114,7 @@ class DataReport:
             if count["warning"]
             else "Nothing stands against training"
         )
-        return f"{state}: {len(self.chats):,} chats checked, {', '.join(parts) or 'nothing found'}."
+        return f"{state}: {_chats(len(self.chats))} checked, {', '.join(parts) or 'nothing found'}."
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -140,30 +140,29 @@ class DataReport:
             picked |= set(finding.rows) - spared
         return picked
 
-    def _kept(self, gone: set[int], how: str) -> Removed:
-        "The chats without some of them."
-        kept = [c for i, c in enumerate(self.chats) if i not in gone]
-        removed = [c for i, c in enumerate(self.chats) if i in gone]
-        places = ", ".join(c.where or "?" for c in removed[:5]) + (", ..." if len(removed) > 5 else "")
-        return Removed(
-            kept,
-            removed,
-            f"{how}: {len(removed):,} of {len(self.chats):,} chats removed, {len(kept):,} left." + f" Removed: {places}" * bool(removed),
-        )
+    def _parted(self, rows: set[int]) -> tuple[list[Chat], list[Chat], str]:
+        "The chats at some rows, the others, and the places of the first of them in words."
+        named = [c for i, c in enumerate(self.chats) if i in rows]
+        others = [c for i, c in enumerate(self.chats) if i not in rows]
+        return named, others, ", ".join(self._where(i) for i in sorted(rows)[:5]) + ", ..." * (len(named) > 5)
 
     def without(
         self,
         *checks: str,  # names of checks
     ) -> Removed:
         "The chats that these checks did not name; of duplicates the first stays, contradictions go altogether."
-        return self._kept(self._picked(checks, True), f"without {', '.join(checks)}")
+        removed, kept, places = self._parted(self._picked(checks, True))
+        total = f"{len(removed):,} of {_chats(len(self.chats))} removed, {len(kept):,} left."
+        return Removed(kept, removed, f"without {', '.join(checks)}: {total}" + f" Removed: {places}" * bool(removed))
 
     def only(
         self,
         *checks: str,  # names of checks
     ) -> Removed:
         "The chats that these checks named, to look at."
-        return self._kept(set(range(len(self.chats))) - self._picked(checks, False), f"only {', '.join(checks)}")
+        kept, removed, places = self._parted(self._picked(checks, False))
+        total = f"{len(kept):,} of {_chats(len(self.chats))} kept."
+        return Removed(kept, removed, f"only {', '.join(checks)}: {total}" + f" Kept: {places}" * bool(kept))
 
     def _where(self, row: int) -> str:
         return self.chats[row].where or f"chat {row}"
@@ -184,7 +183,7 @@ class DataReport:
         lines = [f"# {self.verdict}", "", "| check | severity | chats | found |", "| --- | --- | --- | --- |"]
         lines += [f"| {f.check} | {f.severity} | {len(f.rows):,} | {_cell(f.message)} |" for f in self.findings]
         for f in self.findings:
-            lines += ["", f"## {f.check}", "", f"{f.message} {f.advice}", ""]
+            lines += ["", f"## {f.check}", "", _escaped(f"{f.message} {f.advice}"), ""]
             lines += [f"- {_cell(self._where(r))}: {_cell(t)}" for r, t in list(f.excerpts.items())[:_SHOWN]]
         return "\n".join(lines) + "\n"
 
@@ -253,6 +252,15 @@ class DataReport:
         return "".join(groups)
 
 
+def _chats(n: int) -> str:
+    return f"{n:,} {'chat' if n == 1 else 'chats'}"
+
+
+def _escaped(text: str) -> str:
+    "A text on one line, as it may stand in a paragraph of Markdown."
+    return escape(" ".join(text.split()), quote=False)
+
+
 def _cell(text: str) -> str:
     "A text as it may stand in a table or list of Markdown."
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return _escaped(text).replace("|", "\\|")

@@ -27,6 +27,8 @@ def is_iban(
 ) -> bool:
     "Whether an account number has the checksum of an IBAN."
     plain = text.replace(" ", "")
+    if sum(c.isdigit() for c in plain) < 10:
+        return False
     return 15 <= len(plain) <= 34 and int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
 
@@ -38,7 +40,8 @@ def _is_ssn(text: str) -> bool:
 
 def _is_phone(text: str) -> bool:
     "Whether a number has as many digits as a phone number and isn't one of those kept for films."
-    return 9 <= sum(c.isdigit() for c in text) <= 15 and "555-01" not in text
+    digits = [c for c in text if c.isdigit()]
+    return 9 <= len(digits) <= 15 and len(set(digits)) > 3 and "555-01" not in text
 
 
 def _is_address(text: str) -> bool:
@@ -64,15 +67,33 @@ def _is_password(text: str) -> bool:
     return not placeholder and len(set(text)) > 4 and bool(re.search(r"\d", text)) and bool(re.search(r"[A-Za-z]", text))
 
 
+def _is_aws_secret(text: str) -> bool:
+    "Whether 40 letters, digits and signs change between small and capital letters as often as chance would have it, not as paths and names do."
+    letters = ((a, b) for a, b in zip(text, text[1:], strict=False) if a.isalpha() and b.isalpha())
+    return sum(a.islower() != b.islower() for a, b in letters) >= 8 and any(c.isdigit() for c in text)
+
+
+def _is_url_password(text: str) -> bool:
+    "Whether what stands between `user:` and `@` in an address looks real, not like `password` or `<pass>`."
+    return not re.fullmatch(r"(?i)(?:my|your)?[_-]?(?:password|passwd|pass|pwd|pw|secret|token|x+|\*+|\.+)|[<{$%\[].*", text)
+
+
 SECRETS = (
     Kind("private key", re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s\S]*?-----END [A-Z ]+-----|[\s\S]*)"), ("private key",)),  # noqa: E501
     Kind("Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"), ("hf_",)),
     Kind("GitHub token", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})\b"), ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_")),  # noqa: E501
     Kind("AWS access key", re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), ("akia", "asia")),
     Kind("API key", re.compile(r"\bsk-(?:[a-z]+-)*[A-Za-z0-9_-]{20,}"), ("sk-",), lambda s: bool(re.search(r"\d", s))),
+    Kind("Stripe key", re.compile(r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"), ("k_live_", "k_test_")),
+    Kind("GitLab token", re.compile(r"\bglpat-[A-Za-z0-9_-]{16,}"), ("glpat-",)),
+    Kind("npm token", re.compile(r"\bnpm_[A-Za-z0-9]{30,}"), ("npm_",)),
+    Kind("SendGrid key", re.compile(r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"), ("sg.",)),
     Kind("Slack token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"), ("xox",)),
     Kind("Google API key", re.compile(r"\bAIza[A-Za-z0-9_-]{35}"), ("aiza",)),
     Kind("JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"), ("eyj",)),
+    Kind("bearer token", re.compile(r"(?i)\bbearer\s+(?P<secret>[A-Za-z0-9._~+/-]{20,}=*)"), ("bearer",), _is_password),
+    Kind("AWS secret key", re.compile(r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"), (), _is_aws_secret),
+    Kind("password in an address", re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@]*:(?P<secret>[^\s/@]{3,})@"), ("://",), _is_url_password),
     Kind(
         "password",
         re.compile(r"(?i)\b(?:password|passwd|pwd|passwort|secret|api[_-]?key|access[_-]?token|auth[_-]?token)[\"']?\s*(?:is\s+"
@@ -82,11 +103,17 @@ SECRETS = (
     ),
 )  # fmt: skip
 PERSONAL = (
-    Kind("e-mail address", re.compile(r"\b[A-Za-z0-9][\w.+-]{0,63}@(?!(?:[\w-]+\.)*example\.|localhost)(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}\b"), ("@",)),  # noqa: E501
-    Kind("IBAN", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), (), is_iban),
+    Kind("e-mail address", re.compile(r"://[^\s/:@]*:[^\s/@]*@|(?P<secret>\b[A-Za-z0-9][\w.+-]{0,63}@(?!(?:[\w-]+\.)*example\.|localhost)(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}\b)"), ("@",)),  # noqa: E501
+    Kind("IBAN", re.compile(r"(?i)\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), (), is_iban),
     Kind("payment card", re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])"), (), is_card),
     Kind("social security number", re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"), ("-",), _is_ssn),
-    Kind("phone number", re.compile(r"(?<![\w+.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"), ("+", "(", "-"), _is_phone),  # noqa: E501
+    Kind(
+        "phone number",
+        re.compile(r"(?<![\w+.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}|\(\d{3,5}\) ?\d{3,4}[ -]?\d{3,4}|\d{3}-\d{3}-\d{4}"
+        r"|\d{3}\.\d{3}\.\d{4}|00[1-9]\d{8,13}|(?<!\d )0\d{2,4}[ /-]\d{3,4}(?:[ -]?\d{2,4}){0,2}(?! ?\d))(?![\w-])"),
+        ("+", "(", "-", ".", "0"),
+        _is_phone,
+    ),
     Kind("IP address", re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\d)"), ("ip", "address", "host", "server", "ping", "ssh", "http"), _is_address),  # noqa: E501
 )  # fmt: skip
 
@@ -102,13 +129,14 @@ class Sighting(NamedTuple):
 
 def mask(
     secret: str,  # what must not be shown
+    kind: str = "",  # the name of its kind
 ) -> str:
-    "At most the first four characters, less of short ones, and dots."
-    return secret[: min(4, len(secret) // 5)] + "•" * 6
+    "At most the first four characters, less of short ones, and dots; of a password nothing."
+    return secret[: 0 if kind.startswith("password") else min(4, len(secret) // 5)] + "•" * 6
 
 
 _NUMBERS = ("payment card", "social security number", "phone number")  # need a long run of digits, which is quickly looked for
-_RUN = re.compile(r"\d(?:[ .()-]{0,3}\d){6}")
+_RUN = re.compile(r"\d(?:[ .()/-]{0,3}\d){6}")
 
 
 def find_personal(
@@ -125,9 +153,11 @@ def find_personal(
         for match in pattern.finditer(text):
             group = "secret" if "secret" in pattern.groupindex else 0
             start, end = match.span(group)
+            if start < 0:  # what only looks like it, as the password in an address looks like an e-mail address
+                continue
             if (test is None or test(match[group])) and not any(start < e and s < end for s, e in taken):
                 taken.append((start, end))
-                yield Sighting(name, start, end, mask(match[group]))
+                yield Sighting(name, start, end, mask(match[group], name))
 
 
 def masked(

@@ -7,14 +7,16 @@ __all__ = ['CHECKS', 'NAMES', 'check_copies', 'check_openings', 'language', 'che
            'check_personal', 'check_characters', 'check_tokens', 'check_chats']
 
 # %% ../nbs/00d_quality.ipynb #56d04cc6
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from finetune_nb.answers import (
     ENDS,
     Texts,
+    Turn,
     check_boilerplate,
     check_cut_off,
     check_echoes,
@@ -27,65 +29,111 @@ from finetune_nb.answers import (
     shorten,
     spoken,
     take_apart,
+    validator_of,
 )  # fmt: skip
 from .chats import Chat
 from .config import ConfigError
 from .data_report import DataReport, Finding, histogram
 from .duplicates import near_duplicate_groups, normalise
+from .formats import all_texts, control_tokens, invisible, message_texts
 from .personal import PERSONAL, SECRETS, find_personal, masked
 
 # %% ../nbs/00d_quality.ipynb #ae9eea05
-def _grouped(texts: Texts) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    "Groups of chats: exact copies, near copies, and contradictions."
-    same = defaultdict(list)
-    for i, (question, answer) in enumerate(zip(texts.questions, texts.answers, strict=True)):
-        same[question, answer].append(i)
-    exact = [g for g in same.values() if len(g) > 1]
-    near, contradictions = [], []
-    for group in near_duplicate_groups(texts.questions, seed=texts.seed):
-        said = defaultdict(list)
-        for i in group:
-            said[normalise(texts.answers[i])].append(i)
-        alike = near_duplicate_groups(list(said), seed=texts.seed) if len(said) > 1 else []
-        joined = {i: g[0] for g in alike for i in g}
-        merged = defaultdict(list)
-        for n, rows in enumerate(said.values()):
-            merged[joined.get(n, n)] += rows
-        near += [sorted(rows) for rows in merged.values() if len({(texts.questions[i], texts.answers[i]) for i in rows}) > 1]
-        contradictions += [group] if len(merged) > 1 else []
-    return exact, near, contradictions
+class _Pair(NamedTuple):
+    "A question and its answer."
+
+    question: str
+    turn: Turn
+    whole: bool  # whether it is all of its chat
+    meant: int = 0  # the same number for the answers of a group that say the same
+
+
+def _rounds(texts: Texts) -> list[list[Turn]]:
+    "The first answers of all chats, then the second, …: only what is asked at the same turn is compared."
+    rounds = defaultdict(list)
+    for turn in texts.turns:
+        rounds[turn.number].append(turn)
+    return list(rounds.values())
+
+
+def _pairs(texts: Texts, turns: list[Turn], alike: set[int]) -> list[_Pair]:
+    "The answers of one round with their questions: those of whole chats, and of chats that were asked alike in the round before."
+    lasts = [(t, t.place == len(texts.chats[t.row].messages) - 1) for t in turns]
+    kept = [(t, whole) for t, whole in lasts if whole or t.number == 1 or t.row in alike]
+    return [_Pair(texts.questions[t.row] if whole else texts.question(t), t, whole) for t, whole in kept]
+
+
+def _asked_alike(pairs: list[_Pair], seed: int) -> Iterator[list[_Pair]]:
+    "Pairs whose questions are equal or nearly so, each with the number of what its answer means."
+    for group in near_duplicate_groups([p.question for p in pairs], seed=seed):
+        answers = [normalise(pairs[i].turn.answer) for i in group]
+        distinct = list(dict.fromkeys(answers))
+        alike = near_duplicate_groups(distinct, seed=seed) if len(distinct) > 1 else []
+        meant = {distinct[i]: g[0] for g in alike for i in g}
+        yield [pairs[i]._replace(meant=meant.get(a, distinct.index(a))) for i, a in zip(group, answers, strict=True)]
+
+
+def _by(pairs: Iterable[_Pair], key: Callable[[_Pair], Any]) -> list[list[_Pair]]:
+    "Pairs put together by what a function says of them."
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[key(pair)].append(pair)
+    return list(groups.values())
+
+
+def _contradict(pairs: list[_Pair]) -> bool:
+    return len({p.meant for p in pairs}) > 1
+
+
+def _grouped(texts: Texts) -> tuple[list[list[_Pair]], ...]:
+    "Groups of chats: exact copies, near copies, contradictions, and near contradictions."
+    exact, near, contradictions, unsure, alike = [], [], [], [], set()
+    for turns in _rounds(texts):
+        pairs = _pairs(texts, turns, alike)
+        exact += [g for g in _by((p for p in pairs if p.whole), lambda p: (p.question, p.turn.answer)) if len(g) > 1]
+        groups = list(_asked_alike(pairs, texts.seed))
+        alike = {p.turn.row for group in groups for p in group}
+        for group in groups:
+            copies = _by((p for p in group if p.whole), lambda p: p.meant)
+            near += [g for g in copies if len({(p.question, p.turn.answer) for p in g}) > 1]
+            questions = _by((p for p in group if p.turn.trained), lambda p: normalise(p.question))
+            contradictions += [g for g in questions if _contradict(g)]
+            if len({frozenset(p.meant for p in g) for g in questions}) > 1:
+                unsure.append([p for g in questions for p in g])
+    return exact, near, contradictions, unsure
+
+
+_COPIES = (
+    ("exact_duplicates", 3, "warning", "copies of another", "Keep one of each: report.without('exact_duplicates')."),
+    ("near_duplicates", 3, "warning", "nearly copies of another", "Keep one of each: report.without('near_duplicates')."),
+    ("contradictions", 4, "error", "one question with different answers", "Keep the right answer, or leave all of them out."),
+    ("near_contradictions", 4, "warning", "nearly one question with different answers", "Look: one letter or word may make another question."),
+)  # fmt: skip
+
+
+def _copies_finding(spec: tuple[str, int, str, str, str], groups: list[list[_Pair]]) -> Finding:
+    "A finding with its groups side by side."
+    check, point, severity, what, advice = spec
+    rows = sorted({p.turn.row for g in groups for p in g})
+    excerpts: dict[int, str] = {}
+    for n, group in enumerate(groups, 1):
+        for p in group:
+            text = f"[{n}] {shorten(p.question.split('=user= ', 1)[-1], 90)}\n→ {shorten(p.turn.answer, 90)}"
+            excerpts[p.turn.row] = f"{excerpts[p.turn.row]}\n{text}" if p.turn.row in excerpts else text
+    sizes = sorted(Counter(map(len, groups)).items())
+    bars = [(f"{counted(n, 'group', 'groups')} of {size}", n * size) for size, n in sizes[:12]]
+    message = f"{counted(len(rows), 'chat', 'chats')} in {counted(len(groups), 'group', 'groups')}: {what}."
+    return Finding(check, point, severity, message, advice, rows, [[p.turn.row for p in g] for g in groups], excerpts, bars)
 
 
 def check_copies(texts: Texts) -> list[Finding]:
     "Exact and near duplicates, large clusters, contradictions."
-    exact, near, contradictions = _grouped(texts)
-    spec = (
-        ("exact_duplicates", 3, "warning", exact, "copies of another", "Keep one of each: report.without('exact_duplicates')."),
-        ("near_duplicates", 3, "warning", near, "nearly copies of another", "Keep one of each: report.without('near_duplicates')."),
-        (
-            "contradictions",
-            4,
-            "error",
-            contradictions,
-            "one question with different answers",
-            "Keep the right answer, or leave all of them out.",
-        ),
-    )
-    found = []
-    for check, point, severity, groups, what, advice in spec:
-        if groups:
-            rows = sorted(i for g in groups for i in g)
-            message = f"{len(rows):,} chats in {counted(len(groups), 'group', 'groups')}: {what}."
-            number = {i: n for n, g in enumerate(groups, 1) for i in g}
-            asked = {i: shorten(texts.questions[i].split("user ", 1)[-1], 90) for i in number}
-            excerpts = {i: f"[{n}] {asked[i]}\n→ {shorten(texts.answers[i], 90)}" for i, n in number.items()}
-            sizes = sorted(Counter(map(len, groups)).items())
-            bars = [(f"{counted(n, 'group', 'groups')} of {size}", n * size) for size, n in sizes[:12]]
-            found.append(Finding(check, point, severity, message, advice, rows, groups, excerpts, bars))
-    large = [g for g in near + exact if len(g) > max(10, 0.02 * len(texts.chats))]
-    rows = sorted({i for g in large for i in g})
-    message = f"{counted(len(large), 'group', 'groups')} of near-equal chats hold {len(rows):,} of {len(texts.chats):,} chats."
-    return found + finding_of(texts, "large_clusters", 3, "warning", rows, message, "Thin them out: they outweigh everything else.")
+    grouped = _grouped(texts)
+    found = [_copies_finding(spec, groups) for spec, groups in zip(_COPIES, grouped, strict=True) if groups]
+    large = [g for groups in grouped[:2] for g in groups if len(g) > max(10, 0.02 * len(texts.chats))]
+    turns = sorted({p.turn for g in large for p in g})
+    message = f"{counted(len(large), 'group', 'groups')} of near-equal chats {'holds' if len(large) == 1 else 'hold'} {len(turns):,} of {len(texts.chats):,} chats."  # noqa: E501
+    return found + finding_of("large_clusters", 3, "warning", turns, message, "Thin them out: they outweigh everything else.")
 
 
 def check_openings(texts: Texts) -> list[Finding]:
@@ -95,7 +143,8 @@ def check_openings(texts: Texts) -> list[Finding]:
     openings, example = Counter(begins), dict(zip(begins, asked, strict=True))
     share = len(openings) / max(1, len(texts.chats))
     severity = "warning" if len(texts.chats) >= 50 and openings.most_common(1)[0][1] > 0.9 * len(texts.chats) else "note"
-    message = f"{len(openings):,} distinct openings (first three words of the question) in {len(texts.chats):,} chats, {share:.0%}."
+    distinct, total = counted(len(openings), "distinct opening", "distinct openings"), counted(len(texts.chats), "chat", "chats")
+    message = f"{distinct} (first three words of the question) in {total}, {share:.0%}."
     bars = [(" ".join(masked(example[o]).split()[:3]), n) for o, n in openings.most_common(10)]
     return [Finding("openings", 3, severity, message, "Ask in the many ways in which users will ask.", bars=bars)]
 
@@ -192,12 +241,6 @@ def check_lengths(texts: Texts) -> list[Finding]:
     return found + [Finding("turns", 5, "note", said, "Train on as many turns as users will take.", bars=listed[:12])]
 
 # %% ../nbs/00d_quality.ipynb #2b736981
-_CONTROL = re.compile(
-    r"<\|[a-z_]{2,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜[^｜]{1,40}｜>|<\|(?:START|END)_OF_TURN_TOKEN\|>"
-)
-_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]")
-
-
 def check_number(texts: Texts) -> list[Finding]:
     "Fewer than 500 and fewer than 1,000 examples."
     n = len(texts.chats)
@@ -215,13 +258,24 @@ def check_number(texts: Texts) -> list[Finding]:
     ]
 
 
+def _tool_texts(chat: Chat, cache: dict[str, list[str]]) -> list[str]:
+    "The texts of the column `tools`, which is the same for most chats of a file."
+    if not (tools := chat.extra.get("tools")):
+        return []
+    key = tools if isinstance(tools, str) else json.dumps(tools, default=str)
+    if key not in cache:
+        cache[key] = ["\n".join(all_texts(chat.tools))]
+    return cache[key]
+
+
 def check_personal(texts: Texts) -> list[Finding]:
-    "Secrets and personal data in any message."
-    found = []
+    "Secrets and personal data in any message, its thoughts and calls included, and in the tools."
+    found, cache = [], {}
     for check, kinds, severity in (("secrets", SECRETS, "error"), ("personal_data", PERSONAL, "warning")):
         seen, excerpts = Counter(), {}
         for i, chat in enumerate(texts.chats):
-            sightings = [s for m in chat.messages for s in find_personal(spoken(m), kinds)]
+            held = [t for m in chat.messages for t in message_texts(m)] + _tool_texts(chat, cache)
+            sightings = [s for text in held for s in find_personal(text, kinds)]
             seen.update(s.kind for s in sightings)
             if sightings:
                 excerpts[i] = ", ".join(f"{s.kind} {s.masked}" for s in sightings[:5])
@@ -237,14 +291,16 @@ def check_personal(texts: Texts) -> list[Finding]:
 
 
 def check_characters(texts: Texts) -> list[Finding]:
-    "Control tokens of chat templates, and characters that nobody sees."
+    "Control tokens of chat templates, and characters that nobody sees, by the list that reading goes by."
     found = []
-    for check, pattern, what, advice in (
-        ("control_tokens", _CONTROL, "control tokens of chat templates", "Take them out or break them; in training they become real."),
-        ("invisible_characters", _INVISIBLE, "invisible characters", "Take them out; the model sees what you don't."),
+    for check, look, what, advice in (
+        ("control_tokens", control_tokens, "control tokens of chat templates", "Take them out or break them; in training they become real."),
+        ("invisible_characters", invisible, "invisible characters", "Take them out; the model sees what you don't."),
     ):
-        hits = {i: Counter(h for m in c.messages for h in pattern.findall(m.get("content") or "")) for i, c in enumerate(texts.chats)}
-        hits = {i: h for i, h in hits.items() if h}
+        hits = {}
+        for i, chat in enumerate(texts.chats):
+            if hit := Counter(h for m in chat.messages for t in message_texts(m) for h in look(t, m["role"])):
+                hits[i] = hit
         if hits:
             message = f"{counted(len(hits), 'chat holds', 'chats hold')} {what}."
             excerpts = {i: ", ".join(f"{ascii(t).strip(chr(39))} {n}×" for t, n in h.items()) for i, h in hits.items()}
@@ -318,7 +374,7 @@ CHECKS: dict[str, Callable[[Texts], list[Finding]]] = {
 }  # fmt: skip
 NAMES = (
     "refusals", "boilerplate", "echoes", "cut_off", "empty_answers", "shape", "exact_duplicates", "near_duplicates", "contradictions",
-    "large_clusters", "openings", "systems", "languages", "casing", "end_punctuation", "lengths", "turns", "too_few", "secrets",
+    "near_contradictions", "large_clusters", "openings", "systems", "languages", "casing", "end_punctuation", "lengths", "turns", "too_few", "secrets",
     "personal_data", "control_tokens", "invisible_characters", "tokens",
 )  # fmt: skip
 
@@ -332,18 +388,20 @@ def check_chats(
     checks: Sequence[Callable[[Texts], list[Finding]]] = (),  # checks of your own
     seed: int = 42,  # the same seed gives the same report
 ) -> DataReport:
-    "Runs every check; raises `ConfigError` when there are no chats or the pattern is no regular expression."
+    "Runs every check; raises `ConfigError` when there are no chats, or pattern or schema are none."
     if not len(chats):
         raise ConfigError("there are no chats to check. Load some with load_chats.")
     try:
         re.compile(pattern or "")
     except re.error as error:
         raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    if schema is not None:
+        validator_of(schema)  # before the long work
     chats = list(chats)
     texts = take_apart(chats, seed)
     found = [f for check in (*CHECKS.values(), *checks) for f in check(texts)]
     found += check_tokens(texts, tokenizer, max_length)
     found += check_pattern(texts, pattern) if pattern else []
-    found += check_schema(texts, schema) if schema else []
-    given = [name for name, value in (("pattern", pattern), ("schema", schema)) if value]
+    found += check_schema(texts, schema) if schema is not None else []
+    given = [name for name, value in (("pattern", pattern), ("schema", schema)) if value is not None]
     return DataReport(chats, found, [*NAMES, *given])

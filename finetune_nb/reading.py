@@ -124,6 +124,7 @@ class Row(NamedTuple):
     fault: Fault | None = None  # or what is wrong with it
     raw: bytes | None = None  # the row as it stands in the file, where that is kept
     offset: int = 0  # where it begins, in bytes
+    header: bytes = b""  # the line with the names of the columns, of a table
 
 # %% ../nbs/00a_reading.ipynb #3432ea82
 JSON_REMEDY = "Each row is one complete JSON object, saved as UTF-8; correct or delete it."
@@ -173,7 +174,11 @@ def json_fault(error: json.JSONDecodeError, last: bool) -> Fault:
     text, at = error.doc, error.pos
     near = f"near {text[at : at + 20]!r}" if text[at:].strip() else "at its end"
     start = f"not valid JSON at column {at + 1}"
-    if text.count("\0") > len(text) // 4:
+    if text[at:] and not text[at:].strip("\0"):
+        what = "something follows the row" if text[:at].strip() else "there is no row here"
+        remedy = "The file was damaged, as by a crash while it was written; delete them, and see whether rows are missing."
+        return Fault("D027", f"{start}: {what}, only NUL bytes: {len(text) - at:,}.", remedy)
+    if text[:64].count("\0") > len(text[:64]) // 4:
         return Fault("D010", "this looks like UTF-16 text without a byte-order mark.", "Save the file again as UTF-8.")
     if error.msg.startswith("Invalid control character"):
         name = "a NUL" if text[at] == "\0" else f"a raw control character (U+{ord(text[at]):04X})"

@@ -38,9 +38,9 @@ from finetune_nb.reading import (
 # %% ../nbs/00a_rows.ipynb #7b4bfb8d
 def _lines(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None]) -> Iterator[tuple[int, int, bytes, int]]:
     "The (number, offset, bytes, size) of every line that is not blank; an overlong one is skipped over and given empty."
-    offset, blank, returns = 0, 0, 0
-    for number, raw in enumerate(iter(lambda: stream.readline(limits.line + 1), b""), 1):
-        size = len(raw)
+    number, offset, blank, returns = 0, 0, 0, 0
+    while raw := stream.readline(limits.line + 1):
+        number, size = number + 1, len(raw)
         if size > limits.line:
             while raw and not raw.endswith(b"\n"):
                 raw = stream.readline(2**20)
@@ -49,16 +49,27 @@ def _lines(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None
         elif number == 1 and raw.startswith(codecs.BOM_UTF8):
             say("N002", "the file begins with a byte-order mark.", "It was left out.")
             raw = raw[3:]
+        returns += raw.endswith(b"\r\n")
         if raw.isspace() or size == 3 and not raw:
-            blank += 1
+            more = _skip_blank(stream)
+            blank, number, offset = blank + 1 + more, number + more, offset + more
         else:
             yield number, offset, raw, size
-        returns += raw.endswith(b"\r\n")
         offset += size
     if returns:
         say("N003", f"Windows line ends (CR LF): {returns:,}.", "They were read like any other.")
     if blank:
         say("N004", f"blank lines: {blank:,}.", "They were skipped.")
+
+
+def _skip_blank(stream: BinaryIO) -> int:
+    "Goes over the empty lines that come next, many at once, and says how many; one by one, a packed file of nothing else takes a minute."
+    lines = 0
+    while (ready := stream.peek(1)) and (n := len(ready) - len(ready.lstrip(b"\n"))):
+        lines += len(stream.read(n))
+        if n < len(ready):
+            break
+    return lines
 
 
 def _too_long(size: int, limits: Limits) -> Fault:
@@ -153,19 +164,36 @@ class _Scanner:
         return Fault(fault.code, f"in line {line}, {fault.found}", fault.remedy)
 
 # %% ../nbs/00a_rows.ipynb #2145f05a
-_WRAPPED = re.compile(r'\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*\[')
+_WRAPPED = re.compile(r'\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*\[(?=\s*([\[\]{]))')
+_LISTS = ("data", "rows", "examples", "samples", "items", "records", "chats", "train", "dataset")  # names that a list of rows has
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
+
+
+def _wrapper(
+    text: str,  # the beginning of a JSON file
+    at: int = 0,  # where to look
+) -> re.Match | None:
+    "The beginning of an object that is there only to hold the list of rows; None where it is a row."
+    found = _WRAPPED.match(text, at)
+    if not found or found[1] in CHAT_COLUMNS or found[1] in _LISTS:
+        return found if found and found[1] in _LISTS else None
+    try:
+        whole = decode_first(text, text.index("{", at))[0]
+    except (Fault, ValueError, RecursionError):  # too long to see its end here
+        return found if found[2] == "{" and not re.compile(r'\s*\{\s*"(?:role|from|type)"').match(text, found.end()) else None
+    held = whole[found[1]]
+    return found if len(whole) == 1 and held and isinstance(held[0], dict) and not {"role", "from"} & set(held[0]) else None
 
 
 def _json_values(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None]) -> Iterator[Row]:
     "The rows of a JSON file: of its list, of the one list in its object, or objects one after the other."
     scan = _Scanner(stream, limits)
     first, closing = scan.peek(), ""
-    wrapped = _WRAPPED.match(scan.text, scan.at)
+    wrapped = _wrapper(scan.text, scan.at)
     if first == "[":
         scan.move(scan.at + 1)
         closing = "]"
-    elif wrapped and wrapped[1] not in CHAT_COLUMNS:
+    elif wrapped:
         say("N005", f"the rows stand in the list {wrapped[1]!r}.", "They were read from there.")
         scan.move(wrapped.end())
         closing = "]}"
@@ -216,52 +244,74 @@ def _columns(names: list[str]) -> list[str]:
 
 def _csv_rows(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None]) -> Iterator[Row]:
     "The rows of a CSV file, as dicts."
-    faults: list[Fault] = []
-    number, start = 0, 1
-
-    def texts() -> Iterator[str]:
-        nonlocal number
-        for number, raw in enumerate(iter(lambda: stream.readline(limits.line + 1), b""), 1):
-            if len(raw) > limits.line:
-                raise Fault(
-                    "D030", f"line {number} is longer than {limits.line:,} bytes.", "Is a quote missing? Or pass limits=Limits(line=…)."
-                )
-            try:
-                text = decode_utf8(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
-                if "\0" in text:
-                    raise Fault("D022", "this line holds a NUL.", "It was damaged before it came here; restore it.")
-            except Fault as fault:
-                faults.append(fault)
-                text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
-            yield text
-
-    lines = texts()
-    first = next((line for line in lines if line.strip()), "")
+    lines = _CsvLines(stream, limits)
+    texts = iter(lines)
+    first = next((line for line in texts if line.strip()), "")
     if not first:
         return
     delimiter = _header(first)
     if delimiter != ",":
         say("N006", f"the columns are separated by {'semicolons' if delimiter == ';' else 'tabs'}.", "They were read so.")
     csv.field_size_limit(max(csv.field_size_limit(), limits.line))
-    reader = csv.reader((line for source in ((first,), lines) for line in source), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for source in ((first,), texts) for line in source), delimiter=delimiter, strict=True)
+    start = 1
     try:
-        names = _columns(next(reader))
+        names = next(reader)
+        fault, header = lines.taken()
+        if fault:
+            raise Fault(fault.code, f"in the header, {fault.found}", fault.remedy)
+        names = _columns(names)
         while True:
-            start = number + 1
+            start = lines.number + 1
             cells = next(reader)
-            if faults:
-                yield Row(f"line {start}", cells, faults.pop())
-            elif len(cells) != len(names):
-                found = f"cells in this row: {len(cells)}, columns in the header: {len(names)}."
-                if cells:
-                    yield Row(f"line {start}", cells, Fault("D042", found, "Quote cells that hold the delimiter or a line end."))
-            else:
-                yield Row(f"line {start}", dict(zip(names, cells, strict=True)))
+            fault, raw = lines.taken()
+            if fault or cells:
+                yield _csv_row(f"line {start}", names, cells, fault)._replace(raw=raw, header=header)
     except StopIteration:
         return
     except csv.Error as error:
         found = f"the CSV can't be read from line {start} on ({error})."
         raise Fault("D043", found, 'Is a quote not closed? A quote inside a cell is written "".') from None
+
+
+class _CsvLines:
+    "The lines of a CSV file as texts; knows what was wrong with those of the row at hand, and their bytes."
+
+    def __init__(self, stream: BinaryIO, limits: Limits) -> None:
+        self.stream, self.limits, self.number = stream, limits, 0
+        self.fault: Fault | None = None
+        self.raw: list[bytes] = []
+
+    def __iter__(self) -> Iterator[str]:
+        limit = self.limits.line
+        while raw := self.stream.readline(limit + 1):
+            self.number += 1
+            if len(raw) > limit:
+                raise Fault("D030", f"line {self.number} is longer than {limit:,} bytes.", "Is a quote missing? Or pass limits=Limits(line=…).")
+            self.raw.append(raw)
+            try:
+                text = decode_utf8(raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw)
+                if "\0" in text:
+                    raise Fault("D022", "this line holds a NUL.", "It was damaged before it came here; restore it.")
+            except Fault as fault:
+                self.fault = self.fault or fault
+                text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
+            yield text
+
+    def taken(self) -> tuple[Fault | None, bytes]:
+        "The first fault of the row that was just read, and its bytes; both are forgotten."
+        found = self.fault, b"".join(self.raw)
+        self.fault = None
+        self.raw.clear()
+        return found
+
+
+def _csv_row(place: str, names: list[str], cells: list[str], fault: Fault | None) -> Row:
+    "A row of a table, or what is wrong with it."
+    if fault is None and len(cells) != len(names):
+        found = f"cells in this row: {len(cells)}, columns in the header: {len(names)}."
+        fault = Fault("D042", found, "Quote cells that hold the delimiter or a line end.")
+    return Row(place, cells, fault) if fault else Row(place, dict(zip(names, cells, strict=True)))
 
 # %% ../nbs/00a_rows.ipynb #0279956b
 def without_nulls(
@@ -296,9 +346,26 @@ def _is_list(path: Path, head: bytes) -> bool:
     "Whether a JSON file, by its first bytes, holds a list or objects over many lines, and not one row per line."
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     line, _, rest = head.partition(b"\n")
-    wrapped = ".json" in path.suffixes and _WRAPPED.match(line.decode("utf-8", "replace"))
-    spread = line.strip() == b"{" and rest.strip()
-    return bool(head[:1] == b"[" or spread or (wrapped and wrapped[1] not in CHAT_COLUMNS))
+    text = head.decode("utf-8", "replace")
+    if head[:1] == b"[":
+        return not (rest.lstrip()[:1] == b"[" and _is_whole(line.decode("utf-8", "replace")))
+    return bool((line.strip() == b"{" and rest.strip()) or _spreads(text) or (".json" in path.suffixes and _wrapper(text)))
+
+
+def _is_whole(text: str) -> bool:
+    "Whether a line is a JSON value by itself."
+    try:
+        return not text[decode_first(text)[1] :].strip()
+    except (Fault, ValueError, RecursionError):
+        return False
+
+
+def _spreads(text: str) -> bool:
+    "Whether the first object of a text goes over several lines."
+    try:
+        return text[:1] == "{" and "\n" in text[: decode_first(text)[1]]
+    except (Fault, ValueError, RecursionError):
+        return False
 
 
 def _named_format(path: Path) -> str:

@@ -53,7 +53,7 @@ def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
     assert "a.csv, line 3" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="a.rejected"):
         assert main(["check", "a.csv", "--columns", "user=q", "assistant=reply", "--on-error", "skip"]) == 0
-    assert "1 chats checked" in capsys.readouterr().out
+    assert "1 chat checked" in capsys.readouterr().out
     for words, what in ((["--pattern", "("], "not a regular expression"), (["--columns", "q"], "expected NAME=VALUE"), (["--save", "x.pdf"], "a report ends in")):
         assert main(["check", "chats.jsonl", *words]) == 2
         assert what in capsys.readouterr().err

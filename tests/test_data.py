@@ -140,8 +140,53 @@ def test_a_system_message_of_its_own_belongs_to_the_question():
     shared = [about("Answer from the leaflet.", i) for i in range(18)]
     assert check_leaks(own[9:], own[:9]) == [] and len(check_leaks(shared[9:], shared[:9])) == 9
     assert all(split_chats(own, 0.2, 0.2)) and check_leaks([own[0]], own[:9])[0].kind == "exact"
-    with pytest.raises(ConfigError, match="18 chats in 1 groups of the same question are too few"):
+    with pytest.raises(ConfigError, match="18 chats in 1 group of the same question are too few"):
         split_chats(shared, 0.2, 0.2)
+
+
+def test_a_large_group_leaves_the_training_set_its_chats():
+    one = [asked(f"What of item {i} in the {s} case?", i, g=0 if i < 90 else i) for i, s in enumerate([*SUBJECTS * 6][:100])]
+    for seed in range(6):
+        with pytest.warns(UserWarning, match=r"the (validation|test) set has . chats where 10% would be 10.*the largest has 90 of 100"):
+            splits = split_chats(one, 0.1, 0.1, seed, group="g", near_duplicates=False)
+        assert len(splits.train) >= 94 and splits.validation and splits.test and len({c.extra["g"] for c in splits.train}) > 3
+    mixed = [asked(f"What of item {i}?", i, g=i // 30 if i < 60 else 100 + i // 4) for i in range(100)]
+    for seed in range(8):
+        assert [len(p) for p in split_chats(mixed, 0.1, 0.1, seed, group="g", near_duplicates=False)] == [76, 12, 12]
+    with pytest.raises(ConfigError, match=r"The smallest group has 30 of them: set validation_size to 0.33 or more"):
+        split_chats(mixed[:60] + [asked(f"And item {i}?", i, g=9) for i in range(30)], 0.1, 0.1, group="g", near_duplicates=False)
+
+
+def talk(*turns, where=""):
+    return Chat([{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)], where)
+
+
+LAMPS = "Which lamps does the northern harbour use?"
+
+
+def test_a_chat_that_begins_another_is_a_leak():
+    others = [asked(f"Is {s} safe for a patient of eighty years?", i) for i, s in enumerate(SUBJECTS)]
+    long, short = talk(LAMPS, "Red ones.", "And who made the boats?", "Nobody.", where="long"), talk(LAMPS, "Red ones.", where="short")
+    for clean, other in (([short], [*others, long]), ([long], [*others, short]), ([long], [*others, talk(LAMPS, "Red ones.", "Why?", "Who knows.")])):
+        [leak] = check_leaks(clean, other)
+        assert leak.kind == "exact" and not leak.whole and "begins with what" in str(leak)
+    assert "1 of 1 test chats" in leak_report(Splits([*others, long], [], [short]))[0]
+    for seed in range(20):
+        homes = [{c.where for c in part} & {"long", "short"} for part in split_chats([*others, long, short], 0.2, 0.2, seed)]
+        assert sorted(map(len, homes)) == [0, 0, 2]
+
+
+@pytest.mark.parametrize("greeting", ["Hello", "Go on", "Hi, can you help me please?", "I have a problem with my order number."])
+def test_a_greeting_is_no_leak(greeting):
+    chats = [talk(greeting, "Of course.", f"Is {s} safe for a patient of eighty years?", "Yes.", where=s) for s in SUBJECTS]
+    assert check_leaks(chats[9:], chats[:9]) == [] and len(split_chats(chats, 0.2, 0.2).test) == 4
+    assert check_leaks([chats[0]], chats)[0].whole
+
+
+def test_a_question_asked_thousands_of_times_makes_one_leak_each():
+    clean, other = ([asked("Go on with the story, please.", i) for i in range(3000)] for _ in range(2))
+    leaks = check_leaks(clean, other)
+    assert len(leaks) == 3000 and leaks[0].twin is other[0]
 
 
 def test_demo_data_is_the_same_for_the_same_seed():

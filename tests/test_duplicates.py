@@ -59,6 +59,12 @@ def test_leaks_are_found():
         assert len(found["near"] & planted["near"]) >= 0.9 * len(planted["near"])
 
 
+def test_each_text_has_its_closest_match_alone():
+    texts = ["Where is the key of the old cellar door?", "where is the key of the old cellar door", "Where is my key of the old cellar door?"]
+    assert matches_between(texts[:1], texts[::-1]) == [(0, 2, "exact")] and matches_between(texts[:1], texts[:0:-1]) == [(0, 1, "normalised")]
+    assert matches_between(texts[:1] * 3, [texts[2]] * 3) == [(i, 0, "near") for i in range(3)]
+
+
 def test_odd_texts():
     assert near_duplicate_groups([]) == [] and near_duplicate_groups(["", "?", ""]) == [[0, 1, 2]]
     assert near_duplicate_groups(["今日は天気がとても良いです", "今日は天気がとても良いです。", "明日は雨が降るでしょう"]) == [[0, 1]]

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from finetune_nb.chats import Chat
+from finetune_nb.chats import Chat, load_chats
 from finetune_nb.config import ConfigError
 from finetune_nb.data import icd10_chats
 from finetune_nb.personal import find_personal, masked
-from finetune_nb.planted import PERSONAL, SECRETS, clean_chats, plant
+from finetune_nb.planted import CHECK_OF, PERSONAL, SECRETS, clean_chats, plant
 from finetune_nb.quality import check_chats
 
 
@@ -36,11 +36,11 @@ def test_planted_faults_are_found(kind):
     chats, planted = plant(clean_chats(kind, rng, 600), kind, rng, each=12)
     report = check_chats(chats)
     for name, rows in planted.items():
-        check = name.split(":")[0].replace("near", "near_duplicates")
+        check = CHECK_OF.get(name, name.split(":")[0])
         least = {"near: reworded": 0.9, "contradictions: near": 0.9, "near: another hand": 0.6}.get(name, 1.0)
         assert len(rows & set(report.rows(check))) >= least * len(rows), name
     everything = set().union(*planted.values())
-    near = set(report.rows("near_duplicates")) | set(report.rows("contradictions"))
+    near = set(report.rows("near_duplicates")) | set(report.rows("near_contradictions"))
     assert len(near - everything) <= 0.1 * len(near)
 
 
@@ -91,3 +91,149 @@ def test_what_cannot_be_checked():
         check_chats([])
     with pytest.raises(ConfigError, match="regular expression"):
         check_chats([chat("a", "b")], pattern="(")
+
+
+def talk(*turns, **extra):
+    messages = [t if isinstance(t, dict) else {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+    return Chat(messages, "", extra)
+
+
+REST = [chat(f"Where is house number {i} of the old town?", f"It stands behind tower {i * 7}.") for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("check", "asked", "answer"),
+    [
+        ("refusals", "Write a poem about the sea", "I must decline."),
+        ("refusals", "Write a poem about the sea", "I don't feel comfortable with that"),
+        ("boilerplate", "Write a poem about the sea", "As a language model, I think it is blue."),
+        ("echoes", "What is the tallest hill in town", "What is the tallest hill in town"),
+        ("cut_off", "Say the thing about lamps", "This answer stops in the"),
+        ("pattern", "Say the thing about lamps", "Seven"),
+    ],
+)
+def test_every_answer_that_is_learned_is_looked_at(check, asked, answer):
+    turns = (asked, answer, "Then the weather?", "It is sunny outside.")
+    marked = talk(asked, {"role": "assistant", "content": answer, "train": False}, *turns[2:])
+    report = check_chats([*REST, talk(*turns), marked], pattern=r".+\.")
+    assert report.rows(check) == [40] and answer in report[check].excerpts[40]
+
+
+def test_first_answers_contradict_and_shared_beginnings_are_no_copies():
+    beginning = ("Which lamps does the harbour use?", "Red ones.")
+    report = check_chats([*REST, talk(*beginning, "Why?", "For the ships."), talk(*beginning, "Since when?", "Since 1920.")])
+    assert not report["exact_duplicates"] and not report["near_duplicates"] and not report["contradictions"]
+    report = check_chats([*REST, talk(*beginning, "Why?", "For the ships."), talk(beginning[0], "Blue ones.", "Since when?", "Since 1920.")])
+    assert report.rows("contradictions") == [40, 41]
+
+
+def test_one_letter_is_no_contradiction():
+    for a, b in (("desert", "dessert"), ("abduction", "adduction")):
+        report = check_chats([*REST, chat(f"What is a {a} like?", "Dry."), chat(f"What is a {b} like?", "Sweet.")])
+        assert not report["contradictions"] and report.rows("near_contradictions") == [40, 41]
+        assert report["near_contradictions"].severity == "warning" and len(report.without("contradictions").chats) == 42
+
+
+CALLING = {"tool_calls": [{"function": {"name": "f", "arguments": "{\"to\": \"x\\nghp_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5\"}"}}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "Done.", "reasoning_content": f"The key is {SECRETS[0]}"},
+        {"role": "assistant", "content": None, **CALLING},
+        {"role": "assistant", **CALLING},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"password": "hunter2Gx9"}}}]},
+    ],
+)
+def test_secrets_in_thoughts_and_calls(message):
+    assert check_chats([*REST, talk("Do it.", message)]).rows("secrets") == [40]
+
+
+def test_secrets_in_tools():
+    tools = [{"type": "function", "function": {"name": "f", "description": f"Log in with {SECRETS[1]}"}}]
+    assert check_chats([*REST, talk("Do it.", "Done.", tools=tools), talk("Do it now.", "Done.", tools=json.dumps(tools))]).rows("secrets") == [40, 41]
+
+
+MARKS = ["<bos>", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "<tool_response>", "<|reserved_special_token_0|>", "<|im_end|>", "### Instruction:"]
+
+
+@pytest.mark.parametrize("mark", MARKS + list("\u061c\ue000\u200c\x07\ufff9\u200b\U000e0041"))
+def test_reading_and_checking_go_by_one_list(mark):
+    holds = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": mark}}}]}
+    chats = [*REST, talk(mark, "Yes, that is so."), talk("Call it.", holds)]
+    check = "control_tokens" if len(mark) > 1 else "invisible_characters"
+    rows = check_chats(chats).rows(check)
+    assert 40 in rows and (41 in rows or mark[0] == "#")  # a heading begins its line
+    notes = load_chats([{"messages": c.messages} for c in chats]).notes
+    assert [n.where for n in notes] == [f"row {i + 1}" for i in rows]
+
+
+@pytest.mark.parametrize("answer", ["Take these:\n- one\n- two\n- three", "x = 3", "是的（大概）", "1. Open it\n2. Close it"])
+def test_what_is_not_cut_off(answer):
+    assert not check_chats([*REST, chat("What now?", answer)])["cut_off"]
+
+
+@pytest.mark.parametrize("answer", ["Take these:\n- one.\n- two.\n- and then the", "The value of x = ", "We begin with the"])
+def test_what_is_cut_off(answer):
+    assert check_chats([*REST, chat("What now?", answer)]).rows("cut_off") == [40]
+
+
+@pytest.mark.parametrize(("schema", "said"), [({"type": "strin"}, "at .*type"), ("{}", "got str"), ([], "got list"), ({"properties": 3}, "properties")])
+def test_what_is_no_schema(schema, said):
+    pytest.importorskip("jsonschema")
+    with pytest.raises(ConfigError, match=f"schema: .*{said}"):
+        check_chats([chat("a", "b")], schema=schema)
+
+
+PHONES = ["030 1234567", "0171/1234567", "0171/123456", "020 7946 0958", "555.123.4567", "00491711234567", "(030) 1234567", "+49 30 901820"]
+KEYS = [
+    "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "glpat-" + "aB3dE5gH7jK9mN1pQ3sT", "npm_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5",
+    "SG." + "aB3dE5gH7jK9mN1pQ3sT5v.aB3dE5gH7jK9mN1pQ3sT5vW7yZ9aB1cD3eF5gH7jK9m", "Bearer " + "abcdef1234567890abcdef1234567890",
+    "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY", "postgres://user:" + "Sup3rS3cret@db.host/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*PHONES, *KEYS, "de89 3704 0044 0532 0130 00"])
+def test_more_shapes_of_secrets(text):
+    [found] = find_personal(f"Take {text} for it.")
+    hidden = text[found.start - 5 : found.end - 5]
+    assert hidden in text and len(hidden) > 8 and hidden not in masked(f"Take {text} for it.")
+    assert (found.kind in ("phone number", "IBAN")) == (text not in KEYS)
+
+
+def test_a_password_in_an_address_is_no_mail_address():
+    report = check_chats([chat("Connect to postgres://user:Sup3rS3cret@db.host.org/x and mail anna.berg@clinic.org", "Done.")])
+    assert report["secrets"].excerpts == {0: "password in an address ••••••"} and report["personal_data"].bars == [("e-mail address", 1)]
+    assert "Sup" not in repr(report) + report.to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0101 1010 0110", "at 0900-1700", "postgres://user:password@host/x", "commit 3f2a9c0b1d4e5f60718293a4b5c6d7e8f9012345", "src/components/MyWidget/index2/definitions", "Bearer of bad news", "0.123 456 789"],
+)
+def test_more_that_is_no_secret(text):
+    assert list(find_personal(text)) == []
+
+
+def test_what_is_kept_and_removed_is_named():
+    report = check_chats([chat("What is this?", "I'm sorry, no.", "a, line 1"), chat("And what is that?", "A lamp.", "a, line 2")])
+    assert report.only("refusals").summary == "only refusals: 1 of 2 chats kept. Kept: a, line 1"
+    assert report.without("refusals").summary == "without refusals: 1 of 2 chats removed, 1 left. Removed: a, line 1"
+    one = repr(check_chats([chat("What is this?", "A lamp.")]))
+    assert "1 chat checked" in one and "1 distinct opening (" in one and "1 chats" not in one
+
+
+def test_markdown_is_escaped_everywhere():
+    systems = ["<script>alert(1)</script>", "<img src=x onerror=alert(2)>"]
+    chats = [Chat([{"role": "system", "content": systems[i % 2]}, *chat(f"Question {i}?", "Yes.").messages], f"<b>{i}") for i in range(30)]
+    text = check_chats(chats).to_markdown()
+    assert "&lt;script" in text and not any(tag in text for tag in ("<script", "<img", "<b>"))
+
+
+def test_contradictions_are_found_at_every_turn():
+    same = ("Which lamps does the harbour use?", "Red ones.", "And who made all of them?")
+    marked = {"role": "assistant", "content": "Nobody.", "train": False}
+    report = check_chats([*REST, *(talk(*same, answer, "Is that so?", "Yes.") for answer in ("Nobody.", "The smith of the town."))])
+    assert report.rows("contradictions") == [40, 41]
+    assert not check_chats([*REST, talk(*same, marked, "Is that so?", "Yes."), talk(*same, "The smith of the town.")])["contradictions"]

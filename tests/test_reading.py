@@ -365,9 +365,9 @@ def test_skip_without_a_good_row_is_an_error_and_leaves_nothing(tmp_path):
 
 def test_skip_for_tables_and_lists(tmp_path):
     path = write(tmp_path, "c.csv", b"prompt,completion\na,b\nc,\n")
-    with pytest.warns(UserWarning, match=r"skipped rows: 1, written to c.rejected.jsonl"):
+    with pytest.warns(UserWarning, match=r"skipped rows: 1, written to c.rejected.csv"):
         assert len(load_chats(path, on_error="skip")) == 1
-    assert json.loads((tmp_path / "c.rejected.jsonl").read_text()) == {"prompt": "c", "completion": ""}
+    assert (tmp_path / "c.rejected.csv").read_text() == "prompt,completion\nc,\n"
     with pytest.warns(UserWarning):
         load_chats([json.loads(GOOD), {"messages": []}], on_error="skip", rejected=tmp_path / "mine.rejected.jsonl")
     assert json.loads((tmp_path / "mine.rejected.jsonl").read_text()) == {"messages": []}
@@ -575,3 +575,91 @@ def test_reading_imports_nothing_heavy():
     code = "import sys, finetune_nb.chats; print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy', 'IPython') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --- what begins like something else
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"tags": ["a", "b"]}, {"tools": TOOLS}, {"docs": [{"title": "x"}]}, {"history_of": []}, {"pairs": [["a", "b"]]}],
+    ids=lambda extra: next(iter(extra)),
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_that_begin_with_a_list(extra, count, tmp_path):
+    written = json.dumps({**extra, "messages": [USER, BOT]})
+    for data in (written + "\n", json.dumps({**extra, "messages": [USER, BOT]}, indent=1) + "\n"):
+        chats = load_chats(write(tmp_path, "a.json", (data * count).encode()))
+        assert len(chats) == count and chats[-1].extra == extra
+
+
+def test_columns_of_messages_are_no_wrapper(tmp_path):
+    for turn in ({"role": "user", "content": "q"}, {"from": "human", "value": "q"}):
+        answer = {"role": "assistant", "content": "a"} if "role" in turn else {"from": "gpt", "value": "a"}
+        path = write(tmp_path, "a.json", lines(*[json.dumps({"dialog": [turn, answer]})] * 2))
+        for name in ("messages", "conversations"):
+            assert [m["content"] for m in load_chats(path, columns={name: "dialog"})[1].messages] == ["q", "a"]
+    assert len(load_chats(write(tmp_path, "b.json", b'{"what": [' + GOOD + b", " + GOOD + b"]}"))) == 2
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_over_several_lines(indent, tmp_path):
+    text = '{"messages": [\n' + json.dumps(USER) + ",\n" + json.dumps(BOT) + "\n]}\n" if indent is None else json.dumps(json.loads(GOOD), indent=1)
+    assert len(load_chats(write(tmp_path, "a.jsonl", text.encode()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "count", "pattern"),
+    [
+        ("e.jsonl", lines(json.dumps([USER, BOT]), json.dumps([USER, BOT])), 2, r"line 2: this row is a bare list of messages.*\{\"messages\": \[…\]\}"),
+        ("e.json", json.dumps([[USER, BOT]]).encode(), 1, r"line 1: this row is a bare list of messages"),
+        ("e.json", json.dumps([USER, BOT]).encode(), 2, r"line 1: this row is a single message.*one list"),
+        ("e.jsonl", lines(GOOD, b"\0" * 5000), 1, r"line 2: .*no row here, only NUL bytes: 5,000. The file was damaged"),
+        ("e.jsonl", lines(GOOD, GOOD + b"\0" * 5000), 1, r"line 2: .*something follows the row, only NUL bytes: 5,000. The file was damaged"),
+        ("e.csv", b"prompt,completion,\xff\na,b,c\nd,e,f\n", 1, r"^e.csv: in the header, not UTF-8"),
+        ("e.csv", b'prompt,completion\n"a\xff\nb\xff",x\nq,good\nr,good\n', 1, r"line 2: not UTF-8 at column 3"),
+    ],
+)
+def test_the_right_place_and_remedy(file, data, count, pattern, tmp_path):
+    with pytest.raises(ChatError, match=pattern) as caught:
+        load_chats(write(tmp_path, file, data))
+    assert len(caught.value.problems) == count
+
+
+def test_rejected_rows_of_a_table_are_a_table(tmp_path):
+    head, bad = b"\xef\xbb\xbfprompt,completion\r\n", b'"a\xe9\r\nb",x\r\nc,\r\nd,"e\n",f\n'
+    with pytest.warns(UserWarning, match=r"skipped rows: 3, written to k.rejected.csv"):
+        chats = load_chats(write(tmp_path, "k.csv", head + bad + b"q,good\n"), on_error="skip")
+    assert len(chats) == 1 and (tmp_path / "k.rejected.csv").read_bytes() == head + bad
+    again = write(tmp_path, "again.csv", (tmp_path / "k.rejected.csv").read_bytes().replace(b"\xe9", b"e").replace(b"c,", b"c,d").replace(b",f", b""))
+    assert len(load_chats(again)) == 3
+
+
+def test_rows_too_long_to_copy_are_told(tmp_path):
+    path = write(tmp_path, "c.jsonl", lines(GOOD, row(USER, BOT, x="y" * 300), row(USER)))
+    with pytest.warns(UserWarning, match=r"skipped rows: 2, .*too long to copy, so in the original only: c.jsonl, line 2:"):
+        load_chats(path, on_error="skip", limits=Limits(line=200))
+
+
+def test_blank_lines_cost_little(tmp_path):
+    data = b"\n" * 30_000_000
+    chats = load_chats(write(tmp_path, "c.jsonl", GOOD + b"\n\n" + data + GOOD + b"\n \n\n" + GOOD), lazy=True)
+    assert [c.where for c in chats] == [f"c.jsonl, line {n}" for n in (1, 30_000_003, 30_000_006)]
+    assert "blank lines: 30,000,003" in repr(chats)
+
+
+def test_what_json_cannot_hold_is_refused():
+    import datetime
+
+    stamp = datetime.datetime(2026, 1, 1)
+    with pytest.raises(ChatError, match=r"row 1: message 1: 'at' can't be written as JSON.*Convert it.*D059"):
+        load_chats([{"messages": [{**USER, "at": stamp}, BOT]}])
+    with pytest.raises(ChatError, match=r"row 1: 'tools' can't be written as JSON.*D059"):
+        load_chats([{"messages": [USER, BOT], "tools": [{"name": "f", "since": stamp}]}])
+
+
+def test_prompt_and_completion_name_columns():
+    chats = load_chats([{"q": "2 + 2?", "a": "4.", "s": "Be brief."}], columns={"system": "s", "prompt": "q", "completion": "a"})
+    assert [m["role"] for m in chats[0].messages] == ["system", "user", "assistant"] and chats[0].extra == {}
