@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from .data import Chat
-from .masks import NO_LOSS, Controls, neutralise, token_rows, tokenize_chat  # noqa: F401
+from .masks import NO_LOSS, Controls, neutralise, rows_or_errors, token_rows, tokenize_chat  # noqa: F401
 from .turns import TemplateError, control_tokens, merge_system, render, render_prompt, rows_of  # noqa: F401
 
 if TYPE_CHECKING:
@@ -74,18 +74,24 @@ def show_labels(
     max_length: int | None = None,  # tokens from here on are shown as cut off
 ) -> LabelView:
     "Which tokens carry loss (green), which are only read (grey), which are special (bold), which are cut off (red)."
-    special, tokens, waiting = set(control_tokens(tokenizer).values()), [], []
-    for at, (i, label) in enumerate(zip(example["input_ids"], example["labels"], strict=True)):
-        kind = (label != NO_LOSS, i in special, max_length is not None and at >= max_length)
-        if waiting and (waiting[0][1] != kind or len(waiting) > 4):
-            tokens += [(tokenizer.decode([w]), *k) for w, k in waiting]
-            waiting = []
-        waiting.append((i, kind))
-        text = tokenizer.decode([w for w, _ in waiting])
+    special, ids = set(control_tokens(tokenizer).values()), list(example["input_ids"])
+    kinds = [(label != NO_LOSS, i in special, max_length is not None and at >= max_length) for at, (i, label) in enumerate(zip(ids, example["labels"], strict=True))]
+    tokens, start = [], 0
+    for at, kind in enumerate(kinds, 1):
+        text = _text_of(ids, start, at, tokenizer)
+        is_last = at == len(ids) or kinds[at] != kind or at - start > 4
         if "\ufffd" not in text:  # else it ends inside a character
             tokens.append((text, *kind))
-            waiting = []
-    return LabelView(tokens + [(tokenizer.decode([w]), *k) for w, k in waiting])
+        elif is_last:
+            tokens += [(_text_of(ids, k, k + 1, tokenizer), *kind) for k in range(start, at)]
+        start = start if "\ufffd" in text and not is_last else at
+    return LabelView(tokens)
+
+
+def _text_of(ids: list[int], start: int, end: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+    "What some tokens add to the text of those before them; by themselves, many tokenizers would strip the space in front of them."
+    before, both = (tokenizer.decode(ids[max(start - 4, 0) : to], clean_up_tokenization_spaces=False) for to in (start, end))
+    return both.removeprefix(before) if both.startswith(before) else tokenizer.decode(ids[start:end])
 
 # %% ../nbs/02_chat_template.ipynb #cca84ce8
 def tokenize_chats(
@@ -106,7 +112,9 @@ def tokenize_chats(
     file = Path(cache_dir) / f"{_cache_key(chats, tokenizer, *options)}.arrow" if cache_dir else None
     rows = _from_cache(file)
     if rows is None:
-        rows = _in_processes(chats, tokenizer, options, num_proc)
+        rows, errors = _in_processes(chats, tokenizer, options, num_proc)
+        if errors:
+            raise TemplateError(_all_of(errors, len(chats)))
         if file:
             _to_cache(rows, file)
     _tell_changes(rows, len(chats), control_tokens)
@@ -116,27 +124,51 @@ def tokenize_chats(
 MANY = 100_000  # chats from which on starting more processes is quicker than not
 
 
-def _some_rows(chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", options: tuple[Any, ...]) -> Dataset:
-    "One process's share."
+def _some_rows(chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", options: tuple[Any, ...]) -> tuple[Dataset, list[tuple[str, str]]]:
+    "One process's share, and what was wrong: (place, error)."
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "where": [], "changed": []}
-    controls = Controls(tokenizer)
-    for chat, rows in zip(chats, token_rows(chats, tokenizer, *options), strict=True):
+    controls, errors = Controls(tokenizer), []
+    for chat, rows in zip(chats, rows_or_errors(chats, tokenizer, *options), strict=True):
+        if isinstance(rows, TemplateError):
+            errors.append((chat.where, str(rows)))
+            continue
         columns["where"] += [chat.where] * len(rows)
         columns["changed"] += [options[2] != "raise" and controls.find(chat) is not None] * len(rows)
         for key in ("input_ids", "labels"):
             columns[key] += [row[key] for row in rows]
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns), errors
 
 
-def _in_processes(chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", options: tuple[Any, ...], num_proc: int | None) -> Dataset:
+def _in_processes(
+    chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", options: tuple[Any, ...], num_proc: int | None
+) -> tuple[Dataset, list[tuple[str, str]]]:
     "All rows, in parts so that little is held as Python lists, by as many processes as it pays."
     n = num_proc or (os.cpu_count() or 1 if len(chats) >= MANY else 1)
     size = max(1, min(5_000, -(-len(chats) // n)))
     parts = [chats[start : start + size] for start in range(0, len(chats), size)] or [chats]
     if n == 1:
-        return concatenate_datasets([_some_rows(part, tokenizer, options) for part in parts])
-    with ProcessPoolExecutor(min(n, len(parts)), get_context("spawn")) as pool:
-        return concatenate_datasets(list(pool.map(_some_rows, map(list, parts), [tokenizer] * len(parts), [options] * len(parts))))
+        made = [_some_rows(part, tokenizer, options) for part in parts]
+    else:
+        with ProcessPoolExecutor(min(n, len(parts)), get_context("spawn")) as pool:
+            made = list(pool.map(_some_rows, map(list, parts), [tokenizer] * len(parts), [options] * len(parts)))
+    errors = [error for _, some in made for error in some]
+    return concatenate_datasets([rows for rows, _ in made if len(rows)] or [made[0][0]]), errors
+
+
+def _all_of(errors: list[tuple[str, str]], n_chats: int) -> str:
+    "All errors in one, grouped by cause: of each the first three in full, of the rest the places."
+    if len(errors) == 1:
+        return errors[0][1]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for where, said in errors:
+        cause = re.sub(r"'.*'|\".*\"|\d+", "", said.removeprefix(where))
+        groups.setdefault(cause, []).append((where, said))
+    lines = [f"{len(errors):,} of {n_chats:,} chats can't be turned into rows:"]
+    for group in sorted(groups.values(), key=len, reverse=True)[:10]:
+        lines += dict.fromkeys(said for _, said in group[:3])
+        if len(group) > 3:
+            lines.append(f"    … and {len(group) - 3:,} more of this kind: {'; '.join(where for where, _ in group[3:13])}{'; …' if len(group) > 13 else ''}")
+    return "\n".join(lines + ([f"… and {len(groups) - 10:,} more kinds."] if len(groups) > 10 else []))
 
 # %% ../nbs/02_chat_template.ipynb #046df0b6
 def _tell_changes(rows: Dataset, n_chats: int, controls: str) -> None:
@@ -225,8 +257,21 @@ def end_of_turn_id(
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of this template
 ) -> int:
     "The id of the token that ends the assistant's turn."
-    probe = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "the probe chat")
-    return [label for label in tokenize_chat(probe, tokenizer, None, "all", chat_template_kwargs)["labels"] if label != NO_LOSS][-1]
+    _, row = _probe_row(tokenizer, chat_template_kwargs)
+    return [label for label in row["labels"] if label != NO_LOSS][-1]
+
+
+def _probe_row(tokenizer: "PreTrainedTokenizerBase", kwargs: dict[str, Any] | None, chats: Sequence[Chat] = ()) -> tuple[Chat, dict[str, list[int]]]:
+    "A chat that the template takes, and its row: a question and its answer, else with a system message, else the first turns of the user's own chat."
+    turn = [{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Vexing jumbo."}]
+    tried = [Chat(turn, "the probe chat"), Chat([{"role": "system", "content": "Obey zebras."}, *turn], "the probe chat"), *chats[:1]]
+    errors = []
+    for probe in tried:
+        try:
+            return probe, tokenize_chat(probe, tokenizer, None, "all" if probe not in chats else "last", kwargs)
+        except TemplateError as error:
+            errors.append(error)
+    raise errors[0]
 
 # %% ../nbs/02_chat_template.ipynb #c15b3314
 @dataclass(frozen=True)
@@ -283,9 +328,8 @@ def check_template(
     n: int = 200,  # chats to look at
 ) -> TemplateReport:
     "Looks for what goes silently wrong between chats and tokens; never raises for what it finds."
-    probe = Chat([{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Vexing jumbo."}], "the probe chat")
     try:
-        row = tokenize_chat(probe, tokenizer, None, "all", chat_template_kwargs)
+        probe, row = _probe_row(tokenizer, chat_template_kwargs, chats)
     except TemplateError as error:
         return TemplateReport([TemplateCheck("the mask", "error", str(error))])
     look = _Look(tokenizer, row, probe, [c for c in chats[:n]], model, train_on, chat_template_kwargs)
@@ -307,7 +351,7 @@ class _Look:
     rows: list[tuple[str, dict[str, list[int]]]] = field(default_factory=list)  # place and row of the chats that could be tokenised
 
     def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return render(messages, self.tokenizer, prompt, None, self.kwargs)
+        return render(messages, self.tokenizer, prompt, self.probe.tools, self.kwargs)
 
     @property
     def stop(self) -> int:
@@ -378,8 +422,8 @@ def _check_prompt(look: _Look) -> Found:
             wrong.append(chat.where)
     if wrong:
         return "the prompt of the test", "error", f"it is not the beginning of the training row in {len(wrong)} chats: {'; '.join(wrong[:5])}.", "Please report this."
-    if render_prompt(look.probe.prompt, look.tokenizer, None, look.kwargs) != look.render(look.probe.prompt, True):
-        header = render_prompt(look.probe.prompt, look.tokenizer, None, look.kwargs)[len(look.render(look.probe.prompt, True)) :]
+    if render_prompt(look.probe.prompt, look.tokenizer, look.probe.tools, look.kwargs) != look.render(look.probe.prompt, True):
+        header = render_prompt(look.probe.prompt, look.tokenizer, look.probe.tools, look.kwargs)[len(look.render(look.probe.prompt, True)) :]
         return (
             "the prompt of the test", "warning", f"the template takes no notice of add_generation_prompt; our tests add {header!r} themselves.",
             "Other programs will not: let the template write it when add_generation_prompt is set.",
@@ -432,7 +476,15 @@ def _check_vocabulary(look: _Look) -> Found | None:
     return "vocabulary", "ok", f"every token is among the {rows:,} that the model knows."
 
 
-def _check_system(look: _Look) -> Found:
+def _check_system(look: _Look) -> Found | None:
+    if look.probe.messages[0]["role"] == "system":
+        bare = [chat.where for chat in look.chats if chat.messages[0]["role"] != "system"]
+        asks = "the template refuses chats that do not begin as it wants; one with a system message it takes."
+        if bare:
+            return "system message", "error", f"{asks} {len(bare)} chats have none: {'; '.join(bare[:5])}.", "Give each chat a system message."
+        return "system message", "note", asks, "Give it one at inference too."
+    if look.probe in look.chats:
+        return None
     try:
         rows_of(Chat([{"role": "system", "content": "Obey zebras."}, *look.probe.messages], "a chat with a system message"), look.tokenizer, "all", look.kwargs)
     except TemplateError as error:
@@ -448,7 +500,7 @@ def _check_system(look: _Look) -> Found:
 def _check_history(look: _Look) -> Found:
     turns = [*look.probe.messages, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     try:
-        n = len(rows_of(Chat(turns, "a chat of two turns"), look.tokenizer, "all", look.kwargs))
+        n = len(rows_of(Chat(turns, "a chat of two turns", look.probe.extra), look.tokenizer, "all", look.kwargs))
     except TemplateError as error:
         return "several turns", "error" if any(len(c.messages) > 3 for c in look.chats) else "note", str(error)
     if n > 1:
