@@ -142,6 +142,8 @@ def _find_shape(template: "Template", chat: Chat, i: int) -> Shape:
     before, last = chat.messages[:i], {k: v for k, v in chat.messages[i].items() if k not in ("content", "tool_calls", *REASONING)}
     prompt = template.render(before, True, chat)
     one, two = (template.render([*before, last | {"content": probe}], False, chat) for probe in PROBES)
+    if other := next((text for text in (one, two) if not text.startswith(prompt)), None):
+        raise TemplateError(_not_a_prefix(template, chat, i, other, prompt))
     start = len(commonprefix([one, two]))
     after = commonprefix([one[::-1], two[::-1]])[::-1]
     if one[start : len(one) - len(after)] != PROBES[0] or two[start : len(two) - len(after)] != PROBES[1]:
@@ -149,8 +151,6 @@ def _find_shape(template: "Template", chat: Chat, i: int) -> Shape:
         if answer.strip() in written:  # this one is whole; the probes are not
             answer, written = PROBES[1], two[len(prompt) :]
         raise TemplateError(f"{chat.where}, message {i + 1}: {_changed(answer, written)}")
-    if one[: len(prompt)] != prompt or start < len(prompt):
-        raise TemplateError(_not_a_prefix(template, chat, i, one, prompt))
     stop = template.first_control(after)
     if stop is None:
         raise TemplateError(
@@ -453,7 +453,7 @@ class Skeleton:
 
 def _kind(message: dict[str, Any]) -> tuple[Any, ...]:
     calls = message.get("tool_calls") or ()
-    return message["role"], bool(message.get("content")), *message, *(bool(call.get("function", call).get("arguments")) for call in calls)
+    return message["role"], bool((message.get("content") or "").strip()), *message, *(bool(call.get("function", call).get("arguments")) for call in calls)
 
 
 def _hollow(message: dict[str, Any], i: int) -> dict[str, Any]:
@@ -511,15 +511,21 @@ def _check_in_order(chat: Chat, n: int, skeleton: Skeleton, prompt: str) -> None
     calls = [i for i in range(n) if chat.messages[i].get("tool_calls")]
     for i in skeleton.order:
         message = chat.messages[i]
-        content = message.get("content") or ""
-        forms = _forms(content) if message["role"] == "tool" else [_letters(content), _letters(content.rpartition("</think>")[2])][: 1 + (message["role"] == "assistant")]
-        ends = [found + len(form) for form in forms if (found := letters.find(form, at)) >= 0]
-        if not ends and not (message["role"] == "tool" and _words(content) <= _words(prompt)):
+        ends = [found + len(form) for form in _forms_in_the_past(message) if (found := letters.find(form, at)) >= 0]
+        if not ends and not (message["role"] == "tool" and _words(message["content"]) <= _words(prompt)):
             raise TemplateError(_message_lost(chat, i))
         at = min(ends, default=at)
     for i in calls:
         if _lost_calls(chat.messages[i], letters):
             raise TemplateError(_message_lost(chat, i))
+
+
+def _forms_in_the_past(message: dict[str, Any]) -> list[str]:
+    "The letters of a content as a template may write it once other messages follow."
+    content = message.get("content") or ""
+    if message["role"] == "tool":
+        return _forms(content)
+    return [_letters(content), _letters(content.rpartition("</think>")[2])] if message["role"] == "assistant" else [_letters(content)]
 
 
 def _message_lost(chat: Chat, i: int) -> str:
