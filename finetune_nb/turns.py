@@ -451,6 +451,7 @@ class Skeleton:
         return "".join(text for pair in zip(self.pieces, [*texts, ""], strict=True) for text in pair)
 
 
+# %% ../nbs/01a_turns.ipynb #5d0e7a31
 def _kind(message: dict[str, Any]) -> tuple[Any, ...]:
     calls = message.get("tool_calls") or ()
     return message["role"], bool((message.get("content") or "").strip()), *message, *(bool(call.get("function", call).get("arguments")) for call in calls)
@@ -469,6 +470,7 @@ def _hollow(message: dict[str, Any], i: int) -> dict[str, Any]:
     return hollow | ({"tool_calls": [call(c, n) for n, c in enumerate(message["tool_calls"])]} if message.get("tool_calls") else {})
 
 
+# %% ../nbs/01a_turns.ipynb #7c2f9b64
 def _skeleton(template: Template, chat: Chat, n: int) -> Skeleton:
     "That of the first `n` messages; kept by kind of conversation."
     key = (json.dumps(chat.tools) if chat.tools else "", *map(_kind, chat.messages[:n]))
@@ -505,6 +507,7 @@ def _check_nothing_lost(template: Template, chat: Chat, row: Row) -> None:
             raise TemplateError(f"{chat.where}: the chat template does not write the tools ({', '.join(names[:3])}). Use a model that was taught tools.")
 
 
+# %% ../nbs/01a_turns.ipynb #8e41d0a7
 def _check_in_order(chat: Chat, n: int, skeleton: Skeleton, prompt: str) -> None:
     "Raises `TemplateError` unless the messages stand in the prompt one after the other, though white space or JSON may be written otherwise."
     letters, at = _letters(prompt), 0

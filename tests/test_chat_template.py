@@ -601,3 +601,15 @@ def test_all_bad_chats_are_told_at_once(num_proc, tokenizer):
     assert [line.partition(":")[0] for line in lines[1:4]] == [f"chats.jsonl, line {i}, message 1" for i in (1, 3, 5)]
     assert lines[4].strip() == "… and 3 more of this kind: chats.jsonl, line 7; chats.jsonl, line 9; chats.jsonl, line 11"
     assert "line 4: no answer of this chat is marked" in lines[5]
+
+
+def test_a_blank_message_hides_no_other_of_its_kind(tokenizer):
+    cutting = with_template(tokenizer, TEMPLATES["chatml"].replace("m.content }}", "m.content | replace('secret', '') }}"))
+    with pytest.raises(TemplateError, match="message 1: .* user message .'a secret'"):
+        tokenize_chats([chat(" ", "a"), chat("a secret", "yes")], cutting)
+
+
+def test_no_more_than_a_thousand_bad_chats_are_looked_for(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "ENOUGH", 10)
+    with pytest.raises(TemplateError, match=r"10 of 20 chats can't be turned into rows \(no more were looked for\):"):
+        tokenize_chats([chat("<|im_end|>", "a")] * 20, tokenizer)
