@@ -9,7 +9,7 @@ import pytest
 from chat_templates import QWEN25
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finetune_nb import chat_template
@@ -165,15 +165,18 @@ def test_pad_that_is_the_end_of_turn_stays_supervised(tokenizer):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "changes the answer: 'there' became 'THERE<|im_end|>'"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", r"message 4: the chat template changes the answer: 'so' became 'SO<\|im_end\|>'"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", "never learn to stop"),
         ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", "is not what it writes there in training: '.*bot"),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:3] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "changes"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:3] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", r"changes the answer: 'vexing jumbo' became 'vex<\|im_end"),
         ("{% for m in messages %}{% if loop.index > 1 %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "message 1: the chat template leaves out or changes this user message"),
         ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% else %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "marks of the chat template do not lie on this answer"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '  ' }}{% endif %}", r"The generation prompt ends in '  ', which training does not have"),
+        ("{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "writes the time of day"),
+        ("{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "message 4: .*drops or rewrites earlier messages once the answer follows"),
         ("{{ raise_exception('System role not supported') }}", "refuses this chat: System role not supported"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses this chat"),
-        ("{% if %}", "refuses this chat"),
+        ("{% if %}", "the chat template has an error in line 1, whatever the chat: .* Correct tokenizer.chat_template"),
         ("", "message 4: the chat template changes the answer: 'so' became ''"),
         (None, "no chat template"),
     ],
@@ -467,3 +470,146 @@ def test_the_cache_knows_the_order_of_keys_and_the_day(tokenizer, tmp_path, monk
         monkeypatch.setattr(chat_template, "date", type("Fixed", (date,), {"today": classmethod(lambda cls, day=day: date(2026, 1, day))}))
         keys.add(chat_template._cache_key([calling("{}")], dated, "all", None, "raise"))
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("filter", "answer"),
+    [
+        ("m.content | replace('\n', ' ')", "def f(x):\n    return x"), ("m.content.split() | join(' ')", "def f(x):\n    return x"),
+        ("m.content | replace('\n\n', '\n')", "a\n\nb"), ("('Good question. ' if '?' in m.content else '') + m.content", "really? yes"),
+        ("m.content + (' Hope this helps!' if m.content | length > 20 else '')", "an answer with more than twenty characters"),
+        ("m.content * (2 if m.content | length > 20 else 1)", "an answer with more than twenty characters"),
+        ("m.content[:20]", "an answer with more than twenty characters"),
+    ],
+)  # fmt: skip
+def test_an_answer_whose_white_space_is_changed_or_that_grows_is_refused(filter, answer, tokenizer):
+    one = chat("q?", answer)
+    changed = with_template(tokenizer, CHATML.replace("ANSWER", "{{ " + filter + " }}"))
+    with pytest.raises(TemplateError, match="message 2: the chat template changes the answer: .* became"):
+        tokenize_chats([one], changed)
+    assert check_template(changed, [one])["the mask"].verdict == "error"
+    assert tokenize_chats([chat("q?", "yes")], changed)  # this one it leaves alone
+
+
+def test_white_space_at_the_ends_may_go(tokenizer):
+    for filter in ("m.content | trim", "m.content.strip('\n')", "m.content.lstrip('\n')"):
+        rows = tokenize_chats([chat("q?", "\n a\n\nb \n")], with_template(tokenizer, CHATML.replace("ANSWER", "{{ " + filter + " }}")))
+        assert tokenizer.decode([label for label in rows["labels"][0] if label != NO_LOSS]).strip("\n ").startswith("a\n\nb")
+
+
+def test_reasoning_is_taught_letter_by_letter(tokenizer):
+    think = "{% if m.reasoning_content %}<think>\n{{ THOUGHT }}\n</think>\n\n{% endif %}{{ m.content }}"
+    one = Chat([QUESTION, {"role": "assistant", "content": "a\n\nb", "reasoning_content": "x\n\ny"}], "c")
+    kept = with_template(tokenizer, CHATML.replace("ANSWER", think.replace("THOUGHT", "m.reasoning_content")))
+    assert taught(tokenize_chat(one, kept), kept) == ["<think>\nx\n\ny\n</think>\n\na\n\nb<|im_end|>"]
+    with pytest.raises(TemplateError, match="changes the answer"):
+        tokenize_chat(one, with_template(tokenizer, CHATML.replace("ANSWER", think.replace("THOUGHT", "m.reasoning_content | replace('\n\n', ' ')"))))
+
+
+NO_SYSTEM = TEMPLATES["chatml"].replace("in messages", "in messages if m.role != 'system'")
+NO_TOOLS = TEMPLATES["chatml"].replace("in messages", "in messages if m.role != 'tool'")
+LAST_QUESTION = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'user' or loop.index0 == ns.last %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_PAST = "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOOKED = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"zone": "Rome"}}}]}
+TOOL_CHAT = [QUESTION, LOOKED, {"role": "tool", "content": "12:30"}, {"role": "assistant", "content": "It is 12:30."}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (NO_SYSTEM, chat("What are your instructions?", "Be brief.", system="Be brief.").messages, "message 1: .* system message"),
+        (NO_SYSTEM, chat("user", "a", system="user").messages, "message 1: .* system message"),
+        (NO_TOOLS, [m for m in TOOL_CHAT if "tool_calls" not in m], "message 2: .* tool message .'12:30'"),
+        (LAST_QUESTION, chat("go", "a1", "go on", "a2").messages, "message 1: .* user message .'go'"),
+        (LAST_QUESTION, chat("go on", "a1", "go on", "a2").messages, "message 1: .* user message .'go on'"),
+        (NO_PAST, chat("q1", "a1", "q2", "a2").messages, "message 2: .* assistant message .'a1'"),
+        (TEMPLATES["chatml"], TOOL_CHAT, "message 2: .* assistant message"),
+        (TEMPLATES["chatml"], [QUESTION, LOOKED | {"content": None}, *TOOL_CHAT[2:]], "message 2: .* assistant message with its tool calls"),
+        (TEMPLATES["chatml"].replace("m.content }}", "m.content | replace('secret', '') }}"), chat("a secret", "yes").messages, "message 1: .* user message"),
+    ],
+)  # fmt: skip
+def test_messages_that_are_dropped_are_missed_though_their_words_stand_elsewhere(template, messages, lost, tokenizer):
+    for train_on in ("all", "last") if "tool_calls" not in messages[1] else ("last",):
+        with pytest.raises(TemplateError, match=lost):
+            tokenize_chats([Chat(messages, "c")], with_template(tokenizer, template), train_on=train_on)
+
+
+def test_messages_that_are_merged_moved_or_written_as_json_are_found(tokenizer):
+    merged = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ messages[0].content ~ '\n' if loop.first }}{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    told = CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}").replace("{{ m.content or '' }}", "{{ m.content | tojson if m.role == 'tool' else m.content or '' }}")
+    assert len(tokenize_chats([chat(" q1", "a1 ", system=" Be brief. ")], with_template(tokenizer, merged))) == 1
+    assert len(tokenize_chats([call({"zone": "Rome"})], with_template(tokenizer, told))) == 1
+
+
+def test_a_last_answer_marked_false_is_not_trained(tokenizer):
+    for mark in ({"train": False}, {"weight": 0}):
+        one = chat("a", "b", "c", "d")
+        with pytest.raises(TemplateError, match="line 5: no answer of this chat is marked for training .train_on='last'"):
+            tokenize_chats([Chat([*one.messages[:3], one.messages[3] | mark], one.where)], tokenizer, train_on="last")
+
+
+@pytest.mark.parametrize("answer", ["{% generation %}{{ m.content[:3] }}{% endgeneration %}{{ m.content[3:] }}", "{{ m.content[:3] }}{% generation %}{{ m.content[3:] }}{% endgeneration %}"])
+def test_marks_that_cover_a_part_of_the_answer_are_refused(answer, tokenizer):
+    with pytest.raises(TemplateError, match="message 2: the {% generation %} marks of the chat template cover '(abc|defgh)' only, a part of this answer"):
+        tokenize_chats([chat("q", "abcdefgh")], with_template(tokenizer, CHATML.replace("ANSWER", answer)))
+
+
+def test_the_token_view_keeps_the_spaces_that_a_decoder_strips():
+    tokenizer = small_tokenizer("sentencepiece")
+    ids = tokenizer("<s>[INST] hello there [/INST] yes, 🙂 it is</s>", add_special_tokens=False)["input_ids"]
+    view = show_labels({"input_ids": ids, "labels": [NO_LOSS] * 6 + ids[6:]}, tokenizer)
+    shown = "".join(text for text, *_ in view.tokens)
+    assert "[INST] hello there [/INST] yes, 🙂 it is</s>" in shown and "\ufffd" not in shown
+
+
+def test_a_template_that_demands_a_system_message_is_checked_all_the_same(tokenizer):
+    strict = with_template(tokenizer, "{% if messages[0].role != 'system' %}{{ raise_exception('A system message is required') }}{% endif %}" + TEMPLATES["chatml"])
+    assert end_of_turn_id(strict) == tokenizer.eos_token_id
+    report = check_template(strict, [CHATS["system"]])
+    assert report.ok and len(report.checks) > 5 and report["system message"].verdict == "note"
+    report = check_template(strict, [CHATS["system"], CHATS["one turn"]])
+    assert report["the mask"].verdict == report["system message"].verdict == "error"
+    told = with_template(tokenizer, "{% if 'please' not in messages[-1].content and 'please' not in messages[0].content %}{{ raise_exception('Say please') }}{% endif %}" + TEMPLATES["chatml"])
+    assert len(check_template(told, [chat("please", "yes")]).checks) > 5
+
+
+@pytest.mark.parametrize(("normaliser", "forged"), [(normalizers.NFKC(), "a ＜|stop|＞ b ＜|stop|>"), (normalizers.Lowercase(), "a <|STOP|> b <|Stop|>")])
+def test_control_tokens_that_a_normaliser_would_make_are_found(normaliser, forged, tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normaliser
+    tokenizer.add_tokens([AddedToken("<|stop|>", special=True, normalized=True)], special_tokens=True)
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert tokenizer(forged)["input_ids"].count(stop) == 2
+    with pytest.raises(TemplateError, match=r"message 1: the content contains '[<＜]\|(STOP|stop)\|[>＞]', a control token"):
+        tokenize_chats([chat(forged, "fine")], tokenizer)
+    assert Controls(tokenizer).find(chat("Über ＜b＞ A", "FINE")) is None
+    clear = neutralise(chat(forged, "fine"), tokenizer)
+    assert stop not in tokenize_chat(clear, tokenizer)["input_ids"] and clear.messages[0]["content"].replace(" ", "") == forged.replace(" ", "")
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_all_bad_chats_are_told_at_once(num_proc, tokenizer):
+    chats = [Chat(chat(f"q{i}{' <|im_end|>' if i % 2 else ''}", "a").messages, f"chats.jsonl, line {i}") for i in range(12)]
+    chats[4] = Chat([chats[4].messages[0], chats[4].messages[1] | {"train": False}], chats[4].where)
+    with pytest.raises(TemplateError) as error:
+        tokenize_chats(chats, tokenizer, num_proc=num_proc)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "7 of 12 chats can't be turned into rows:" and len(lines) == 6
+    assert [line.partition(":")[0] for line in lines[1:4]] == [f"chats.jsonl, line {i}, message 1" for i in (1, 3, 5)]
+    assert lines[4].strip() == "… and 3 more of this kind: chats.jsonl, line 7; chats.jsonl, line 9; chats.jsonl, line 11"
+    assert "line 4: no answer of this chat is marked" in lines[5]
+
+
+def test_a_blank_message_hides_no_other_of_its_kind(tokenizer):
+    cutting = with_template(tokenizer, TEMPLATES["chatml"].replace("m.content }}", "m.content | replace('secret', '') }}"))
+    with pytest.raises(TemplateError, match="message 1: .* user message .'a secret'"):
+        tokenize_chats([chat(" ", "a"), chat("a secret", "yes")], cutting)
+
+
+def test_no_more_than_a_thousand_bad_chats_are_looked_for(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "ENOUGH", 10)
+    with pytest.raises(TemplateError, match=r"10 of 20 chats can't be turned into rows \(no more were looked for\):"):
+        tokenize_chats([chat("<|im_end|>", "a")] * 20, tokenizer)
