@@ -318,8 +318,9 @@ def _merging_bytes(model: nn.Module) -> int:
 def _tokens(rows: Sequence[dict[str, Any]], config: FinetuneConfig, budget: int) -> tuple[int, int, int, int]:
     "Tokens, tokens computed and supervised tokens in one epoch, and chats; sharing is measured on a sample of steps."
     n = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    lengths = [len(row["input_ids"]) for row in rows]
-    supervised = sum(label != NO_LOSS for row in rows for label in row["labels"])
+    columns = rows if hasattr(rows, "column_names") else {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    supervised = sum(label != NO_LOSS for labels in columns["labels"] for label in labels)
     sample = [[rows[i] for i in range(start, min(start + n, len(rows)))] for start in range(0, len(rows), max(n, len(rows) // 8 // n * n))]
     collator = PackingCollator(config.packing, budget)
     share = sum(b.tokens for step in sample for b in collator.batches(step)) / sum(len(row["input_ids"]) for step in sample for row in step)

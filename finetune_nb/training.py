@@ -52,7 +52,7 @@ from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, 
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
 from .models import cache_folder, hardware, load_model, release_memory
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
-from .planning import Probe, blocks_to_recompute, largest_batch, probe_fit, token_budget
+from .planning import Probe, blocks_to_recompute, estimate, largest_batch, probe_fit, token_budget
 from .qlora import nf4_config, optimizer_of
 
 # %% ../nbs/08_training.ipynb #59901afa
@@ -527,7 +527,9 @@ def _fit(
     stop, look = _Stop(), config.eval_strategy != "no"
     collator = choose_packing(config, model, tokenizer, rows["train"])
     recompute_blocks(model, blocks_to_recompute(config, rows["train"]))
-    print(_probe(model, largest_batch(rows["train"], replace(config, packing=collator.mode), collator.max_tokens), collator), flush=True)
+    fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
+    probe, plan = _probe(model, largest_batch(rows["train"], fitting, collator.max_tokens), collator), estimate(fitting, rows["train"], math.nan)
+    print(f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(probe.seconds_for(plan))}.", flush=True)
     started = time.monotonic()
     with Progress("Training", total_steps(config, len(rows["train"]))) as progress, stop.on_interrupt():
         callbacks = [_Watch(progress, folder / "history.jsonl"), stop, *callbacks]
@@ -547,6 +549,7 @@ def _fit(
         "seconds": round(time.monotonic() - started, 1),
         "packing": collator.mode,
         "attention": collator.way,
+        "planned": {"seconds": round(probe.seconds_for(plan), 1), "peak_memory_gib": round(plan.bytes / 2**30, 3), "parts": plan.parts},
         "max_tokens_at_once": collator.max_tokens,
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "best_step": best_step,
