@@ -19,6 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 SCENARIOS = ("short", "shared-300", "shared-800", "mixed", "nothing-in-common")
@@ -75,11 +76,11 @@ def work(options: argparse.Namespace) -> dict:
     from finetune_nb.training import peak_memory_gib
 
     engine, scenario, low = options.engine, options.scenarios[0], options.dtypes[0] == "bf16"
-    steps = options.steps + 1
+    steps, scratch = options.steps + 1, tempfile.TemporaryDirectory()
     dtype = torch.bfloat16 if low else torch.float32
     config = FinetuneConfig(
         lora_dropout=0, bf16=low, use_cpu=True, eval_strategy="no", max_steps=steps, logging_steps=1, max_length=4096,
-        lr_scheduler_type="constant", warmup_ratio=0, output_dir="unused",
+        lr_scheduler_type="constant", warmup_ratio=0, output_dir=scratch.name,
     )  # fmt: skip
     model, tokenizer = load_model(config.model_name_or_path, dtype, "sdpa", use_cpu=True)
     chats = [Chat(messages, f"chat {i}") for i, messages in enumerate(chats_of(scenario, STEP * steps))]
@@ -130,7 +131,7 @@ def _ours(config, model, tokenizer, rows):
     from finetune_nb.training import make_trainer
 
     tuned = add_lora(model, config)
-    trainer = make_trainer(config, tuned, PackingCollator("shared", 4096, tokenizer.pad_token_id), {"train": rows}, "unused")
+    trainer = make_trainer(config, tuned, PackingCollator("shared", 4096, tokenizer.pad_token_id), {"train": rows}, config.output_dir)
     trainer.args.train_sampling_strategy = "sequential"
     model.set_attn_implementation(PACKED["tree"])
     return trainer
@@ -142,7 +143,8 @@ def _peer(engine, config, model, tokenizer, rows):
     batch = 4 if engine.endswith("4x4") else STEP
     lora = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules, task_type="CAUSAL_LM")
     common = dict(
-        output_dir="unused", per_device_train_batch_size=batch, gradient_accumulation_steps=STEP // batch, max_steps=config.max_steps,
+        output_dir=config.output_dir, per_device_train_batch_size=batch, gradient_accumulation_steps=STEP // batch,
+        max_steps=config.max_steps,
         learning_rate=config.learning_rate, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, bf16=config.bf16, use_cpu=True, train_sampling_strategy="sequential", dataloader_pin_memory=False, seed=42,
     )  # fmt: skip
