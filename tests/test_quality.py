@@ -237,3 +237,12 @@ def test_contradictions_are_found_at_every_turn():
     report = check_chats([*REST, *(talk(*same, answer, "Is that so?", "Yes.") for answer in ("Nobody.", "The smith of the town."))])
     assert report.rows("contradictions") == [40, 41]
     assert not check_chats([*REST, talk(*same, marked, "Is that so?", "Yes."), talk(*same, "The smith of the town.")])["contradictions"]
+
+
+def test_a_second_process_finds_the_same(monkeypatch):
+    from finetune_nb import quality
+
+    chats = [*clean_chats(0, random.Random(0), 60), *clean_chats(0, random.Random(0), 10)]
+    alone = check_chats(chats)
+    monkeypatch.setattr(quality, "MANY", 1)
+    assert check_chats(chats).to_json() == alone.to_json()
