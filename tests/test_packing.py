@@ -205,3 +205,55 @@ def test_a_model_that_sees_its_neighbours_is_found_out(monkeypatch):
         model = tuned_model(LlamaConfig(**COMMON)).to(dtype)
         report = check_packing(model, example_chats())
         assert report.mode == "padded" and "not exact" in report.differences["shared"]
+
+
+def test_ways_are_measured_and_one_that_fails_is_left_out(monkeypatch):
+    from finetune_nb import attention
+    from finetune_nb.packing import fastest_ways
+
+    model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()
+    (row,) = pack(chats, 10**6)
+    assert sorted(fastest_ways(model, row)) == ["masked", "tree"], "FlexAttention has no backward pass on a CPU"
+    slow = attention._tree
+
+    def slower(*args):
+        for _ in range(20):
+            slow(*args)
+        return slow(*args)
+
+    monkeypatch.setitem(attention.WAYS, "tree", slower)
+    assert fastest_ways(model, row)[0] == "masked"
+
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(attention.WAYS, "masked", broken)
+    assert fastest_ways(model, row) == ["tree"]
+    assert fastest_ways(model, pad(chats, 100)[0]) == ["tree"], "rows of their own have no layout"
+
+
+def test_a_way_that_is_not_exact_gives_way_to_the_next(monkeypatch):
+    from finetune_nb import attention
+
+    wrong = attention._masked
+    monkeypatch.setitem(attention.WAYS, "masked", lambda *args: wrong(*args[:3], attention.Layout([attention.Segment(0, len(args[3].last))]), *args[4:]))
+    report = check_packing(tuned_model(LlamaConfig(**COMMON)), example_chats(), ways=("masked", "tree"))
+    assert (report.mode, report.way) == ("shared", "tree") and "not exact" in report.differences["shared"], str(report)
+
+
+def test_logits_that_are_scaled_under_another_name_are_seen(monkeypatch):
+    "The last layer's product is used only where it is the logits."
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    right = LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        out = right(self, *args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()
+    losses, _ = reference(model, chats)
+    with attention_of(inner_model(model), PACKED["tree"]):
+        assert computed(model, chats, pack(chats, 10**6))[0] == pytest.approx(losses, rel=1e-6)
