@@ -128,10 +128,12 @@ def _ours(config, model, tokenizer, rows):
     from finetune_nb.attention import PACKED
     from finetune_nb.lora import add_lora
     from finetune_nb.packing import PackingCollator
+    from finetune_nb.planning import token_budget
     from finetune_nb.training import make_trainer
 
     tuned = add_lora(model, config)
-    trainer = make_trainer(config, tuned, PackingCollator("shared", 4096, tokenizer.pad_token_id), {"train": rows}, config.output_dir)
+    collator = PackingCollator("shared", token_budget(config, rows), tokenizer.pad_token_id)
+    trainer = make_trainer(config, tuned, collator, {"train": rows}, config.output_dir)
     trainer.args.train_sampling_strategy = "sequential"
     model.set_attn_implementation(PACKED["tree"])
     return trainer

@@ -78,7 +78,11 @@ def test_advice_fits_and_does_the_least_harm(rows, quick):
 
 def test_the_budget_follows_the_memory(quick, rows):
     assert token_budget(replace(quick, max_tokens_at_once=77), rows) == 77
-    assert token_budget(quick, rows, available=2**40) == 4096
+    many = replace(quick, per_device_train_batch_size=64)
+    assert token_budget(many, rows, available=2**40) == 512, "little in common: what lies in the cache"
+    beginning = list(range(1000, 1600))
+    alike = [{"input_ids": [*beginning, *row["input_ids"]], "labels": [-100] * 600 + list(row["labels"])} for row in rows]
+    assert token_budget(many, alike, available=2**40) >= 2048, "a long common beginning is computed once"
     assert token_budget(quick, rows, available=2**20) == 256
 
 
