@@ -37,7 +37,7 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
     from finetune_nb.losses import recompute_blocks
     from finetune_nb.models import load_tokenizer
     from finetune_nb.packing import PackingCollator
-    from finetune_nb.planning import blocks_to_recompute, estimate, resident_bytes
+    from finetune_nb.planning import blocks_to_recompute, estimate, peak_bytes, resident_bytes
     from finetune_nb.training import add_lora, load_base, make_trainer
 
     path = Path(folder) / shape
@@ -62,7 +62,7 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
     base_before = resident_bytes()
     plan = estimate(config, rows, float("nan"))
     model, tokenizer = load_base(config)
-    loaded = resident_bytes(peak=True)
+    loaded = peak_bytes()
     from datasets import Dataset
 
     tuned = add_lora(model, config)
@@ -73,7 +73,7 @@ def work(shape: str, r: int, length: int, method: str, folder: str) -> dict:
         torch.cuda.reset_peak_memory_stats()
     with collator.attention(tuned):
         trainer.train()
-    measured = torch.cuda.max_memory_allocated() if cuda else resident_bytes(peak=True)
+    measured = peak_bytes()
     planned = plan.bytes - (plan.parts.get(planning.PROCESS, 0) if cuda else 0)
     return {"planned": planned, "measured": measured, "before": base_before, "loaded": loaded, "parts": plan.parts}
 

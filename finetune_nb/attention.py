@@ -63,8 +63,10 @@ class Layout:
         if key not in self._masks:
             last, place = self.last.to(device), torch.arange(len(self.last), device=device)
             seen = (place[:, None] >= place) & (place[:, None] < last)
-            positions = self.positions.to(device)
-            self._masks[key] = seen if window is None else seen & (positions[:, None] - positions < window)
+            if window is not None:
+                positions = self.positions.to(device)
+                seen &= positions[:, None] - positions < window
+            self._masks[key] = seen
         return self._masks[key]
 
 # %% ../nbs/04a_attention.ipynb #aa8125f3

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from .chats import Chat, ChatError, Problem, fingerprint, load_chats, save_chats  # noqa: F401
 from .config import ConfigError, FinetuneError
+from .data_report import counted
 from .duplicates import is_telling, matches_between, near_duplicate_groups, normalise
 from .quality import DataReport, check_chats  # noqa: F401
 
@@ -187,7 +188,7 @@ def _check_size(name: str, got: int, share: float, groups: list[list[int]], n: i
         whole = len(groups) > 2 and wanted and sizes[0] > wanted + _slack(wanted)
         remedy = f"The smallest group has {sizes[0]} of them: set {name}_size to {sizes[0] / n:.2f} or more, " if whole else "Add chats, "
         raise ConfigError(
-            f"{n} {'chat' if n == 1 else 'chats'} in {len(groups)} {'group' if len(groups) == 1 else 'groups'} of the same question are too few for a "
+            f"{counted(n, 'chat', 'chats')} in {counted(len(groups), 'group', 'groups')} of the same question are too few for a "
             f"{name} set of {share:.0%}. {remedy}give a {name} file, or set {name}_size to 0."
         )
     if abs(got - wanted) > max(2, 0.3 * wanted):

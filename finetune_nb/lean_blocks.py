@@ -55,8 +55,12 @@ def use_lean_blocks(
     found: dict[str, int] = {}
     for module in model.modules():
         for suits, probe, forward in ((_like_norm, _small_norm, _norm), (_like_gate, _small_gate, _gate)):
-            kind = (type(module), type(getattr(module, "act_fn", None)), suits)
-            if suits(module) and known.setdefault(kind, _same(module, probe, forward)):
+            kind = (type(module), type(getattr(module, "act_fn", None)))
+            if not suits(module):
+                continue
+            if kind not in known:
+                known[kind] = _same(module, probe, forward)
+            if known[kind]:
                 module.forward = MethodType(forward, module)
                 found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
     return found

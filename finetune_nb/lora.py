@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from .config import FinetuneConfig, FinetuneError
 from .lean_blocks import use_lean_blocks
 from .lora_linear import use_one_rounding
+from .models import size_of
 
 # %% ../nbs/04_lora.ipynb #1e3547b7
 class AdapterError(FinetuneError, ValueError):
@@ -148,7 +149,7 @@ def _short(n: int) -> str:
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     "Counts the parameters of `model`; a 4-bit weight counts as the numbers that it stands for."
-    sizes = [(p, p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()) for p in model.parameters()]
+    sizes = [(p, size_of(p)) for p in model.parameters()]
     return ParameterCount(sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes))
 
 # %% ../nbs/04_lora.ipynb #82ecb6bb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'Hardware', 'hardware', 'ModelError', 'cache_folder', 'convert_gguf',
-           'load_tokenizer', 'load_model', 'release_memory']
+           'load_tokenizer', 'load_model', 'with_attention', 'size_of', 'dtype_of', 'release_memory']
 
 # %% ../nbs/03_models.ipynb #91c42cd5
 import ctypes
@@ -18,9 +18,10 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from .config import FinetuneError
+from .config import FinetuneConfig, FinetuneError
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for kernels from a hub at each import, which we go without
 
@@ -237,30 +238,47 @@ def load_model(
     machine = hardware(use_cpu)
     tokenizer = load_tokenizer(name)
     with _load_errors(name), _quiet():
-        options = {"dtype": dtype or machine.dtype, "use_safetensors": True}
+        options: dict[str, Any] = {"dtype": dtype or machine.dtype, "use_safetensors": True}
         if quantization_config is not None:  # packed weights are made where they are used
             options |= {"quantization_config": quantization_config, "device_map": {"": machine.device}}
-        model = _with_attention(_resolve(name), attn_implementation, options)
+        model = with_attention(partial(AutoModelForCausalLM.from_pretrained, _resolve(name), **options), attn_implementation)
     for module in model.modules():  # bitsandbytes would lay packed weights out anew for the CPU at the first look, in a form that has no gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     rows, top = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if top >= rows:
         raise ModelError(f"{name}: the tokenizer knows id {top}, the model has only {rows} embeddings; the two don't belong together.")
-    parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in model.parameters())
+    parameters = sum(map(size_of, model.parameters()))
     precision = str(model.dtype).removeprefix("torch.") + (", packed in 4 bits," if quantization_config is not None else "")
     print(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}", flush=True)
     return model if quantization_config is not None else model.to(machine.device), tokenizer
 
 
-def _with_attention(path: str, attn_implementation: str, options: dict[str, Any]) -> PreTrainedModel:
+def with_attention(
+    make: Callable[..., PreTrainedModel],  # makes a model when it is given attn_implementation
+    attn_implementation: str = "sdpa",  # the attention that is wanted
+) -> PreTrainedModel:
     "The model with the wanted attention; an architecture that torch's fused attention can't compute (Gemma 2) gets plain products."
     try:
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
+        return make(attn_implementation=attn_implementation)
     except ValueError as error:
         if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+        return make(attn_implementation="eager")
+
+
+def size_of(
+    parameter: torch.nn.Parameter,  # of a model that may be packed
+) -> int:
+    "How many numbers a parameter stands for; a 4-bit weight holds two in a byte."
+    return parameter.quant_state.shape.numel() if hasattr(parameter, "quant_state") else parameter.numel()
+
+
+def dtype_of(
+    config: FinetuneConfig,  # bf16 and use_cpu
+) -> torch.dtype:
+    "The precision of the base model in a run."
+    return hardware(config.use_cpu).dtype if config.bf16 is None else torch.bfloat16 if config.bf16 else torch.float32
 
 # %% ../nbs/03_models.ipynb #5a68dca3
 def release_memory() -> None:

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'OPTIMIZER_BYTES', 'REACHED', 'PROCESS', 'GAPS', 'LIBRARIES', 'REMEDIES', 'shape_of', 'weight_bytes',
-           'activation_bytes', 'Plan', 'largest_batch', 'available_bytes', 'resident_bytes', 'flops_per_second',
-           'token_budget', 'blocks_to_recompute', 'estimate', 'Probe', 'probe_fit']
+           'activation_bytes', 'Plan', 'largest_batch', 'available_bytes', 'resident_bytes', 'peak_bytes',
+           'total_steps', 'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'Probe', 'probe_fit']
 
 # %% ../nbs/07_planning.ipynb #2957feca
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .chat_template import NO_LOSS
 from .config import FinetuneConfig
-from .lora import add_lora
+from .lora import add_lora, trainable_parameters
 from .losses import Batch, inner_model, mixed_precision, token_losses
-from .models import _load_errors, _quiet, _resolve, hardware
+from .models import _load_errors, _quiet, _resolve, dtype_of, hardware, with_attention
 from .packing import PackingCollator
 from .qlora import optimizer_of
 
@@ -32,15 +35,10 @@ def shape_of(
     config: FinetuneConfig,  # the base model, its precision, and the adapter
 ) -> nn.Module:
     "The base model with its adapter on the `meta` device: every shape, no memory. Raises `ModelError` or `AdapterError`."
-    machine = hardware(config.use_cpu)
-    dtype = torch.float32 if config.bf16 is False else torch.bfloat16 if config.bf16 else machine.dtype
     with _load_errors(config.model_name_or_path), _quiet():
         architecture = AutoConfig.from_pretrained(_resolve(config.model_name_or_path))
         with torch.device("meta"):
-            try:
-                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
-            except ValueError:  # as in `load_model`
-                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="eager")
+            model = with_attention(partial(AutoModelForCausalLM.from_config, architecture, dtype=dtype_of(config)))
     with torch.device("meta"):
         return add_lora(model, config)
 
@@ -96,9 +94,12 @@ def activation_bytes(
     total = sum(kept.values())
     widest = max(getattr(shape, "intermediate_size", None) or 4 * hidden, hidden)
     moment = batch.tokens * (4 * widest + 6 * hidden) * size + min(256, len(batch.at)) * shape.vocab_size * (8 + 2 * size)
-    if recomputed:  # the one that is being computed again is there in full
-        total = total * (blocks - recomputed + 1) // blocks + recomputed * batch.tokens * hidden * size
-    return total, moment
+    return _with_recomputed(total, recomputed, blocks, batch.tokens * hidden * size), moment
+
+
+def _with_recomputed(kept: int, n: int, blocks: int, inputs: int) -> int:
+    "Bytes kept when `n` of the blocks keep only their `inputs`; the one that is being computed again is there in full."
+    return kept * (blocks - n + 1) // blocks + n * inputs if n else kept
 
 # %% ../nbs/07_planning.ipynb #bd127175
 @dataclass(frozen=True)
@@ -182,13 +183,36 @@ def available_bytes(use_cpu: bool = False) -> int:
         return int(hardware(use_cpu).memory_gib * 2**30 * 0.8)
 
 
-def resident_bytes(peak: bool = False) -> int:
-    "Resident memory of this process, now or at its highest; 0 where it can't be told."
+def resident_bytes() -> int:
+    "Resident memory of this process now; 0 where it can't be told."
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-        return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+        return int(lines["VmRSS"].split()[0]) * 1024
     except (OSError, KeyError):
         return 0
+
+
+def peak_bytes() -> int:
+    "The most memory that was used so far: of the GPU's allocator, or the resident memory of this process; 0 where it can't be told."
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_steps(
+    config: FinetuneConfig,  # max_steps, or the epochs and how many chats make a step
+    n_chats: int,  # of the training set
+) -> int:
+    "Optimizer steps of a run on one device."
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = math.ceil(n_chats / config.per_device_train_batch_size)
+    return math.ceil(max(math.ceil(batches / config.gradient_accumulation_steps), 1) * config.num_train_epochs)
 
 
 REACHED = {torch.float32: 0.7, torch.bfloat16: 0.5, torch.float16: 0.5}  # of the measured speed of a matrix product, in a training step
@@ -250,7 +274,7 @@ def _way(config: FinetuneConfig) -> str:
 
 
 def _fixed_parts(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = trainable_parameters(model).trainable
     return {
         "base weights": weight_bytes(model, config.load_in_4bit),
         **({"quantisation constants": round(CONSTANTS * sum(_packed_weights(model).values()))} if config.load_in_4bit else {}),
@@ -275,7 +299,7 @@ def blocks_to_recompute(
     room, n = _room(model, config, available), 0
     kept, moment = activation_bytes(model, batch, way=_way(config))
     inputs = batch.tokens * inner_model(model).config.get_text_config().hidden_size * inner_model(model).dtype.itemsize
-    while n < blocks and kept * min(1, (blocks - n + 1) / blocks) + n * inputs + moment > room:
+    while n < blocks and _with_recomputed(kept, n, blocks, inputs) + moment > room:
         n += 1
     return n
 
@@ -286,9 +310,10 @@ def estimate(
     speed: float | None = None,  # floating-point operations per second; None: measured now, NaN: not asked for
     available: int | None = None,  # bytes; None: what is free now
     advise: bool = True,  # look for settings that make it fit
+    model: nn.Module | None = None,  # of `shape_of`, when it is at hand
 ) -> Plan:
     "What the run will cost, without loading a weight. Memory on a CPU counts the whole process."
-    machine, model = hardware(config.use_cpu), shape_of(config)
+    machine, model = hardware(config.use_cpu), model or shape_of(config)
     available = available_bytes(config.use_cpu) if available is None else available
     budget = token_budget(config, rows, model, available)
     batch = largest_batch(rows, config, budget)
@@ -298,17 +323,15 @@ def estimate(
     parts = fixed | {"kept for the backward pass": kept, "for a moment": moment} | outside
     if outside:
         parts["gaps of the allocator"] = round(GAPS * kept)
-    evaluation, merging = (sum(fixed.values()) + moment + sum(outside.values()), _merging_bytes(model) + sum(outside.values()))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    evaluation, merging = (n + sum(outside.values()) for n in (sum(fixed.values()) + moment, _merging_bytes(model)))
+    count = trainable_parameters(model)
     tokens, computed, supervised, n = _tokens(rows, config, budget)
     flops = _flops(model, computed, supervised)
     if speed is None:
         speed = flops_per_second(machine.device, inner_model(model).dtype)
     epochs = config.num_train_epochs if config.max_steps <= 0 else config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps / n
-    steps = config.max_steps if config.max_steps > 0 else -(-n // (config.per_device_train_batch_size * config.gradient_accumulation_steps)) * config.num_train_epochs
     seconds = epochs * flops / (speed * REACHED[inner_model(model).dtype])
-    plan = Plan(parts, evaluation, merging, available, trained, total, int(steps), round(epochs * tokens), round(epochs * computed), epochs * flops, seconds)
+    plan = Plan(parts, evaluation, merging, available, count.trainable, count.total, total_steps(config, n), round(epochs * tokens), round(epochs * computed), epochs * flops, seconds)
     return plan if plan.fits or not advise else replace(plan, advice=_advice(config, rows, available))
 
 
@@ -389,8 +412,8 @@ def probe_fit(
 ) -> Probe:
     "Computes `batch` forward and backward once, and forward alone, and changes nothing; raises what the device raises."
     inner, training, state, times = inner_model(model), model.training, torch.get_rng_state(), []
-    cuda, trained = inner.device.type == "cuda", [p for p in model.parameters() if p.requires_grad]
-    if cuda:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if inner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         for learning in (False, True):
@@ -404,4 +427,4 @@ def probe_fit(
     finally:
         model.train(training)
         torch.set_rng_state(state)
-    return Probe(batch.tokens, torch.cuda.max_memory_allocated() if cuda else resident_bytes(peak=True), times[1], times[0])
+    return Probe(batch.tokens, peak_bytes(), times[1], times[0])

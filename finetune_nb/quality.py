@@ -29,7 +29,6 @@ from finetune_nb.answers import (
     check_refusals,
     check_schema,
     check_shape,
-    counted,
     finding_of,
     shorten,
     spoken,
@@ -38,7 +37,7 @@ from finetune_nb.answers import (
 )  # fmt: skip
 from .chats import Chat
 from .config import ConfigError
-from .data_report import DataReport, Finding, histogram
+from .data_report import DataReport, Finding, counted, histogram
 from .duplicates import near_duplicate_groups, normalise
 from .formats import all_texts, control_tokens, invisible, message_texts
 from .personal import PERSONAL, SECRETS, find_personal, masked

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'Progress', 'clock_time', 'FinetuneTrainer',
-           'training_arguments', 'total_steps', 'Picture', 'Run', 'plot_history', 'peak_memory_gib', 'train',
-           'choose_packing', 'make_trainer', 'load_run']
+           'training_arguments', 'Picture', 'Run', 'plot_history', 'peak_memory_gib', 'train', 'choose_packing',
+           'make_trainer', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -50,9 +50,19 @@ from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
-from .models import cache_folder, hardware, load_model, release_memory
+from .models import cache_folder, dtype_of, hardware, load_model, release_memory
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
-from .planning import Probe, blocks_to_recompute, estimate, largest_batch, probe_fit, token_budget
+from finetune_nb.planning import (
+    Probe,
+    blocks_to_recompute,
+    estimate,
+    largest_batch,
+    peak_bytes,
+    probe_fit,
+    shape_of,
+    token_budget,
+    total_steps,
+)
 from .qlora import nf4_config, optimizer_of
 
 # %% ../nbs/08_training.ipynb #59901afa
@@ -64,8 +74,8 @@ def load_base(
     config: FinetuneConfig,  # the base model, its precision, and where it goes
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model and the tokenizer of a run, in 4 bits for QLoRA."
-    dtype = torch.float32 if config.bf16 is False else torch.bfloat16 if config.bf16 else None
-    packed = nf4_config(dtype or hardware(config.use_cpu).dtype) if config.load_in_4bit else None
+    dtype = dtype_of(config)
+    packed = nf4_config(dtype) if config.load_in_4bit else None
     return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed)
 
 
@@ -309,13 +319,6 @@ def training_arguments(
     )
 
 
-def total_steps(config: FinetuneConfig, n_chats: int) -> int:
-    "Optimizer steps of a run on one device."
-    if config.max_steps > 0:
-        return config.max_steps
-    batches = math.ceil(n_chats / config.per_device_train_batch_size)
-    return math.ceil(max(math.ceil(batches / config.gradient_accumulation_steps), 1) * config.num_train_epochs)
-
 # %% ../nbs/08_training.ipynb #e760b1a3
 class Picture(Figure):
     "A matplotlib figure that a notebook shows as a PNG."
@@ -429,14 +432,7 @@ def _data_facts(chats: list[Chat], rows: Dataset | None) -> dict[str, Any]:
 
 def peak_memory_gib() -> float:
     "The most memory that was used so far: of the GPU's allocator, or the resident memory of this process. GiB."
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    return (peak_bytes() or float("nan")) / 2**30
 
 # %% ../nbs/08_training.ipynb #966b3edc
 def train(
@@ -525,10 +521,12 @@ def _fit(
 ) -> dict[str, Any]:
     "Runs the trainer; leaves the best adapter in `model` and returns what was seen."
     stop, look = _Stop(), config.eval_strategy != "no"
-    collator = choose_packing(config, model, tokenizer, rows["train"])
-    recompute_blocks(model, blocks_to_recompute(config, rows["train"]))
+    shape = shape_of(config)
+    collator = choose_packing(config, model, tokenizer, rows["train"], shape)
+    recompute_blocks(model, blocks_to_recompute(config, rows["train"], shape))
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
-    probe, plan = _probe(model, largest_batch(rows["train"], fitting, collator.max_tokens), collator), estimate(fitting, rows["train"], math.nan)
+    probe = _probe(model, largest_batch(rows["train"], fitting, collator.max_tokens), collator)
+    plan = estimate(fitting, rows["train"], math.nan, model=shape)
     print(f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(probe.seconds_for(plan))}.", flush=True)
     started = time.monotonic()
     with Progress("Training", total_steps(config, len(rows["train"]))) as progress, stop.on_interrupt():
@@ -562,16 +560,19 @@ def choose_packing(
     model: torch.nn.Module,  # with its adapter
     tokenizer: PreTrainedTokenizerBase,  # knows what fills up
     rows: Dataset,  # input_ids and labels of the training chats
+    shape: torch.nn.Module | None = None,  # of `shape_of`, when it is at hand
 ) -> PackingCollator:
     "How the chats of a step are computed: the fastest way that is exact on this model and device, as many tokens at once as fit. Says so."
-    budget = token_budget(config, rows)
+    shape = shape or shape_of(config)
+    budget = token_budget(config, rows, shape)
     ways = ["tree"]
     if config.packing in IN_ROWS:
         ways = fastest_ways(model, largest_batch(rows, config, budget), total_steps(config, len(rows)))
     report = check_packing(model, _telling_chats(rows, config), config.packing, tokenizer.pad_token_id, ways)
     print(report, flush=True)
-    fitting = replace(config, packing=report.mode)
-    return PackingCollator(report.mode, token_budget(fitting, rows), tokenizer.pad_token_id, report.way)
+    if report.mode != config.packing:
+        budget = token_budget(replace(config, packing=report.mode), rows, shape)
+    return PackingCollator(report.mode, budget, tokenizer.pad_token_id, report.way)
 
 # %% ../nbs/08_training.ipynb #f1d94fac
 def make_trainer(

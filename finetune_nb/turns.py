@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import FinetuneError
 from .data import Chat
+from .formats import mark_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -406,9 +407,9 @@ def trained_turns(
     train_on: str = "all",  # "all", "last", or "marked"
 ) -> list[int]:
     "Which messages carry loss: every answer not marked `train: false` or `weight: 0`, the last one unless so marked, or those marked true."
-    marks = [(i, m.get("train", m.get("weight"))) for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+    marks = [(i, mark_of(m)) for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     if train_on == "last":
-        return [i for i, mark in marks[-1:] if mark is None or mark]
+        return [i for i, mark in marks[-1:] if mark is not False]
     return [i for i, mark in marks if (mark or (mark is None and train_on == "all"))]
 
 

@@ -613,3 +613,13 @@ def test_no_more_than_a_thousand_bad_chats_are_looked_for(tokenizer, monkeypatch
     monkeypatch.setattr(chat_template, "ENOUGH", 10)
     with pytest.raises(TemplateError, match=r"10 of 20 chats can't be turned into rows \(no more were looked for\):"):
         tokenize_chats([chat("<|im_end|>", "a")] * 20, tokenizer)
+
+
+def test_marks_are_read_alike_everywhere():
+    "Columns of a table hold nothing where a message has no mark: then the other mark counts."
+    from finetune_nb.turns import trained_turns
+
+    user, plain = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    for marks, trained in (({}, True), ({"train": None, "weight": 0}, False), ({"train": None, "weight": 1}, True), ({"train": False, "weight": None}, False)):
+        chat = Chat([user, plain | marks], "x")
+        assert [trained_turns(chat, how) for how in ("all", "last")] == ([[1], [1]] if trained else [[], []])
