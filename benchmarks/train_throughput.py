@@ -7,8 +7,9 @@ Each measurement is a process of its own, so that its peak memory is its own: it
 (r 16 on q, k, v, o, no dropout), trains one step to warm up and then times `--steps` optimizer steps of 16 chats each, the same
 chats in the same order and from the same token ids and labels. The engines take turns; medians over the rounds are printed, with
 the ratio to the best of the peers (by CPU time, which other work on the machine disturbs least), peak resident memory, and the
-loss of each step. Peers run without checkpointing, in each shape that is theirs to choose: one batch of 16, four batches of 4, and
-for TRL also packing (which forms its own steps).
+loss of each step. For ours also the share of the speed of a matrix product, measured in the same process, that the step reaches
+(multiply-adds of its layers alone), and with `--profile` where its time goes. Peers run without checkpointing, in each shape that is
+theirs to choose: one batch of 16, four batches of 4, and for TRL also packing (which forms its own steps).
 Needs trl (pip install trl); what is missing is left out and said.
 """
 
@@ -96,7 +97,8 @@ def work(options: argparse.Namespace) -> dict:
         n = trainer.args.per_device_train_batch_size
         seen = sum(map(len, trainer.train_dataset["input_ids"][n : n * steps])) / tokens
     seconds, cpu = (clock.ticks[-1][i] - clock.ticks[0][i] for i in (0, 1))
-    return {
+    own = _work_of(trainer, rows, cpu, options) if engine == "ours" else {}
+    return own | {
         "chats/s": seen * STEP * options.steps / seconds,
         "tokens/s": seen * tokens / seconds,
         "supervised/s": seen * supervised / seconds,
@@ -122,6 +124,31 @@ class _Clock:
                 ticks.append((time.perf_counter(), time.process_time()))
 
         return Tick()
+
+
+def _work_of(trainer, rows, cpu: float, options: argparse.Namespace) -> dict:
+    "The share of the machine's matrix peak that our timed steps reached, and with `--profile` what they did."
+    from torch.profiler import ProfilerActivity, profile
+
+    from finetune_nb.losses import inner_model, token_losses
+    from finetune_nb.planning import flops_per_second, training_flops
+
+    steps = [trainer.data_collator.batches(list(rows.select(range(i, i + STEP)))) for i in range(STEP, len(rows), STEP)]
+    flops = sum(training_flops(trainer.model, batch.tokens, len(batch.at)) for step in steps for batch in step)
+    peak = statistics.median(flops_per_second("cpu", inner_model(trainer.model).dtype) for _ in range(5))
+    found = {"of matrix peak": flops / cpu / (peak / options.threads[0])}
+    if options.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for batch in steps[0]:
+                token_losses(trainer.model, batch).sum().backward()
+        kinds = dict.fromkeys(("mm", "addmm", "addmm_"), "products") | dict.fromkeys(("copy_", "cat", "fill_"), "copies")
+        kinds["bmm"] = "attention's products"
+        times: dict[str, float] = {}
+        for row in seen.key_averages():
+            kind = kinds.get(row.key.removeprefix("aten::"), "norms, gates, softmax and the rest")
+            times[kind] = times.get(kind, 0.0) + row.self_cpu_time_total
+        found["profile"] = {kind: time / sum(times.values()) for kind, time in times.items()}
+    return found
 
 
 def _ours(config, model, tokenizer, rows):
@@ -175,6 +202,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps of 16 chats (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all engines in turn (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="say where the time of our step goes")
     parser.add_argument("--out", help="keep every figure in this JSON file")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -197,14 +225,15 @@ def compare(scenario: str, threads: int, dtype: str, options: argparse.Namespace
     for _ in range(options.rounds):
         for engine in options.engines:
             command = [sys.executable, __file__, "--engine", engine, "--scenarios", scenario, "--threads", str(threads)]
-            command += ["--dtypes", dtype, "--steps", str(options.steps)]
+            command += ["--dtypes", dtype, "--steps", str(options.steps), *(["--profile"] if options.profile else [])]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
             if lines:
                 found.setdefault(engine, []).append(json.loads(lines[0].removeprefix("RESULT")))
             else:
                 print(f"{engine} did not run: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-    medians = {e: {k: statistics.median(r[k] for r in runs) for k in runs[0] if k != "losses"} for e, runs in found.items()}
+    named = ("losses", "profile")
+    medians = {e: {k: statistics.median(r[k] for r in runs) for k in runs[0] if k not in named} for e, runs in found.items()}
     best = min((m["cpu seconds per chat"] for e, m in medians.items() if e != "ours"), default=float("nan"))
     print(f"\n{scenario}, {dtype}, {threads} thread(s), medians of {options.rounds}; ratios by CPU time")
     print(f"{'engine':16}{'chats/s':>9}{'tokens/s':>10}{'superv./s':>10}{'CPU s/chat':>11}{'peak GiB':>9}{'of best peer':>13}  losses")
@@ -214,6 +243,9 @@ def compare(scenario: str, threads: int, dtype: str, options: argparse.Namespace
             f"{engine:16}{m['chats/s']:9.2f}{m['tokens/s']:10.0f}{m['supervised/s']:10.0f}{m['cpu seconds per chat']:11.3f}"
             f"{m['peak GiB']:9.2f}{best / m['cpu seconds per chat']:12.2f}x  {losses}", flush=True,
         )  # fmt: skip
+    for run in found.get("ours", [])[:1]:
+        print(f"ours reached {medians['ours']['of matrix peak']:.0%} of the speed of a matrix product")
+        print("\n".join(f"  {share:4.0%} {kind}" for kind, share in run.get("profile", {}).items()), flush=True)
     return {"scenario": scenario, "threads": threads, "dtype": dtype, "runs": found, "medians": medians}
 
 

@@ -50,12 +50,13 @@ from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
-from .models import cache_folder, dtype_of, hardware, load_model, release_memory
+from .models import cache_folder, dtype_of, hardware, load_model, release_memory, suit_machine
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from finetune_nb.planning import (
     Probe,
     blocks_to_recompute,
     estimate,
+    forget_peak,
     largest_batch,
     peak_bytes,
     probe_fit,
@@ -443,6 +444,8 @@ def train(
     "Trains an adapter and returns the run; raises `ChatError`, `TemplateError`, `ModelError`, `AdapterError` or `TrainingError` before anything is written."
     config = config or FinetuneConfig()
     _check_run_name(config)
+    for change in suit_machine(config.use_cpu):
+        print(f"{change[0].upper()}{change[1:]}.", flush=True)
     splits = splits or load_splits(config)
     if not splits.train:
         raise TrainingError("There are no training chats.")
@@ -526,9 +529,11 @@ def _fit(
     recompute_blocks(model, blocks_to_recompute(config, rows["train"], shape))
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
     probe = _probe(model, largest_batch(rows["train"], fitting, collator.max_tokens), collator)
-    plan = estimate(fitting, rows["train"], math.nan, model=shape)
-    print(f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(probe.seconds_for(plan))}.", flush=True)
+    estimated = estimate(fitting, rows["train"], math.nan, model=shape)
+    plan = estimated.corrected(probe)
+    print(f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.", flush=True)
     started = time.monotonic()
+    forget_peak()
     with Progress("Training", total_steps(config, len(rows["train"]))) as progress, stop.on_interrupt():
         callbacks = [_Watch(progress, folder / "history.jsonl"), stop, *callbacks]
         if look and config.early_stopping_patience:
@@ -547,7 +552,12 @@ def _fit(
         "seconds": round(time.monotonic() - started, 1),
         "packing": collator.mode,
         "attention": collator.way,
-        "planned": {"seconds": round(probe.seconds_for(plan), 1), "peak_memory_gib": round(plan.bytes / 2**30, 3), "parts": plan.parts},
+        "planned": {
+            "seconds": round(plan.seconds, 1),
+            "peak_memory_gib": round(plan.bytes / 2**30, 3),
+            "parts": plan.parts,
+            "before_the_probe_gib": round(estimated.bytes / 2**30, 3),
+        },
         "max_tokens_at_once": collator.max_tokens,
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "best_step": best_step,

@@ -1,5 +1,6 @@
 """Base models: the embedded one, folders, and names that lead nowhere."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,16 @@ import pytest
 import torch
 
 from finetune_nb import models
-from finetune_nb.models import EMBEDDED_MODEL, ModelError, convert_gguf, hardware, load_model, load_tokenizer
+from finetune_nb.models import (
+    EMBEDDED_MODEL,
+    ModelError,
+    container_limits,
+    convert_gguf,
+    hardware,
+    load_model,
+    load_tokenizer,
+    suit_machine,
+)
 
 
 def test_the_embedded_model_is_converted_once_and_whole(tmp_path, monkeypatch):
@@ -94,3 +104,37 @@ def test_tokenizer_and_model_must_belong_together(tiny_model, tmp_path):
     load_tokenizer(tiny_model).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has only 100 embeddings"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "memory"),
+    [
+        ({}, float("inf"), float("inf")),
+        ({"cpu.max": "max 100000", "memory.max": "max"}, float("inf"), float("inf")),
+        ({"cpu.max": "150000 100000", "memory.max": "2147483648"}, 1.5, 2**31),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf"), float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": "1024"}, 4, 1024),
+        ({"cpu/cpu.cfs_quota_us": "400000"}, float("inf"), float("inf")),
+    ],
+)
+def test_the_limits_of_a_container_are_read(files, cores, memory, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert container_limits(tmp_path) == (cores, memory)
+
+
+def test_torch_uses_no_more_threads_than_the_container_has_cores(monkeypatch):
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(models, "container_limits", lambda: (1.5, math.inf))
+    try:
+        torch.set_num_threads(4)
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        assert suit_machine(use_cpu=True) == [] and torch.get_num_threads() == 4, "the user has said so"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        (words,) = suit_machine(use_cpu=True)
+        assert torch.get_num_threads() == 2 and "2 threads, not 4" in words
+        assert suit_machine(use_cpu=True) == []
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """The plan is exact in what can be counted, honest in the rest, and its advice fits."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,14 @@ from finetune_nb.losses import inner_model, recompute_blocks, token_losses
 from finetune_nb.models import ModelError, load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator
 from finetune_nb.planning import (
+    Probe,
     activation_bytes,
     blocks_to_recompute,
     estimate,
+    forget_peak,
+    gap_bytes,
     largest_batch,
+    peak_bytes,
     probe_fit,
     shape_of,
     token_budget,
@@ -69,9 +74,10 @@ def test_advice_fits_and_does_the_least_harm(rows, quick):
     roomy = estimate(quick, rows, math.nan, available=2**40)
     assert roomy.fits and not roomy.advice and "fits" in str(roomy)
     config = replace(quick, max_tokens_at_once=10**6, per_device_train_batch_size=40)
-    tight = estimate(config, rows, math.nan, available=int(estimate(replace(config, max_tokens_at_once=1024), rows, math.nan).bytes / 0.9) + 2**20)
-    if not tight.fits:
-        assert tight.advice == ["max_tokens_at_once=1024"]
+    long = [{"input_ids": [i] * 300, "labels": [i] * 300} for i in range(40)]
+    needed = estimate(replace(config, max_tokens_at_once=1024), long, math.nan).bytes
+    tight = estimate(config, long, math.nan, available=int(1.02 * needed / 0.9))
+    assert not tight.fits and tight.advice == ["max_tokens_at_once=1024"]
     hopeless = estimate(config, rows, math.nan, available=2**20)
     assert not hopeless.fits and "does not fit" in str(hopeless) and "<script" not in hopeless._repr_html_()
 
@@ -90,6 +96,7 @@ def test_blocks_are_computed_twice_only_where_a_single_chat_does_not_fit(quick, 
     model = shape_of(quick)
     longest = largest_batch(rows, replace(quick, per_device_train_batch_size=1), 1)
     kept, moment = activation_bytes(model, longest)
+    moment += gap_bytes(model, longest)
     fixed = estimate(quick, rows, math.nan, available=2**40)
     fixed = sum(n for name, n in fixed.parts.items() if name in ("base weights", "adapter and its gradients", "optimizer"))
     assert blocks_to_recompute(quick, rows, model, 2**40) == 0
@@ -115,6 +122,46 @@ def test_computing_blocks_twice_changes_no_gradient(quick, rows, n):
     assert len(calls) == 4 + n, "two to look at the last layer, two forward, and n again"
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_gaps_grow_with_the_tokens_and_fall_with_checkpointing(quick, rows):
+    model = shape_of(quick)
+    small, large = (PackingCollator("shared").batches(rows[:n])[0] for n in (4, 16))
+    assert gap_bytes(model, large) > 2 * gap_bytes(model, small) > gap_bytes(model, small, 2) > 0
+    packed = gap_bytes(model, small, load_in_4bit=True) - gap_bytes(model, small)
+    linear = sum(m.weight.numel() for name, m in inner_model(model).model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name)
+    assert packed == pytest.approx(0.25 * linear * inner_model(model).dtype.itemsize, rel=0.01), "a quarter of what is unpacked"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be forgotten on Linux alone")
+def test_a_peak_can_be_forgotten():
+    large = torch.ones(2**26)  # 256 MiB
+    high = peak_bytes()
+    del large
+    forget_peak()
+    assert peak_bytes() < high - 2**27
+
+
+def test_the_probe_corrects_the_plan(quick, rows):
+    plan = estimate(quick, rows, math.nan, available=2**40)
+    assert math.isnan(plan.seconds)
+    seen = Probe(tokens=100, bytes=plan.bytes - plan.parts["optimizer"] + 2**30, seconds=0.5, evaluation_seconds=0.1)
+    corrected = plan.corrected(seen)
+    assert corrected.seconds == pytest.approx(plan.computed / 200)
+    assert corrected.bytes == pytest.approx(plan.bytes + 2**30, abs=8), "a GiB more was seen"
+    assert all(corrected.parts[name] == plan.parts[name] for name in ("base weights", "adapter and its gradients", "optimizer"))
+    assert plan.corrected(replace(seen, bytes=0)).bytes == plan.bytes, "where memory can't be told, the estimate stands"
+    assert not replace(corrected, available=plan.bytes).fits
+
+
+def test_the_run_keeps_what_was_planned_and_what_came(quick, chats):
+    from finetune_nb.data import Splits
+
+    facts = train(quick, Splits(chats[:24], chats[24:32], [])).facts
+    planned = facts["planned"]
+    assert planned["peak_memory_gib"] == pytest.approx(sum(planned["parts"].values()) / 2**30, abs=1e-3)
+    assert planned["peak_memory_gib"] == pytest.approx(facts["peak_memory_gib"], rel=0.15), "after the probe, the plan is what comes"
+    assert planned["before_the_probe_gib"] > 0
 
 
 def test_the_probe_changes_nothing(quick, rows):
