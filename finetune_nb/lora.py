@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import FinetuneConfig, FinetuneError
-from .lean_blocks import use_lean_blocks
+from .lean_blocks import restore_blocks, use_lean_blocks
 from .lora_linear import use_one_rounding
 from .models import size_of
 
@@ -91,10 +91,29 @@ def add_lora(
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*(eva|EVA).*")  # `begin_with_data` does what it asks for
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # a tied layer that is trained whole: see the table
-        tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+        restore_blocks(model)  # an earlier adapter may have left its own
+        try:
+            tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise _peft_says(config, error) from error
+    for name, parameter in tuned.named_parameters():
+        if ".modules_to_save." in name and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # or small updates would be rounded away
     use_one_rounding(tuned)
     use_lean_blocks(tuned)
     return tuned
+
+
+def _peft_says(config: FinetuneConfig, error: Exception) -> AdapterError:
+    "What PEFT has against an adapter, and which settings it may be about."
+    reason, remedy = str(error).partition("\n")[0].rstrip("."), "name other layers in target_modules"
+    if "dropout" in reason:
+        remedy = "set lora_dropout to 0"
+    elif config.init_lora_weights not in ("default", "gaussian"):
+        remedy = f'set init_lora_weights to "default" in place of {config.init_lora_weights!r}'
+    elif config.modules_to_save:
+        remedy = "take what is trained whole (modules_to_save) out of target_modules"
+    return AdapterError(f"PEFT can't make this adapter: {reason}. To go on, {remedy}.")
 
 
 def _check_modules(model: PreTrainedModel, names: list[str]) -> list[str]:

