@@ -222,7 +222,7 @@ def test_advice_makes_nothing_larger(quick):
     long = [plain([i] * 4000) for i in range(40)]
     config = replace(quick, max_tokens_at_once=256, r=4, target_modules=["q_proj"], init_lora_weights="pissa", max_length=4000)
     whole, bare = estimate(config, long, math.nan, 2**40), estimate(config, long[:1], math.nan, 2**40)
-    assert whole.parts == bare.parts
+    assert all(whole.parts[name] == n for name, n in bare.parts.items() if name != planning.PROCESS), "a chat of 4,000 tokens is a batch in either"
     for available in (whole.bytes, int(0.97 * whole.bytes), int(0.9 * whole.bytes), 2**20):
         advice = dict(setting.split("=", 1) for setting in estimate(config, long, math.nan, available).advice)
         assert not {"r", "target_modules", "load_in_4bit", "max_tokens_at_once"} & advice.keys(), advice
