@@ -91,11 +91,16 @@ def add_lora(
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*(eva|EVA).*")  # `begin_with_data` does what it asks for
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # a tied layer that is trained whole: see the table
-        restore_blocks(model)  # an earlier adapter may have left its own
         try:
-            tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+            return _with_adapter(model, lora)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise _peft_says(config, error) from error
+
+
+def _with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    "The model with PEFT's adapter, what is trained in fp32, and our forward passes where they fit."
+    restore_blocks(model)  # an earlier adapter may have left its own
+    tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
     for name, parameter in tuned.named_parameters():
         if ".modules_to_save." in name and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # or small updates would be rounded away
@@ -201,9 +206,7 @@ def load_adapter(
     lora.inference_mode = not is_trainable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the name of the base model, which is ours to check
-        tuned = get_peft_model(model, lora)
-    use_one_rounding(tuned)
-    use_lean_blocks(tuned)
+        tuned = _with_adapter(model, lora)
     set_adapter_weights(tuned, load_file(folder / "adapter_model.safetensors"), str(folder))
     return tuned if is_trainable else tuned.eval()
 

@@ -119,13 +119,13 @@ def suit_machine(
     changed = []
     cores = max(1, math.ceil(min(container_limits()[0], 2**20)))
     if torch.get_num_threads() > cores and "OMP_NUM_THREADS" not in os.environ:
-        changed.append(f"torch uses {cores} threads, not {torch.get_num_threads()}: this container may use no more")
+        changed.append(f"Torch uses {cores} threads, not {torch.get_num_threads()}: this container may use no more")
         torch.set_num_threads(cores)
     on_gpu = torch.cuda.is_available() and not use_cpu and not torch.cuda.is_initialized() and platform.system() == "Linux"
     if on_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         name = "PYTORCH_ALLOC_CONF" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
         os.environ[name] = "expandable_segments:True"  # read when the first tensor comes to the GPU
-        changed.append("the memory of the GPU is taken in segments that grow")
+        changed.append("The memory of the GPU is taken in segments that grow")
     return changed
 
 # %% ../nbs/03_models.ipynb #e313c71c

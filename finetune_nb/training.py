@@ -453,7 +453,7 @@ def train(
     if first:
         _check_run_name(config)
     for change in suit_machine(config.use_cpu):
-        print(f"{change[0].upper()}{change[1:]}.", flush=True)
+        print(f"{change}.", flush=True)
     splits = splits or load_splits(config)
     if not splits.train:
         raise TrainingError("There are no training chats.")

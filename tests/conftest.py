@@ -65,3 +65,18 @@ def quick(tiny_model, tmp_path):
         output_dir=str(tmp_path / "runs"),
         max_new_tokens=8,
     )
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    from finetune_nb.models import load_tokenizer
+
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture
+def rows(chats, tokenizer):
+    "The forty chats as token ids and labels."
+    from finetune_nb.chat_template import tokenize_chats
+
+    return list(tokenize_chats(chats, tokenizer))

@@ -1,5 +1,6 @@
 """Architectures, settings and data out of the common way, from the plan to the run."""
 
+import importlib.util
 import json
 import math
 import os
@@ -26,8 +27,8 @@ from transformers import (
 
 from finetune_nb import planning
 from finetune_nb.data import Splits
-from finetune_nb.lora import AdapterError, add_lora
-from finetune_nb.losses import inner_model, token_losses
+from finetune_nb.lora import AdapterError, add_lora, load_adapter
+from finetune_nb.losses import inner_model, mean_loss, token_losses
 from finetune_nb.models import ModelError, load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator, check_packing, pack
 from finetune_nb.planning import PlanError, estimate, largest_batch, shape_of
@@ -47,7 +48,7 @@ def plain(ids):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_what_takes_no_row_of_chats_is_planned_and_trained_all_the_same(kind, chats, quick, tmp_path, capsys):
+def test_what_takes_no_row_of_chats_is_planned_and_trained_all_the_same(kind, chats, quick, tmp_path):
     folder = tmp_path / "base"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPES[kind]).save_pretrained(folder)
@@ -77,7 +78,6 @@ def test_two_processes_make_one_run(quick, chats, tmp_path):
     run = load_run(folder)
     assert run.facts["steps"] == 2 * 16 / (2 * 2) and json.loads((folder / "run.json").read_text()) == run.facts
     from finetune_nb.chat_template import tokenize_chats
-    from finetune_nb.losses import mean_loss
 
     rows = list(tokenize_chats(chats[16:21], run.tokenizer))
     assert mean_loss(run.model, PackingCollator("padded").batches(rows))[0] == pytest.approx(run.facts["best_eval_loss"], rel=1e-5), "no chat was counted twice"
@@ -145,13 +145,6 @@ def test_logits_are_computed_at_the_supervised_places_alone(kind, rows):
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(whole[batch.at], batch.targets, reduction="none"))
 
 
-@pytest.fixture
-def rows(chats, tiny_model):
-    from finetune_nb.chat_template import tokenize_chats
-
-    return list(tokenize_chats(chats, load_tokenizer(tiny_model)))
-
-
 def test_a_norm_that_is_trained_whole_learns_in_bf16_and_on_a_base_that_was_used_before(quick, rows):
     config = replace(quick, modules_to_save=["norm"], lora_dropout=0)
     base = load_base(replace(quick, bf16=True))[0]
@@ -165,6 +158,19 @@ def test_a_norm_that_is_trained_whole_learns_in_bf16_and_on_a_base_that_was_used
     assert all(p.grad is not None and p.grad.any() for p in norms)
     optimizer.step()
     assert all((p - b).abs().max() > 1e-4 for p, b in zip(norms, before, strict=True))
+
+
+def test_what_is_trained_whole_comes_back_in_the_precision_that_it_was_trained_in(quick, rows, tmp_path):
+    config = replace(quick, bf16=True, modules_to_save=["norm"], lora_dropout=0)
+    model = add_lora(load_base(config)[0], config).eval()
+    for name, p in model.named_parameters():
+        if p.requires_grad and "norm" in name:
+            p.data += 1e-4  # less than bf16 can tell from 1
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = load_adapter(load_base(config)[0], tmp_path / "adapter")
+    batches = PackingCollator("padded").batches(rows[:4])
+    assert mean_loss(again, batches) == mean_loss(model, batches)
+    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in model.named_parameters() if "modules_to_save" in name)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +192,12 @@ def test_experts_and_dropout_do_not_go_together(quick):
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-    try:
+    with pytest.raises(AdapterError, match="set lora_dropout to 0"):
         add_lora(model, replace(quick, target_modules="all-linear", lora_dropout=0.05))
-    except AdapterError as error:
-        assert "set lora_dropout to 0" in str(error)
 
 
 def test_a_missing_attention_kernel_is_named(tiny_model):
-    if __import__("importlib.util").util.find_spec("flash_attn"):
+    if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash_attn is here")
     with pytest.raises(ModelError, match="can't be loaded as asked.*attn_implementation"):
         load_model(tiny_model, torch.float32, "flash_attention_2", use_cpu=True)

@@ -125,7 +125,6 @@ def test_the_limits_of_a_container_are_read(files, cores, memory, tmp_path):
 
 
 def test_torch_uses_no_more_threads_than_the_container_has_cores(monkeypatch):
-
     before = torch.get_num_threads()
     monkeypatch.setattr(models, "container_limits", lambda: (1.5, math.inf))
     try:
