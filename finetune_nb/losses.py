@@ -128,7 +128,8 @@ def _logits_are_plain(inner: torch.nn.Module, head: torch.nn.Linear) -> bool:
     made: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: made.append(output))
     try:
-        logits = inner(input_ids=torch.tensor([[1, 2, 3]], device=inner.device), use_cache=False).logits
+        with torch.random.fork_rng([inner.device] if inner.device.type == "cuda" else []):  # no dropout of the run is drawn here
+            logits = inner(input_ids=torch.tensor([[1, 2, 3]], device=inner.device), use_cache=False).logits
     finally:
         handle.remove()
     return len(made) == 1 and torch.allclose(logits.float(), made[0].float(), rtol=1e-3, atol=1e-5)

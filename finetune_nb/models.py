@@ -271,6 +271,7 @@ def load_model(
     attn_implementation: str = "sdpa",  # how attention is computed
     use_cpu: bool = False,  # stay on the CPU even where there is a GPU
     quantization_config: Any = None,  # load the weights packed: `nf4_config()` of the QLoRA chapter
+    say: Callable[[str], None] = print,  # takes what there is to be told
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model on its device, and its tokenizer; says which precision was chosen. Raises `ModelError` when it can't be had."
     machine = hardware(use_cpu)
@@ -288,7 +289,7 @@ def load_model(
         raise ModelError(f"{name}: the tokenizer knows id {top}, the model has only {rows} embeddings; the two don't belong together.")
     parameters = sum(map(size_of, model.parameters()))
     precision = str(model.dtype).removeprefix("torch.") + (", packed in 4 bits," if quantization_config is not None else "")
-    print(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}", flush=True)
+    say(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}")
     return model if quantization_config is not None else model.to(machine.device), tokenizer
 
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONSTANTS', 'OPTIMIZER', 'OPTIMIZER_BYTES', 'KEPT_PART', 'MOMENT', 'GAPS', 'PROCESS', 'REACHED', 'LIBRARIES',
            'REMEDIES', 'shape_of', 'weight_bytes', 'activation_bytes', 'gap_bytes', 'PlanError', 'Plan',
-           'largest_batch', 'available_bytes', 'resident_bytes', 'forget_peak', 'peak_bytes', 'total_steps',
-           'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops', 'Probe',
-           'probe_fit']
+           'largest_batch', 'available_bytes', 'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes',
+           'total_steps', 'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops',
+           'Probe', 'probe_fit']
 
 # %% ../nbs/07_planning.ipynb #2957feca
 import math
@@ -285,6 +285,11 @@ def available_bytes(use_cpu: bool = False) -> int:
 def resident_bytes() -> int:
     "Resident memory of this process now."
     return psutil.Process().memory_info().rss
+
+
+def used_bytes() -> int:
+    "Memory in use now: of the GPU's allocator once there is something in it, or the resident memory of this process."
+    return (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0) or resident_bytes()
 
 
 def forget_peak() -> None:

@@ -21,9 +21,12 @@ from finetune_nb.losses import mean_loss, token_losses
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
 from finetune_nb.training import (
+    Stop,
     TrainingError,
+    last_checkpoint,
     load_run,
     load_splits,
+    resume,
     total_steps,
     train,
 )
@@ -309,3 +312,75 @@ def test_adapters_are_fp32_over_a_bf16_base(tiny_model):
     tuned = add_lora(model, FinetuneConfig(target_modules="all-linear"))
     assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
     assert len([n for n, p in tuned.named_parameters() if p.requires_grad]) == 2 * 7 * 2
+
+
+class StopAt(TrainerCallback):
+    "Asks for a stop at a step."
+
+    def __init__(self, stop, step):
+        self.stop, self.step = stop, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stop.wanted |= state.global_step == self.step - 1  # it is heard after the next one
+
+
+def adapter_of(run):
+    return load_file(run.folder / "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{}, {"eval_strategy": "steps", "eval_steps": 3, "packing": "padded"}, {"init_lora_weights": "pissa"}, {"loraplus_lr_ratio": 4.0}])
+def test_a_stopped_run_goes_on_to_the_same_weights(quick, splits, changes):
+    config = replace(quick, lora_dropout=0.1, early_stopping_patience=0, **changes)
+    whole = train(replace(config, run_name="whole"), splits)
+    stop, said = Stop(), []
+    part = train(replace(config, run_name="part"), splits, [StopAt(stop, 7)], stop, said.append)
+    assert part.facts["ended_by"] == "the user" and part.facts["steps"] == 7 and len(said) > 3
+    again = resume(part.folder)
+    assert again.facts["ended_by"] == "the plan" and again.facts["steps"] == whole.facts["steps"]
+    assert again.facts["seconds"] > part.facts["seconds"] and again.facts["started"] == part.facts["started"]
+    one, other = adapter_of(whole), adapter_of(again)
+    last = f"checkpoint-{whole.facts['steps']}"
+    weights = [load_file(run.folder / last / "adapter_model.safetensors") for run in (whole, again)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    losses = [[row["loss"] for row in run.history if "loss" in row] for run in (whole, again)]
+    assert losses[0] == losses[1]
+    if whole.facts["best_step"] == again.facts["best_step"]:
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert load_run(again.folder).history == again.history
+
+
+def test_a_run_whose_process_ended_goes_on(quick, splits):
+    "There is no run.json then; the last checkpoint is all that counts."
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 9:
+                raise Killed
+
+    whole = train(replace(quick, run_name="whole"), splits)
+    with pytest.raises(Killed):
+        train(replace(quick, run_name="part"), splits, [Kill()])
+    folder = whole.folder.parent / "part"
+    assert not (folder / "run.json").exists() and last_checkpoint(folder).name == "checkpoint-6"
+    again = resume(folder)
+    assert [row.get("loss") for row in again.history] == [row.get("loss") for row in whole.history]
+
+
+def test_what_can_not_go_on_says_why(quick, splits, tmp_path):
+    with pytest.raises(TrainingError, match="started.json is missing"):
+        resume(tmp_path)
+    run = train(quick, splits)
+    with pytest.raises(TrainingError, match="ended by the plan after 12 steps"):
+        resume(run.folder)
+    stop = Stop()
+    part = train(quick, splits, [StopAt(stop, 2)], stop)
+    with pytest.raises(TrainingError, match="The train chats are not those"):
+        resume(part.folder, splits._replace(train=splits.train[:20]))
+
+
+def test_each_point_of_the_curve_knows_speed_and_memory(quick, splits):
+    points = [row for row in train(quick, splits).history if "loss" in row]
+    assert all(point["memory_gib"] > 0.1 and point["tokens_per_second"] > 0 and point["learning_rate"] >= 0 for point in points[:-1])
