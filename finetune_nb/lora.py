@@ -86,7 +86,8 @@ def add_lora(
         layers_to_transform=_check_blocks(model, config.layers_to_transform) or None,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(config.seed)
+    if model.device.type != "meta":  # where nothing is drawn, and a training in another thread may be drawing
+        torch.manual_seed(config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*(eva|EVA).*")  # `begin_with_data` does what it asks for

@@ -25,8 +25,10 @@ Tokens = tuple[int, list[int], list[int]]  # a chat: its number, input_ids, labe
 
 def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
     "How many tokens both begin with."
-    n = min(len(one), len(two))
-    return next((i for i in range(n) if one[i] != two[i]), n)
+    n, known = min(len(one), len(two)), 0
+    while known < n and one[known : known + 64] == two[known : known + 64]:  # many at once, as far as it goes
+        known += 64
+    return next((i for i in range(known, n) if one[i] != two[i]), n)
 
 
 @dataclass
@@ -83,16 +85,20 @@ def pack(
     share_prefixes: bool = True,  # compute a common beginning once
 ) -> list[Batch]:
     "The chats in as few rows as `max_tokens` allows; `Batch.chat` counts them in the order given."
+    return [_packed(row, share_prefixes) for row in _rows_of(chats, max_tokens, share_prefixes)]
+
+
+def _rows_of(chats: Sequence[dict[str, Any]], max_tokens: int, share_prefixes: bool) -> list[list[Tokens]]:
+    "Which chats lie in a row."
     numbered = [(number, list(chat["input_ids"]), list(chat["labels"])) for number, chat in enumerate(chats)]
     numbered.sort(key=(lambda chat: chat[1]) if share_prefixes else (lambda chat: len(chat[1])))
-    cost, size = (_new_tokens, _row_tokens) if share_prefixes else (_own_tokens, lambda row: sum(len(chat[1]) for chat in row))
+    cost, size = (_new_tokens, _row_tokens) if share_prefixes else (_own_tokens, _sum_tokens)
     rows = _within(numbered, max_tokens, cost, size)
     for share in (1.0, 1.05, 1.1, 1.2, 1.4):  # more even, when that takes no more rows
         even = _within(numbered, min(max_tokens, int(share * sum(map(size, rows)) / len(rows)) + 1), cost, size)
         if len(even) == len(rows):
-            rows = even
-            break
-    return [_packed(row, share_prefixes) for row in rows]
+            return even
+    return rows
 
 
 def _new_tokens(chat: Tokens, previous: Tokens | None) -> int:
@@ -103,6 +109,10 @@ def _new_tokens(chat: Tokens, previous: Tokens | None) -> int:
 
 def _own_tokens(chat: Tokens, previous: Tokens | None) -> int:
     return len(chat[1])
+
+
+def _sum_tokens(chats: list[Tokens]) -> int:
+    return sum(len(chat[1]) for chat in chats)
 
 
 def _row_tokens(chats: list[Tokens], done: int = 0) -> int:
@@ -152,14 +162,20 @@ def pad(
     pad_token_id: int = 0,  # any id that the model knows
 ) -> list[Batch]:
     "The chats in rows of their own, filled up at the end."
-    order = sorted(range(len(chats)), key=lambda i: -len(chats[i]["input_ids"]))
-    batches = []
+    groups = _of_like_length([len(chat["input_ids"]) for chat in chats], max_tokens)
+    return [_padded([(i, list(chats[i]["input_ids"]), list(chats[i]["labels"])) for i in group], longest, pad_token_id) for longest, group in groups]
+
+
+def _of_like_length(lengths: list[int], max_tokens: int) -> list[tuple[int, list[int]]]:
+    "Which chats are filled up together, each time after the length of the longest."
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups = []
     while order:
-        longest = len(chats[order[0]]["input_ids"])
+        longest = lengths[order[0]]
         n = max(1, max_tokens // longest)
-        batches.append(_padded([(i, list(chats[i]["input_ids"]), list(chats[i]["labels"])) for i in order[:n]], longest, pad_token_id))
+        groups.append((longest, order[:n]))
         order = order[n:]
-    return batches
+    return groups
 
 
 def _padded(chats: list[Tokens], longest: int, pad_token_id: int) -> Batch:
@@ -193,6 +209,14 @@ class PackingCollator:
         if self.mode in IN_ROWS:
             return pack(chats, self.max_tokens, self.mode == "shared")
         return pad(chats, self.max_tokens if self.mode == "padded" else 1, self.pad_token_id)
+
+    def computed(self, chats: Sequence[dict[str, Any]]) -> int:
+        "How many tokens the device computes for the chats, without laying them out."
+        if self.mode in IN_ROWS:
+            size = _row_tokens if self.mode == "shared" else _sum_tokens
+            return sum(map(size, _rows_of(chats, self.max_tokens, self.mode == "shared")))
+        groups = _of_like_length([len(chat["input_ids"]) for chat in chats], self.max_tokens if self.mode == "padded" else 1)
+        return sum(longest * len(group) for longest, group in groups)
 
     def attention(self, model: torch.nn.Module) -> Any:
         "The context in which `model` computes these batches."

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'OPTIMIZER', 'OPTIMIZER_BYTES', 'KEPT_PART', 'MOMENT', 'GAPS', 'PROCESS', 'REACHED', 'LIBRARIES',
-           'REMEDIES', 'shape_of', 'weight_bytes', 'activation_bytes', 'gap_bytes', 'PlanError', 'Plan',
-           'largest_batch', 'available_bytes', 'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes',
-           'total_steps', 'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops',
-           'Probe', 'probe_fit']
+           'REMEDIES', 'shape_of', 'base_shape', 'weight_bytes', 'activation_bytes', 'alike_blocks', 'shorten',
+           'short_shape', 'gap_bytes', 'PlanError', 'Plan', 'CountedRows', 'largest_batch', 'available_bytes',
+           'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes', 'total_steps', 'flops_per_second',
+           'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops', 'advice_for', 'Probe', 'probe_fit']
 
 # %% ../nbs/07_planning.ipynb #2957feca
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .attention import KEPT, query_blocks
 from .chat_template import NO_LOSS
 from .config import FinetuneConfig, FinetuneError
-from .lora import add_lora, trainable_parameters
+from .lora import ParameterCount, add_lora, trainable_parameters
 from .losses import Batch, inner_model, mixed_precision, plain_head, token_losses
 from .models import _load_errors, _quiet, _resolve, container_limits, dtype_of, hardware, with_attention
 from .packing import WORTH_SHARING, PackingCollator, common_prefix
@@ -42,12 +42,19 @@ def shape_of(
     config: FinetuneConfig,  # the base model, its precision, and the adapter
 ) -> nn.Module:
     "The base model with its adapter on the `meta` device: every shape, no memory. Raises `ModelError` or `AdapterError`."
+    base = base_shape(config)
+    with torch.device("meta"):
+        return add_lora(base, config)
+
+
+def base_shape(
+    config: FinetuneConfig,  # the base model and its precision
+) -> nn.Module:
+    "The base model alone on the `meta` device. Raises `ModelError`."
     with _load_errors(config.model_name_or_path), _quiet():
         architecture = AutoConfig.from_pretrained(_resolve(config.model_name_or_path))
         with torch.device("meta"):
-            model = with_attention(partial(AutoModelForCausalLM.from_config, architecture, dtype=dtype_of(config)))
-    with torch.device("meta"):
-        return add_lora(model, config)
+            return with_attention(partial(AutoModelForCausalLM.from_config, architecture, dtype=dtype_of(config)))
 
 # %% ../nbs/07_planning.ipynb #f0800910
 def weight_bytes(
@@ -56,16 +63,16 @@ def weight_bytes(
 ) -> int:
     "Bytes of the frozen weights; with 4 bits, linear layers but the last take half a byte a weight, without the constants."
     packed = _packed_weights(model) if load_in_4bit else {}
-    own = {id(p): p for name, p in inner_model(model).named_parameters() if "lora_" not in name}
-    return sum(p.numel() // 2 if i in packed else p.numel() * p.element_size() for i, p in own.items())
+    own = [(p, n) for name, p, n in _weights(model) if "lora_" not in name]
+    return sum(n * (p.numel() // 2 if id(p) in packed else p.numel() * p.element_size()) for p, n in own)
 
 
 def _packed_weights(model: nn.Module) -> dict[int, int]:
     "By id, the size of each weight that QLoRA packs."
     inner = inner_model(model)
     head = inner.get_output_embeddings()
-    linear = [(name, m) for name, m in inner.named_modules() if type(m) is nn.Linear and m is not head and "lora_" not in name]
-    return {id(m.weight): m.weight.numel() for _, m in linear}
+    linear = {id(m.weight) for name, m in inner.named_modules() if type(m) is nn.Linear and m is not head and "lora_" not in name}
+    return {id(p): n * p.numel() for _, p, n in _weights(model) if id(p) in linear}
 
 
 CONSTANTS = 0.127 / 8  # bytes a packed weight: a scale for each block of 64, itself in eight bits (Dettmers et al. 2023)
@@ -97,7 +104,7 @@ def _traced(model: nn.Module, batch: Batch, way: str) -> int:
     "Bytes kept for `batch` as it is, or filled up where the architecture takes no row of chats, or by a rule where `meta` lacks one of its operations."
     for one in (batch, _filled_up(batch)):
         try:
-            return _kept_bytes(model, one, way)
+            return _kept_in_all(model, one, way)
         except Exception:  # whatever an architecture has against it; `check_packing` will say so
             continue
     shape = inner_model(model).config.get_text_config()
@@ -112,11 +119,23 @@ def _filled_up(batch: Batch) -> Batch:
     return Batch(torch.zeros(n, length, dtype=torch.long), None, None, batch.at.clamp(max=n * length - 1), batch.targets, batch.chat)
 
 
-def _kept_bytes(model: nn.Module, batch: Batch, way: str) -> int:
-    "Bytes that autograd keeps when `batch` is computed on the `meta` device."
+def _kept_in_all(model: nn.Module, batch: Batch, way: str) -> int:
+    "Bytes kept by all blocks: where they are alike, each but the first keeps what the second does."
+    path, left_out = alike_blocks(model)
+    if not path:
+        return _kept_bytes(model, batch, way)[0]
+    with _first_two(inner_model(model), path) as (blocks, second):
+        kept, by_second = _kept_bytes(model, batch, way, second)
+    return kept + (blocks + left_out - 2) * by_second
+
+
+def _kept_bytes(model: nn.Module, batch: Batch, way: str, part: nn.Module | None = None) -> tuple[int, int]:
+    "Bytes that autograd keeps when `batch` is computed on the `meta` device, and how many of them come with `part`."
     kept: dict[int, int] = {}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     holders = []  # so that no storage is counted for another that has its place
+    sums: list[int] = []  # before and after `part`
+    hooks = [add(lambda *_: sums.append(sum(kept.values()))) for add in (part.register_forward_pre_hook, part.register_forward_hook)] if part else []
 
     def look(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -126,10 +145,14 @@ def _kept_bytes(model: nn.Module, batch: Batch, way: str) -> int:
         return tensor
 
     collator = PackingCollator("shared" if batch.layout else "padded", way=way)
-    with collator.attention(model), torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
-        mask = None if batch.layout else torch.ones(1, 1, 1, 1, dtype=torch.bool)  # one of the real shape would be looked into
-        token_losses(model.train(), replace(batch, attention_mask=mask).to("meta"))
-    return sum(kept.values())
+    try:
+        with collator.attention(model), torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
+            mask = None if batch.layout else torch.ones(1, 1, 1, 1, dtype=torch.bool)  # one of the real shape would be looked into
+            token_losses(model.train(), replace(batch, attention_mask=mask).to("meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(kept.values()), sums[1] - sums[0] if sums else 0
 
 
 def _widest(shape: Any) -> int:
@@ -140,6 +163,94 @@ def _widest(shape: Any) -> int:
 def _with_recomputed(kept: int, n: int, blocks: int, inputs: int) -> int:
     "Bytes kept when `n` of the blocks keep only their `inputs`; the one that is being computed again is there in full."
     return kept * (blocks - n + 1) // blocks + n * inputs if n else kept
+
+# %% ../nbs/07_planning.ipynb #4cc48c85
+def alike_blocks(
+    model: nn.Module,  # on any device, with or without an adapter
+) -> tuple[str, int]:
+    "Where the blocks of `model` lie, and how many of them `short_shape` has left out; ('', 0) where there are few, or not all alike."
+    inner = inner_model(model)
+    if "_alike_blocks" not in inner.__dict__:
+        inner._alike_blocks = (_path_of_blocks(inner), 0)
+    return inner._alike_blocks
+
+
+def _path_of_blocks(inner: nn.Module) -> str:
+    shape = inner.config.get_text_config()
+    n = shape.num_hidden_layers
+    found = [name for name, m in inner.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    by_block = [value for value in vars(shape).values() if isinstance(value, (list, tuple)) and len(value) == n]  # such as layer_types
+    if n < 3 or len(found) != 1 or any(any(one != value[0] for one in value) for value in by_block):
+        return ""
+    first, *others = map(_build, inner.get_submodule(found[0]))
+    return found[0] if all(other == first for other in others) else ""
+
+
+def _build(block: nn.Module) -> list[Any]:
+    "How a block is built: modules, their settings but the number of the block, and the weights."
+    weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+    return weights + [(name, type(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str)) and k != "layer_idx"}) for name, m in block.named_modules()]
+
+# %% ../nbs/07_planning.ipynb #7fd1d28b
+@contextmanager
+def _first_two(inner: nn.Module, path: str) -> Iterator[tuple[int, nn.Module]]:
+    "While inside, `inner` has its first two blocks alone; yields how many there were, and the second."
+    shape, (above, _, name) = inner.config.get_text_config(), path.rpartition(".")
+    holder, n = inner.get_submodule(above), shape.num_hidden_layers
+    blocks = getattr(holder, name)
+    try:
+        setattr(holder, name, nn.ModuleList(blocks[:2]))
+        shape.num_hidden_layers = 2
+        yield len(blocks), blocks[1]
+    finally:
+        setattr(holder, name, blocks)
+        shape.num_hidden_layers = n
+
+
+def shorten(
+    base: nn.Module,  # of `base_shape`
+) -> nn.Module:
+    "The same model, of which only the first two blocks are left when all are alike; the second stands for those that are not."
+    path, _ = alike_blocks(base)
+    if path:
+        above, _, name = path.rpartition(".")
+        holder = base.get_submodule(above)
+        blocks = getattr(holder, name)
+        setattr(holder, name, blocks[:2])
+        base._alike_blocks = (path, len(blocks) - 2)
+    return base
+
+# %% ../nbs/07_planning.ipynb #ad285f7a
+def short_shape(
+    config: FinetuneConfig,  # the base model, its precision, and the adapter
+    base: nn.Module | None = None,  # of `shorten`, when it is at hand; it gets the adapter
+) -> nn.Module:
+    "What `shape_of` gives, for a plan, with two blocks that stand for all where that says the same."
+    numbered = [name for name in [*_names(config.target_modules), *config.modules_to_save] if any(part.isdigit() for part in name.split("."))]
+    if config.layers_to_transform or numbered:  # the adapter tells the blocks apart
+        return shape_of(config)
+    base = base or shorten(base_shape(config))
+    with torch.device("meta"):
+        model = add_lora(base, config)
+    path, _ = alike_blocks(model)
+    return model if not path or type(inner_model(model).get_submodule(path)) is nn.ModuleList else shape_of(config)
+
+
+def _names(names: list[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
+    "Name and weight, each weight once, and how many it stands for."
+    path, left_out = alike_blocks(model)
+    return [(name, p, 1 + left_out * name.startswith(f"{path}.1.")) for name, p in inner_model(model).named_parameters()]
+
+
+def _parameters(model: nn.Module) -> ParameterCount:
+    "As `trainable_parameters`, for a short model too."
+    counts = [(n * p.numel(), p.requires_grad) for _, p, n in _weights(model)]
+    return ParameterCount(sum(n for n, trained in counts if trained), sum(n for n, _ in counts))
 
 # %% ../nbs/07_planning.ipynb #df9ca6c2
 def gap_bytes(
@@ -191,6 +302,7 @@ class Plan:
     flops: float  # floating-point operations of the whole training
     seconds: float  # of the whole training; NaN when the speed of the device is not known
     advice: list[str] = field(default_factory=list)  # what makes it fit, the least harmful first
+    notes: list[str] = field(default_factory=list)  # what the plan takes for granted
 
     @property
     def bytes(self) -> int:
@@ -223,6 +335,7 @@ class Plan:
             "steps": f"{self.steps:,}",
             "time": f"about {self.seconds / 60:.1f} minutes" if self.seconds == self.seconds else "not known for this device",
             **({"to make it fit": "; ".join(self.advice) or "no setting of this model fits this device"} if not self.fits else {}),
+            **({"note": " ".join(self.notes)} if self.notes else {}),
         }
 
     def __str__(self) -> str:
@@ -246,6 +359,59 @@ class Plan:
         rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
         return f'<div style="max-width:760px"><div style="white-space:nowrap">{edge}</div><small>{keys}</small><table>{rows}</table></div>'
 
+# %% ../nbs/07_planning.ipynb #0f4365e9
+class CountedRows(Sequence):
+    "The chats of a plan, and what was counted of them, each thing once."
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],  # input_ids and labels
+    ):
+        self.rows, self._known = rows, {}
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> "CountedRows":
+        "Rows that are counted already stay as they are."
+        return rows if isinstance(rows, cls) else cls(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.rows[i]
+
+    def _column(self, name: str) -> Any:
+        return self.rows[name] if hasattr(self.rows, "column_names") else (row[name] for row in self.rows)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self._column("input_ids")]
+
+    @cached_property
+    def longest_first(self) -> list[int]:
+        "The numbers of the chats."
+        return sorted(range(len(self)), key=lambda i: -self.lengths[i])
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def supervised(self) -> int:
+        return sum(len(labels) - labels.count(NO_LOSS) for labels in map(list, self._column("labels")))
+
+    def once(
+        self,
+        key: tuple,  # what is asked for
+        count: Callable[[], Any],  # finds it
+    ) -> Any:
+        "What `count` returned when `key` was first asked for."
+        if key not in self._known:
+            if len(self._known) > 300:  # memory that changes makes ever new budgets
+                self._known.clear()
+            self._known[key] = count()
+        return self._known[key]
+
 # %% ../nbs/07_planning.ipynb #b8cb92f0
 def largest_batch(
     rows: Sequence[dict[str, Any]],  # input_ids and labels
@@ -253,13 +419,19 @@ def largest_batch(
     max_tokens: int,  # tokens at once
 ) -> Batch:
     "The largest batch that a step of `rows` can hold: of its longest chats, or of the longest that have little in common."
-    n = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    lengths = [len(ids) for ids in _columns(rows)["input_ids"]]
-    choice = max(n, 1000) if config.packing == "shared" and n > 1 else n  # to find unlike chats among
-    chats = [rows[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:choice]]
-    collator = PackingCollator(config.packing, max_tokens)
+    n, rows = _chats_a_step(config), CountedRows.of(rows)
+    return rows.once(("largest batch", config.packing, n, max_tokens), lambda: _largest_batch(rows, PackingCollator(config.packing, max_tokens), n))
+
+
+def _largest_batch(rows: CountedRows, collator: PackingCollator, n: int) -> Batch:
+    choice = max(n, 1000) if collator.mode == "shared" and n > 1 else n  # to find unlike chats among
+    chats = [rows[i] for i in rows.longest_first[:choice]]
     steps = (chats[:n], _unlike(chats, n)) if len(chats) > n else (chats[:n],)
     return max((batch for step in steps for batch in collator.batches(step)), key=lambda batch: batch.tokens)
+
+
+def _chats_a_step(config: FinetuneConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
 def _unlike(chats: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
@@ -333,7 +505,8 @@ def flops_per_second(
 ) -> float:
     "How fast the device multiplies matrices, measured in about a fifth of a second."
     n = 1024 if device == "cpu" else 4096
-    one, two = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.Generator(device).manual_seed(0)  # not the one that a training draws from
+    one, two = (torch.randn(n, n, device=device, generator=source).to(dtype) for _ in range(2))
     for _ in range(2):
         one @ two
     done, started = 0, time.perf_counter()
@@ -354,7 +527,7 @@ def token_budget(
     "The tokens to compute at once, at most what fits; `config.max_tokens_at_once` when it is set."
     if config.max_tokens_at_once:
         return config.max_tokens_at_once
-    model = model or shape_of(config)
+    model, rows = model or short_shape(config), CountedRows.of(rows)
     cpu = hardware(config.use_cpu).device == "cpu"
     most = 4096 if cpu else 16_384  # more is hardly faster
     batch = largest_batch(rows, config, most)
@@ -365,11 +538,11 @@ def token_budget(
     return _as_good(config, rows, fitting) if cpu else fitting
 
 
-def _as_good(config: FinetuneConfig, rows: Sequence[dict[str, Any]], most: int) -> int:
+def _as_good(config: FinetuneConfig, rows: CountedRows, most: int) -> int:
     "The fewest tokens at once with which hardly more is computed than with `most`, where common beginnings are shared best."
     budgets = [n for n in (512, 1024, 2048) if n < most] + [most]
-    computed = {n: _tokens(rows, config, n)[1] for n in budgets}
-    return next(n for n in budgets if computed[n] <= 1.03 * computed[most])
+    enough = 1.03 * _tokens(rows, config, most)[1]
+    return next(n for n in budgets if _tokens(rows, config, n)[1] <= enough)
 
 
 def _room(model: nn.Module, config: FinetuneConfig, available: int) -> float:
@@ -378,7 +551,7 @@ def _room(model: nn.Module, config: FinetuneConfig, available: int) -> float:
 
 
 def _fixed_parts(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
-    trained = trainable_parameters(model).trainable
+    trained = _parameters(model).trainable
     return {
         "base weights": weight_bytes(model, config.load_in_4bit),
         **({"quantisation constants": round(CONSTANTS * sum(_packed_weights(model).values()))} if config.load_in_4bit else {}),
@@ -394,7 +567,7 @@ def blocks_to_recompute(
     available: int | None = None,  # bytes; None: what is free now
 ) -> int:
     "Of how many blocks only the input is kept for the backward pass."
-    model = model or shape_of(config)
+    model, rows = model or short_shape(config), CountedRows.of(rows)
     blocks = inner_model(model).config.get_text_config().num_hidden_layers
     if config.gradient_checkpointing is not None:
         return blocks if config.gradient_checkpointing else 0
@@ -421,7 +594,7 @@ def estimate(
         raise PlanError(f"speed is in floating-point operations per second and above 0, got {speed!r}; leave it out to have it measured.")
     if available is not None and not 0 <= available < math.inf:
         raise PlanError(f"available is in bytes, got {available!r}; leave it out to take what is free now.")
-    machine, model = hardware(config.use_cpu), model or shape_of(config)
+    machine, model, rows = hardware(config.use_cpu), model or short_shape(config), CountedRows.of(rows)
     available = available_bytes(config.use_cpu) if available is None else available
     budget = token_budget(config, rows, model, available)
     batch = largest_batch(rows, config, budget)
@@ -429,15 +602,15 @@ def estimate(
     outside = {PROCESS: max(resident_bytes(), LIBRARIES)} if machine.device == "cpu" else {}
     parts = fixed | needed | outside
     evaluation, merging = (n + sum(outside.values()) for n in (sum(fixed.values()) + needed[MOMENT], _merging_bytes(model)))
-    count = trainable_parameters(model)
+    count = _parameters(model)
     tokens, computed, supervised, n = _tokens(rows, config, budget)
     flops = training_flops(model, computed, supervised)
     if speed is None:
         speed = flops_per_second(machine.device, inner_model(model).dtype)
-    epochs = config.num_train_epochs if config.max_steps <= 0 else config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps / n
+    epochs = config.num_train_epochs if config.max_steps <= 0 else config.max_steps * _chats_a_step(config) / n
     seconds = epochs * flops / (speed * REACHED[inner_model(model).dtype])
     plan = Plan(parts, evaluation, merging, available, count.trainable, count.total, total_steps(config, n), round(epochs * tokens), round(epochs * computed), epochs * flops, seconds)
-    return plan if plan.fits or not advise else replace(plan, advice=_advice(config, rows, available))
+    return plan if plan.fits or not advise else replace(plan, advice=advice_for(config, rows, available))
 
 
 LIBRARIES = 500 * 2**20  # resident memory of Python with torch and transformers, before any model
@@ -445,21 +618,23 @@ LIBRARIES = 500 * 2**20  # resident memory of Python with torch and transformers
 
 def _merging_bytes(model: nn.Module) -> int:
     "The base model unpacked, its adapter, and the update of one layer in fp32 while it is added."
-    adapter = sum(4 * p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    adapter = sum(4 * n * p.numel() for name, p, n in _weights(model) if "lora_" in name)
     largest = max(p.numel() for p in inner_model(model).parameters())
     return weight_bytes(model) + adapter + 4 * largest
 
 
-def _tokens(rows: Sequence[dict[str, Any]], config: FinetuneConfig, budget: int) -> tuple[int, int, int, int]:
+def _tokens(rows: CountedRows, config: FinetuneConfig, budget: int) -> tuple[int, int, int, int]:
     "Tokens, tokens computed and supervised tokens in one epoch, and chats; sharing is measured on a sample of steps."
-    n = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    columns = _columns(rows)
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    supervised = sum(label != NO_LOSS for labels in columns["labels"] for label in labels)
-    sample = [[rows[i] for i in range(start, min(start + n, len(rows)))] for start in range(0, len(rows), max(n, len(rows) // 8 // n * n))]
-    collator = PackingCollator(config.packing, budget)
-    share = sum(b.tokens for step in sample for b in collator.batches(step)) / sum(len(row["input_ids"]) for step in sample for row in step)
-    return sum(lengths), round(share * sum(lengths)), supervised, len(lengths)
+    n, collator = _chats_a_step(config), PackingCollator(config.packing, budget)
+    sample = rows.once(("sample", n), lambda: _sample_of_steps(rows, n))
+    computed = rows.once(("computed", config.packing, n, budget), lambda: sum(map(collator.computed, sample)))
+    share = computed / sum(len(row["input_ids"]) for step in sample for row in step)
+    return rows.tokens, round(share * rows.tokens), rows.supervised, len(rows)
+
+
+def _sample_of_steps(rows: Sequence[dict[str, Any]], n: int) -> list[list[dict[str, Any]]]:
+    "Eight steps of `n` chats, or a few more."
+    return [[rows[i] for i in range(start, min(start + n, len(rows)))] for start in range(0, len(rows), max(n, len(rows) // 8 // n * n))]
 
 
 def training_flops(
@@ -471,8 +646,8 @@ def training_flops(
     inner = inner_model(model)
     head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
     outside = {id(p) for module in (head, embeddings) if module is not None for p in module.parameters()}
-    frozen = sum(p.numel() for n, p in inner.named_parameters() if id(p) not in outside and not p.requires_grad)
-    trained = sum(p.numel() for p in inner.parameters() if p.requires_grad)
+    frozen = sum(n * p.numel() for _, p, n in _weights(model) if id(p) not in outside and not p.requires_grad)
+    trained = _parameters(model).trainable
     return computed * (4 * frozen + 6 * trained) + supervised * 4 * (head.weight.numel() if head is not None else 0)
 
 # %% ../nbs/07_planning.ipynb #10a085f5
@@ -486,9 +661,15 @@ REMEDIES = (
 )
 
 
-def _advice(config: FinetuneConfig, rows: Sequence[dict[str, Any]], available: int) -> list[str]:
+def advice_for(
+    config: FinetuneConfig,  # the run
+    rows: Sequence[dict[str, Any]],  # input_ids and labels of the training chats
+    available: int | None = None,  # bytes; None: what is free now
+    shape: Callable[[FinetuneConfig], nn.Module] = short_shape,  # makes the model of a plan
+) -> list[str]:
     "The first remedy that makes the run fit, as settings; none makes it larger than it was. Shorter chats come last."
-    longest = max(len(ids) for ids in _columns(rows)["input_ids"])
+    rows, available = CountedRows.of(rows), available_bytes(config.use_cpu) if available is None else available
+    longest = max(rows.lengths)
     for remedy, length in [*((remedy, longest) for remedy in REMEDIES), (REMEDIES[-1], longest // 2), (REMEDIES[-1], longest // 4)]:
         changes = {name: value for name, value in remedy.items() if value != getattr(config, name) and _less(name, value, config)}
         chats = rows
@@ -497,7 +678,8 @@ def _advice(config: FinetuneConfig, rows: Sequence[dict[str, Any]], available: i
                 break
             changes["max_length"] = length
             chats = [{name: row[name][-length:] for name in ("input_ids", "labels")} for row in rows]
-        if changes and estimate(replace(config, **changes), chats, float("nan"), available, advise=False).fits:
+        changed = replace(config, **changes)
+        if changes and estimate(changed, chats, math.nan, available, advise=False, model=shape(changed)).fits:
             return [f"{name}={value!r}" for name, value in changes.items()]
     return []
 
@@ -508,11 +690,6 @@ def _less(name: str, value: Any, config: FinetuneConfig) -> bool:
     if name == "load_in_4bit":
         return config.init_lora_weights != "pissa"
     return now == "all-linear" if name == "target_modules" else now is None or value < now if name in ("max_tokens_at_once", "r") else True
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> Any:
-    "The rows by column."
-    return rows if hasattr(rows, "column_names") else {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
 
 # %% ../nbs/07_planning.ipynb #8aca547b
 @dataclass(frozen=True)
