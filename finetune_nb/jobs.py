@@ -20,12 +20,12 @@ import torch
 from transformers import TrainerCallback
 
 from .attention import attention_of
-from .config import FinetuneConfig, FinetuneError
+from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .evaluation import generate
 from .losses import inner_model
 from .models import load_tokenizer
-from .training import Progress, Run, Stop, load_splits, progress_to, read_history, resume, train
+from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #3eb59f72
 class Task:
@@ -119,6 +119,8 @@ def in_words(
     for sign, remedy in REMEDIES:
         if sign in f"{type(error).__name__}: {text}".lower():
             return f"{remedy} ({type(error).__name__}: {text.splitlines()[0][:300]})"
+    if isinstance(error, OSError):  # says itself what and where
+        return text
     return f"{type(error).__name__}: {text.splitlines()[0][:500]} This is none of the errors that we know; the details say where it came from."
 
 
@@ -191,7 +193,8 @@ class Job(Task):
 
     def _train(self, say: Callable[[str], None]) -> Run:
         self.state = "preparing"
-        self.splits = self.splits or load_splits(self.config)
+        if self.splits is None:
+            self.splits = kept_sets(self.folder, self.config) if self.folder else load_splits(self.config)
         listener = [_Listener(self)]
         if self.folder is not None:
             return resume(self.folder, self.splits, listener, self._stop, say)
@@ -290,14 +293,18 @@ def start_job(
 
 
 def continue_job(
-    job: Job,  # that was stopped or has failed
+    job: Job | str | Path,  # that was stopped or has failed, or the folder of such a run
     background: bool | None = None,  # None: what the front end can do
+    listeners: Sequence[Callable[[], None]] = (),  # called after each change
 ) -> Job:
     "Goes on with a stopped run from its last checkpoint."
+    if not isinstance(job, Job):
+        folder = Path(job)
+        job = next((one for one in JOBS if one.folder == folder), None) or Job(load_config(folder / "config.yaml"), folder=folder)
     if job.folder is None:
         raise JobError("This run never began, so there is nothing to go on with. Start it anew.")
     job._stop = Stop()
-    return _launch(job, background, ())
+    return _launch(job, background, listeners)
 
 
 def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], None]]) -> Job:

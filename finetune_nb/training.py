@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'Stop',
            'FinetuneTrainer', 'training_arguments', 'Picture', 'Run', 'plot_history', 'peak_memory_gib', 'train',
-           'resume', 'last_checkpoint', 'choose_packing', 'make_trainer', 'read_history', 'load_run']
+           'resume', 'last_checkpoint', 'kept_sets', 'choose_packing', 'make_trainer', 'read_history', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -527,7 +527,7 @@ def resume(
         raise TrainingError(f"{folder} holds no checkpoint, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
     if (folder / "run.json").is_file() and (ended := load_run(folder).facts)["ended_by"] != "the user":
         raise TrainingError(f"{folder} was not stopped: it was ended by {ended['ended_by']} after {ended['steps']} steps. Train a new run for more, with more num_train_epochs or early_stopping_patience.")
-    splits = splits or _kept_sets(folder, config)
+    splits = splits or kept_sets(folder, config)
     for name, chats in splits._asdict().items():
         if fingerprint(chats) != started["data"][name]["sha256"]:
             raise TrainingError(f"The {name} chats are not those that {folder} began with. Bring the old file back, or pass the chats as resume(folder, splits).")
@@ -542,7 +542,7 @@ def last_checkpoint(
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _kept_sets(folder: Path, config: FinetuneConfig) -> Splits:
+def kept_sets(folder: Path, config: FinetuneConfig) -> Splits:
     "The chats of a run: those kept in its folder when it was given some, else those that its configuration names."
     if not (folder / "train.jsonl").is_file():
         return load_splits(config)
