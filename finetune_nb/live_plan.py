@@ -165,5 +165,6 @@ def verdict(
         of = f"{needed:.1f} of {there:.1f} GiB"
         return ("good", f"Fits: {of}.") if plan.bytes <= ROOMY * plan.available else ("tight", f"Tight: {of}, so nothing else should need memory.")
     spare = " and a tenth to spare" if plan.bytes <= plan.available else ""
-    advice = f" Set {' and '.join(plan.advice)}." if plan.advice else ""
+    *others, last = plan.advice or [""]
+    advice = f" Set {', '.join(others)}{' and ' * bool(others)}{last}." if last else ""
     return "bad", f"Does not fit: needs {needed:.1f} of {there:.1f} GiB{spare}.{advice}"

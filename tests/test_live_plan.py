@@ -226,5 +226,5 @@ def test_the_device_is_measured_once_for_each_precision(deep, rows, monkeypatch)
 def test_the_verdict_is_one_of_three(needed, level, said):
     plan = Plan({"base weights": needed * 2**30}, 0, 0, 100 * 2**30, 1, 2, 3, 4, 4, 1.0, 1.0)
     assert verdict(plan) == (level, said)
-    advised = replace(plan, advice=["load_in_4bit=True", "max_tokens_at_once=1024"])
-    assert verdict(advised)[1] == said + " Set load_in_4bit=True and max_tokens_at_once=1024." * (level == "bad")
+    for advice, words in ((["a=1"], "a=1"), (["a=1", "b=2"], "a=1 and b=2"), (["a=1", "b=2", "c=3"], "a=1, b=2 and c=3")):
+        assert verdict(replace(plan, advice=advice))[1] == said + f" Set {words}." * (level == "bad")
