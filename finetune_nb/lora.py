@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AdapterError', 'find_target_modules', 'add_lora', 'ParameterCount', 'trainable_parameters', 'begin_with_data',
-           'load_adapter', 'set_adapter_weights']
+           'load_adapter', 'put_adapter', 'set_adapter_weights']
 
 # %% ../nbs/04_lora.ipynb #5a7d9b68
 import json
@@ -199,17 +199,38 @@ def load_adapter(
     is_trainable: bool = False,  # go on training it
 ) -> PeftModel:
     "The base model with the saved adapter; raises `AdapterError` unless each weight finds its place and each place its weight."
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} holds no adapter: {name} is missing.")
-    lora = LoraConfig(**_known_settings(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))))
+    lora, weights = _read_adapter(Path(folder))
     lora.inference_mode = not is_trainable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the name of the base model, which is ours to check
         tuned = _with_adapter(model, lora)
-    set_adapter_weights(tuned, load_file(folder / "adapter_model.safetensors"), str(folder))
+    set_adapter_weights(tuned, weights, str(folder))
     return tuned if is_trainable else tuned.eval()
+
+
+def put_adapter(
+    model: PeftModel,  # has other adapters already
+    folder: str | Path,  # holds adapter_config.json and adapter_model.safetensors
+    name: str,  # what to call the new one; switch to it with model.set_adapter
+) -> None:
+    "Puts one more saved adapter, not to be trained, beside those of `model`; raises `AdapterError` as `load_adapter` does."
+    lora, weights = _read_adapter(Path(folder))
+    lora.inference_mode = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(name, lora)
+    use_one_rounding(model)
+    set_adapter_weights(model, weights, str(folder), name)
+    model.eval()
+
+
+def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    "The settings and the weights of a saved adapter."
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} holds no adapter: {name} is missing.")
+    lora = LoraConfig(**_known_settings(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))))
+    return lora, load_file(folder / "adapter_model.safetensors")
 
 
 def _known_settings(saved: dict) -> dict:
@@ -225,9 +246,10 @@ def set_adapter_weights(
     model: PeftModel,  # has an adapter of the same shape
     weights: dict[str, torch.Tensor],  # as read from adapter_model.safetensors
     source: str = "the adapter",  # what to call it in an error
+    name: str = "default",  # which of the model's adapters
 ) -> None:
     "Replaces the adapter's weights; raises `AdapterError`, and changes nothing, unless keys and shapes are the same."
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     faults = [
@@ -237,4 +259,4 @@ def set_adapter_weights(
     ]
     if faults:
         raise AdapterError(f"{source} does not fit this model: {'; '.join(faults)}. Load the base model that it was trained on.")
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
