@@ -33,12 +33,15 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
     "docmanager-extension/plugin": {"autosave": False},
 }
-# What the pages complain of by themselves, whatever the notebook: Voila's look for fonts on the internet.
-NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/")
+# What the pages complain of by themselves, whatever the notebook: Voila's look for fonts on the internet, and
+# those of ipywidgets 7 look there for an old MathJax.
+NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/|reading 'Queue'")
 
+# The splash are the moons that circle over the page while it, or a theme, loads.
 IDLE = """() => {
     const panel = window.jupyterapp?.shell?.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
-    return panel?.context?.isReady && kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && !window.cellsRun;
+    const idle = kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && !window.cellsRun;
+    return panel?.context?.isReady && idle && !document.getElementById('jupyterlab-splash');
 }"""
 # Never hand a command's promise to Playwright: awaiting it there hangs.
 RUN_ALL = """() => {
@@ -151,9 +154,12 @@ class Server:
     def _environment(self) -> dict:
         "This process's variables, with every folder of Jupyter a temporary one and this checkout first on the path."
         folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_CONFIG_DIR": "config"}
-        folders |= {"JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data", "JUPYTER_PATH": "data", "IPYTHONDIR": "ipython"}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return os.environ | {name: str(self.home / folder) for name, folder in folders.items()} | {"PYTHONPATH": path}
+        folders |= {"JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython"}
+        given = [str(Path(folder).resolve()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        # other widgets on the path bring their own half in the page, which has to come before the installed one
+        shares = [str(self.home / "data"), *(str(Path(folder) / "share" / "jupyter") for folder in given)]
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *given]), "JUPYTER_PATH": os.pathsep.join(shares)}
+        return os.environ | {name: str(self.home / folder) for name, folder in folders.items()} | paths
 
     def ask(self, method: str, path: str):
         "The server's answer to a request, or None while it doesn't answer."
@@ -277,7 +283,7 @@ class Page:
 
     def move_slider(self, label: str, presses: int = 1, key: str = "ArrowRight") -> str:
         "Moves the first handle of a slider by keys and returns the value that it then shows."
-        handle = self.control(label).locator(".noUi-handle").first
+        handle = self.control(label).locator(".noUi-handle, .ui-slider-handle").first  # of ipywidgets 8, and of 7
         handle.focus()
         for _ in range(presses):
             handle.press(key)
@@ -307,7 +313,7 @@ class Page:
 
     def click(self, text: str) -> None:
         "Clicks the widget with this text: a button, a tab or the head of a fold."
-        heads = "button.jupyter-button, .jupyter-widgets .lm-TabBar-tab, .jupyter-widget-Collapse-header"
+        heads = "button.jupyter-button, .widget-tab .lm-TabBar-tab, .widget-tab .p-TabBar-tab, .jupyter-widget-Collapse-header, .p-Collapse-header"
         self.page.locator(heads, has_text=re.compile(rf"^\s*{re.escape(text)}\s*$")).locator("visible=true").first.click()
 
     def screenshot(self, path: str | Path) -> None:
@@ -373,7 +379,8 @@ class Lab(Page):
     def theme(self, name: str = "JupyterLab Dark") -> None:
         "Changes the theme and waits until the page wears it."
         self.command("apputils:change-theme", {"theme": name})
-        self.wait("name => document.body.dataset.jpThemeName === name", f"the theme is {name}", name)
+        worn = "name => document.body.dataset.jpThemeName === name && !document.getElementById('jupyterlab-splash')"
+        self.wait(worn, f"the theme is {name}", name)
 
 
 class Voila(Page):

@@ -1,6 +1,10 @@
 """Widgets in a real JupyterLab and in Voila: sliders, a background thread, a reload."""
 
+import sys
+
+import ipywidgets
 import pytest
+from browser import ROOT
 
 SLIDER = """
 import ipywidgets as widgets
@@ -86,6 +90,12 @@ def test_a_thread_updates_widgets_while_other_cells_run(lab):
     lab.see("step 10 of 10")
     lab.wait(PICTURE, "the tenth picture shows", 10)
     assert lab.errors() == []
+
+
+def test_the_kernel_is_this_python_with_this_checkout(lab):
+    lab.open(lab.write("kernel.ipynb"))
+    answer = lab.execute("import sys, finetune_nb, ipywidgets; print(sys.executable, finetune_nb.__file__, ipywidgets.__version__)")
+    assert answer.text == f"{sys.executable} {ROOT / 'finetune_nb' / '__init__.py'} {ipywidgets.__version__}"
 
 
 def test_errors_of_cells_and_of_the_console_are_seen(lab):
