@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"  # the version that the demo and the tests were measured with
-EXTRAS = {"demo": "demo,notebook", "test": "demo,notebook,qlora,dev"}
+EXTRAS = {"demo": "demo,notebook", "test": "demo,notebook,qlora,voila,dev"}
 
 
 def fail(sentence: str) -> None:

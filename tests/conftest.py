@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import browser
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -80,3 +81,46 @@ def rows(chats, tokenizer):
     from finetune_nb.chat_template import tokenize_chats
 
     return list(tokenize_chats(chats, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    "Headless Chromium; for one module at a time, since Playwright keeps an event loop running that other tests would meet."
+    if reason := browser.why_not():
+        pytest.skip(reason)
+    with browser.running_chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def lab_server(tmp_path_factory):
+    "JupyterLab over a temporary folder."
+    if reason := browser.why_not("jupyterlab"):
+        pytest.skip(reason)
+    with browser.running_server("lab", tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def voila_server(tmp_path_factory):
+    "Voila over a temporary folder."
+    if reason := browser.why_not("voila"):
+        pytest.skip(reason)
+    with browser.running_server("voila", tmp_path_factory.mktemp("voila")) as server:
+        yield server
+
+
+@pytest.fixture
+def lab(chromium, lab_server):
+    "A fresh page of JupyterLab: see `browser.Lab` for what can be done with it."
+    page = browser.Lab(chromium, lab_server)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def voila(chromium, voila_server):
+    "A fresh page of Voila: see `browser.Voila`."
+    page = browser.Voila(chromium, voila_server)
+    yield page
+    page.close()
