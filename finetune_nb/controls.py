@@ -37,7 +37,7 @@ STYLE = """<style>
 
 
 class View:
-    "A widget with a still picture of itself, which stays where there is no kernel."
+    "A widget with a still picture of itself, which is seen where there is no kernel."
 
     title = "View"
 
@@ -45,20 +45,33 @@ class View:
         self,
         children: Sequence[widgets.Widget],  # from top to bottom
     ) -> None:
-        self.widget = widgets.VBox([widgets.HTML(STYLE), *children], layout=widgets.Layout(width="100%"))
+        style = widgets.HTML()
+        self.widget = widgets.VBox([style, *children], layout=widgets.Layout(width="100%"))
         self.widget.add_class("fnb")
+        self._still_class, self._pictures = f"fnb-still-{self.widget.model_id}", []
+        style.value = f"{STYLE}<style>.{self._still_class}{{display:none}}</style>"
 
     def still(self) -> str:
         "The view as it is now, as HTML without scripts."
         return ""
 
+    def _still(self) -> dict[str, str]:
+        html = f'<div class="{self._still_class}">{self.still()}</div>'
+        return {"text/html": html, "text/plain": f"{self.title}, a still picture"}
+
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        html = f'{STYLE}<div class="fnb">{self.still()}</div>'
-        data = {"text/plain": f"{self.title} (needs a kernel)", "text/html": html, "application/vnd.jupyter.widget-view+json": view}
-        display(data, raw=True)
+        html = "<small>The living view needs a kernel: run this cell. Its last picture is below.</small>"
+        display({"text/plain": self.title, "text/html": html, "application/vnd.jupyter.widget-view+json": view}, raw=True)
+        self._pictures.append(display(self._still(), raw=True, display_id=True))
+
+    def keep_picture(self) -> None:
+        "Brings the still picture up to date, wherever the view is shown."
+        for picture in self._pictures:
+            if picture is not None:  # outside a notebook
+                picture.update(self._still(), raw=True)
 
 
 def note(

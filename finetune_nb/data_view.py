@@ -148,6 +148,7 @@ class DataView(View):
             self._show()
             for listener in self.listeners:
                 listener(self.ready)
+            self.keep_picture()
 
     def _uploaded(self) -> None:
         "Keeps an uploaded file, whose name is the user's word, under that name in a folder of its own."

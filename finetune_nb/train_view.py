@@ -187,6 +187,7 @@ class TrainView(_TrainLayout):
             self.refresh_runs()
             for listener in self.listeners:
                 listener()
+            self.keep_picture()
 
     def show(self) -> None:
         "Shows everything as it is now."
