@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_template import end_of_turn_id, render_prompt
 from .config import FinetuneConfig, FinetuneError
 from .evaluation import stop_tokens
-from .losses import mixed_precision
 from .lora import load_adapter, put_adapter
+from .losses import mixed_precision
 from .runs import RunRow, read_run
 from .training import load_base
 
