@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+import logging as _logging
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
@@ -11,11 +12,18 @@ _WHERE = {
     "chat_template": "check_template neutralise merge_system tokenize_chat tokenize_chats show_labels",
     "models": "load_model load_tokenizer hardware",
     "lora": "add_lora load_adapter trainable_parameters find_target_modules",
-    "training": "train load_run Run",
+    "planning": "estimate",
+    "training": "train resume load_run Run",
     "evaluation": "evaluate evaluate_run compare generate pattern_checks",
+    "jobs": "start_job continue_job",
+    "runs": "list_runs",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)
+
+
+# bitsandbytes asks for a package that is no requirement, once for each process and in red
+_logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def __getattr__(name: str) -> _Any:

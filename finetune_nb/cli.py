@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_command', 'evaluate_command', 'check_command', 'tutorial_path', 'run_notebook', 'demo_command',
-           'notebook_command', 'config_command', 'make_parser', 'main']
+           'notebook_command', 'app_command', 'config_command', 'make_parser', 'main']
 
 # %% ../nbs/12_cli.ipynb #881cb870
 import argparse
@@ -103,10 +103,10 @@ def tutorial_path(name: str = "finetune") -> Path:
     raise FinetuneError(f"The tutorial {name}.ipynb is not in this installation; reinstall finetune_nb.")
 
 
-def _need(*packages: str) -> None:
+def _need(*packages: str, extra: str = "notebook") -> None:
     "Raises when an optional package is missing, with the command that brings it."
     if missing := [p for p in packages if find_spec(p) is None]:
-        raise FinetuneError(f"This needs {', '.join(missing)}: pip install 'finetune_nb[notebook]'")
+        raise FinetuneError(f"This needs {', '.join(missing)}: pip install 'finetune_nb[{extra}]'")
 
 # %% ../nbs/12_cli.ipynb #f94e3954
 def run_notebook(
@@ -185,7 +185,7 @@ def demo_command(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "finetune.ipynb"
-    parameters = {"n_train": options.chats, "max_eval_samples": options.questions}
+    parameters = {"n_train": options.chats, "max_eval_samples": options.questions, "by_hand": False}
     print(f"Running the tutorial: {options.chats} training chats, {options.questions} test questions. The executed notebook goes to {target}.", flush=True)
     started = time.monotonic()
     run_notebook(tutorial_path(), target, {k: v for k, v in parameters.items() if v is not None})
@@ -205,6 +205,17 @@ def notebook_command(options: argparse.Namespace) -> None:
     if not options.no_open:
         _need("jupyterlab")
         raise SystemExit(subprocess.call([sys.executable, "-m", "jupyter", "lab", str(target)]))
+
+
+def app_command(options: argparse.Namespace) -> None:
+    "Serves the panel as a page of its own, without a notebook around it."
+    _need("voila", extra="voila")
+    target = Path(options.folder) / "panel.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        shutil.copy(tutorial_path("panel"), target)
+    command = [sys.executable, "-m", "voila", str(target), f"--port={options.port}", *(["--no-browser"] if options.no_open else [])]
+    raise SystemExit(subprocess.call(command))
 
 
 def config_command(options: argparse.Namespace) -> None:
@@ -272,6 +283,12 @@ def make_parser() -> argparse.ArgumentParser:
     notebook.add_argument("--folder", default=".", help="where to copy it (default: here)")
     notebook.add_argument("--no-open", action="store_true", help="only copy")
     notebook.set_defaults(run_command=notebook_command)
+
+    app = commands.add_parser("app", help="the control panel as a page of its own, by Voila")
+    app.add_argument("--folder", default=".", help="where runs and files lie (default: here)")
+    app.add_argument("--port", type=int, default=8866, help="port of the page (default: %(default)s)")
+    app.add_argument("--no-open", action="store_true", help="only serve")
+    app.set_defaults(run_command=app_command)
     return parser
 
 # %% ../nbs/12_cli.ipynb #8ea4f7e6

@@ -89,7 +89,7 @@ def cards(
     return '<div class="fnb-cards">' + "".join(f'<div class="fnb-card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in figures.items()) + "</div>"
 
 # %% ../nbs/10b_controls.ipynb #36072319
-WIDE = {"description_width": "150px"}
+WIDE = {"description_width": "210px"}
 
 
 def make_control(
@@ -97,14 +97,14 @@ def make_control(
     value: Any,  # what the setting is now
 ) -> widgets.Widget:
     "The control of a setting, at its value, with its help where the pointer rests."
-    common = {"description": spec.name, "style": WIDE, "layout": widgets.Layout(width="auto", max_width="480px")}
+    common = {"description": spec.name, "style": WIDE, "layout": widgets.Layout(width="auto", max_width="540px")}
     if spec.kind == "steps":
         control = widgets.SelectionSlider(options=_steps(spec, value), value=value, continuous_update=True, **common)
     elif spec.kind == "slider":
         kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
         control = kind(value=value, min=min(spec.low, value), max=max(spec.high, value), step=spec.step, **common)
         if kind is widgets.FloatSlider:
-            control.readout_format = "g" if spec.step >= 1 else ".2f"
+            control.readout_format = ".1f" if spec.step >= 0.5 else ".2f"
     elif spec.kind == "switch":
         control = widgets.Checkbox(value=value, indent=True, **common)
     elif spec.kind == "choice":
@@ -190,7 +190,7 @@ class _FormLayout(View):
     def _row(self, name: str) -> widgets.Widget:
         "A control with its notes below."
         extra = [self.tie] if name == "lora_alpha" else []
-        return widgets.VBox([self.controls[name], *extra, self.notes[name]], layout=widgets.Layout(flex="1 1 360px", min_width="280px", max_width="520px"))
+        return widgets.VBox([self.controls[name], *extra, self.notes[name]], layout=widgets.Layout(flex="1 1 360px", min_width="280px", max_width="580px"))
 
     def _folded(self) -> widgets.Widget:
         groups: dict[str, list[widgets.Widget]] = {}

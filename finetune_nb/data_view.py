@@ -210,7 +210,6 @@ class DataView(View):
         try:
             row = self.ready.tokens(chat)
             shown = show_labels(row, self.ready.tokenizer, self.form.config.max_length)._repr_html_()
-            shown += note(f"{len(row['input_ids'])} tokens; loss falls on the green ones")
         except FinetuneError as error:
             shown = note(str(error), "error") + chat._repr_html_()
         self.chat.value = f"{note(f'{self.at.value + 1} of {len(self._found)} · {chat.where}')}{shown}"

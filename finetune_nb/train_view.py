@@ -101,7 +101,7 @@ class _TrainLayout(View):
         self.smooth = widgets.FloatSlider(value=0.6, min=0, max=0.95, step=0.05, description="smoothing", continuous_update=False)
         self.log = widgets.Checkbox(value=True, description="log scale", indent=False, layout=widgets.Layout(width="auto"))
         self.rate = widgets.Checkbox(value=False, description="learning rate", indent=False, layout=widgets.Layout(width="auto"))
-        self.overlay = widgets.SelectMultiple(options=[], description="compare with", rows=3, layout=widgets.Layout(width="320px"))
+        self.overlay = widgets.SelectMultiple(options=[], description="overlay runs", rows=3, style={"description_width": "90px"}, layout=widgets.Layout(width="320px"))
         self.log_lines = widgets.HTML()
         for control in (self.smooth, self.log, self.rate, self.overlay):
             control.observe(lambda change: self.draw(), names="value")
