@@ -258,8 +258,8 @@ def patience_left(
     "How many more looks without improvement there may be before the run is stopped early, as transformers' `EarlyStoppingCallback` counts."
     best, since = None, 0
     for loss in (row["eval_loss"] for row in history if "eval_loss" in row and row["step"]):  # the base model is not what it improves on
-        improved = best is None or loss < best
-        best, since = (loss, 0) if improved else (best, since + 1)
+        since = 0 if best is None or loss < best else since + 1
+        best = min(math.inf if best is None else best, loss)  # a loss that is no number never is the best
     return max(patience - since, 0)
 
 
