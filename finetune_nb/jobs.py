@@ -312,6 +312,9 @@ def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], 
         raise JobError(f"A run is at work ({other.folder or 'it is being prepared'}). Stop it first, or wait until it has ended.")
     if job not in JOBS:
         JOBS.append(job)
+    for one in JOBS:  # there is room for one model
+        if isinstance(one.result, Run):
+            one.result.release()
     job.listeners += listeners
     return job.start(front_end() != "colab" if background is None else background)
 
