@@ -97,8 +97,8 @@ def to_text(value: Any) -> str:
     "A value as it is shown in a text field; `None` is empty."
     if value is None:
         return ""
-    if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(r"[\w.-]+", v) for v in value):
-        return ", ".join(value)
+    if isinstance(value, list) and len(value) != 1 and all(isinstance(v, str) and re.fullmatch(r"[\w.-]+", v) for v in value):
+        return ", ".join(value)  # a single name keeps its brackets: without them it would be a word
     return value if isinstance(value, str) else yaml_value(value)
 
 
@@ -107,19 +107,35 @@ def from_text(
     text: str,  # what was typed
 ) -> Any:
     "The value that was meant; raises `ConfigError` when the setting can't have it."
-    hint, text = get_type_hints(FinetuneConfig)[name], text.strip()
+    hint = get_type_hints(FinetuneConfig)[name]
     kinds = get_args(hint) if get_origin(hint) in (Union, type(int | None)) else (hint,)
+    text = text if name == "answer_pattern" and text.strip() else text.strip()  # a space in a pattern means something
     if not text and NoneType in kinds:
         return None
-    if any(get_origin(kind) is list for kind in kinds) and not text.startswith("["):
+    is_list = any(get_origin(kind) is list for kind in kinds)
+    if is_list and not text.startswith("["):
         return _listed(name, text, str in kinds)
-    if str in kinds:
+    if str in kinds and not is_list:
         return check_value(FinetuneConfig, name, text)
+    if int in kinds or float in kinds:
+        return check_value(FinetuneConfig, name, _number(text, float in kinds))
     try:
-        value = yaml.safe_load(text) if text else {} if any(get_origin(kind) is dict for kind in kinds) else None
-    except yaml.YAMLError:
+        value = yaml.safe_load(text) if text else {}
+    except (yaml.YAMLError, ValueError):  # also 2026-13-45, which looks like a date
         value = text
+    if is_list and not isinstance(value, list):
+        raise ConfigError(f"{name}: expected a list such as [one, two], got {text!r}. It is: {field_help(FinetuneConfig)[name]}")
     return check_value(FinetuneConfig, name, value)
+
+
+def _number(text: str, may_be_broken: bool) -> Any:
+    "The number that was typed, also as 2e-4, or the text when it is none."
+    for kind in (int, float) if may_be_broken else (int,):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _listed(name: str, text: str, or_one: bool) -> Any:
@@ -234,10 +250,13 @@ def find_conflicts(
 
 
 def _data_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
-    found, demo = [], c.train_file in ("icd10", "icd10-bare")
-    if c.eval_strategy != "no" and not c.validation_file and c.validation_size == 0 and not demo:
+    found, demo, looks = [], c.train_file in ("icd10", "icd10-bare"), c.eval_strategy != "no"
+    for name in ("model_name_or_path", "train_file", "output_dir"):
+        if not getattr(c, name):
+            found.append(Conflict(name, "error", "This can't be empty."))
+    if looks and not c.validation_file and c.validation_size == 0 and not demo:
         found.append(Conflict("validation_size", "error", 'There will be no validation chats. Raise validation_size, name a validation_file, or set eval_strategy to "no".'))
-    if not demo and c.validation_size + c.test_size >= 1 and not (c.validation_file or c.test_file):
+    if not demo and looks and c.validation_size + c.test_size >= 1 and not (c.validation_file or c.test_file):
         found.append(Conflict("test_size", "error", "Nothing is left to train on. Lower validation_size or test_size."))
     if c.too_long == "truncate":
         found.append(Conflict("too_long", "note", "An answer whose end is cut off never learns to stop. Prefer a larger max_length, or drop."))
@@ -248,9 +267,19 @@ def _data_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
             found.append(Conflict("answer_pattern", "error", f"Not a regular expression: {error}."))
     if c.run_name and Path(c.run_name).name != c.run_name or c.run_name in (".", ".."):
         found.append(Conflict("run_name", "error", "A name, not a path. Put the folder into output_dir."))
-    elif c.run_name and (Path(c.output_dir) / c.run_name).exists():
+    elif c.run_name and ("\0" in c.run_name or len(c.run_name.encode()) > 255):
+        found.append(Conflict("run_name", "error", "No folder can be called so. Choose a shorter, plainer name."))
+    elif c.run_name and _is_taken(Path(c.output_dir) / c.run_name):
         found.append(Conflict("run_name", "error", "There is a run of this name, and it is not overwritten. Choose another, or leave it empty for the next free number."))
     return found
+
+
+def _is_taken(folder: Path) -> bool:
+    "Whether there is something of this name, as far as can be seen."
+    try:
+        return folder.exists()
+    except OSError:  # the folder of all runs can't be looked into, which the run will say
+        return False
 
 
 def _adapter_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:

@@ -7,12 +7,13 @@ __all__ = ['ACTIVE', 'REMEDIES', 'JOBS', 'Task', 'in_words', 'Sample', 'Job', 'b
            'seconds_left', 'JobError', 'start_job', 'continue_job', 'active_job', 'find_job', 'front_end']
 
 # %% ../nbs/09a_jobs.ipynb #8db69319
+import math
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .evaluation import generate
 from .losses import inner_model
-from .models import load_tokenizer
+from .models import load_tokenizer, release_memory
 from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #3eb59f72
@@ -100,7 +101,8 @@ class Task:
             try:
                 listener()
             except Exception:  # who looks on must not break what he looks at
-                self.listeners.remove(listener)
+                if listener in self.listeners:
+                    self.listeners.remove(listener)
                 self.lines.append("A view of this run has failed and was taken off:\n" + traceback.format_exc())
 
 
@@ -179,7 +181,7 @@ class Job(Task):
         questions: int = 2,  # validation chats that are answered at each look
     ) -> None:
         super().__init__(self._train, "Training")
-        self.config, self.splits, self.folder, self.n_questions = config, splits, folder, questions
+        self.config, self.splits, self.folder, self.n_questions = replace(config), splits, folder, questions  # whoever owns it may go on turning it
         self.history: list[dict[str, float]] = read_history(folder) if folder else []
         self.samples: list[Sample] = []
         self.step, self.steps, self.epoch = 0, 0, 0.0
@@ -192,7 +194,7 @@ class Job(Task):
             self._changed()
 
     def _train(self, say: Callable[[str], None]) -> Run:
-        self.state = "preparing"
+        self.state = "stopping" if self._stop.wanted else "preparing"
         if self.splits is None:
             self.splits = kept_sets(self.folder, self.config) if self.folder else load_splits(self.config)
         listener = [_Listener(self)]
@@ -207,6 +209,7 @@ class Job(Task):
     def _begins(self, folder: Path, state: Any) -> None:
         self.folder, self.step, self.steps = folder, state.global_step, state.max_steps
         self.history, self._began = read_history(folder), (time.monotonic(), state.global_step)
+        self.samples = [sample for sample in self.samples if sample.step <= state.global_step]  # what came after is computed again
         self.state = "stopping" if self._stop.wanted else "training"
         self._changed()
 
@@ -222,10 +225,15 @@ class Job(Task):
         chats = _questions(self.splits, self.n_questions)
         if not chats:
             return
-        tokenizer = load_tokenizer(self.config.model_name_or_path)
         most = min(self.config.max_new_tokens, 64)  # a taste; the verdict comes later
-        with progress_to(lambda bar: None):
-            answers = generate(model, tokenizer, chats, most, len(chats), chat_template_kwargs=self.config.chat_template_kwargs)
+        try:
+            tokenizer = load_tokenizer(self.config.model_name_or_path)
+            with progress_to(lambda bar: None):
+                answers = generate(model, tokenizer, chats, most, len(chats), chat_template_kwargs=self.config.chat_template_kwargs)
+        except Exception as error:  # a taste is not worth a run
+            self.n_questions = 0
+            self.say(f"The questions can't be answered, so they are left out from now on. {in_words(error)}")
+            return
         self.samples += [Sample(step, question(chat), chat.answer, answer.text) for chat, answer in zip(chats, answers, strict=True)]
         self._changed()
 
@@ -238,8 +246,8 @@ def _questions(splits: Splits | None, n: int) -> list[Chat]:
 def best_look(
     history: Sequence[dict[str, float]],  # the points of the curves
 ) -> dict[str, float] | None:
-    "The look at the validation set with the lowest loss, or None."
-    looks = [row for row in history if "eval_loss" in row]
+    "The look at the validation set with the lowest loss, or None; the one before the first step is of the base model and does not count."
+    looks = [row for row in history if row.get("step") and math.isfinite(row.get("eval_loss", math.nan))]
     return min(looks, key=lambda row: row["eval_loss"], default=None)
 
 
@@ -247,9 +255,11 @@ def patience_left(
     history: Sequence[dict[str, float]],  # the points of the curves
     patience: int,  # early_stopping_patience
 ) -> int:
-    "How many more looks without improvement there may be before the run is stopped early."
-    looks = [row["eval_loss"] for row in history if "eval_loss" in row]
-    since = len(looks) - 1 - looks.index(min(looks)) if looks else 0
+    "How many more looks without improvement there may be before the run is stopped early, as transformers' `EarlyStoppingCallback` counts."
+    best, since = None, 0
+    for loss in (row["eval_loss"] for row in history if "eval_loss" in row and row["step"]):  # the base model is not what it improves on
+        improved = best is None or loss < best
+        best, since = (loss, 0) if improved else (best, since + 1)
     return max(patience - since, 0)
 
 
@@ -298,18 +308,33 @@ def continue_job(
     listeners: Sequence[Callable[[], None]] = (),  # called after each change
 ) -> Job:
     "Goes on with a stopped run from its last checkpoint."
+    _check_free()
     if not isinstance(job, Job):
-        folder = Path(job)
-        job = next((one for one in JOBS if one.folder == folder), None) or Job(load_config(folder / "config.yaml"), folder=folder)
-    if job.folder is None:
-        raise JobError("This run never began, so there is nothing to go on with. Start it anew.")
+        job = _job_of(Path(job)) or Job(load_config(Path(job) / "config.yaml"), folder=Path(job))
+    if job.folder is None or not job.folder.is_dir():
+        raise JobError("This run never began, or its folder is gone, so there is nothing to go on with. Start it anew.")
+    if job.state == "finished":
+        facts = job.result.facts
+        raise JobError(f"{job.folder} was not stopped: it was ended by {facts['ended_by']} after {facts['steps']} steps. Train a new run for more, with more num_train_epochs or early_stopping_patience.")
     job._stop = Stop()
     return _launch(job, background, listeners)
 
 
-def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], None]]) -> Job:
+def _job_of(folder: Path) -> Job | None:
+    "The job of this kernel whose run is in that folder."
+    return next((job for job in reversed(JOBS) if job.folder is not None and job.folder.resolve() == folder.resolve()), None)
+
+
+def _check_free() -> None:
     if (other := active_job()) is not None:
         raise JobError(f"A run is at work ({other.folder or 'it is being prepared'}). Stop it first, or wait until it has ended.")
+
+
+def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], None]]) -> Job:
+    _check_free()
+    for other in JOBS:
+        if other.result is not None:
+            _put_down(other.result)
     if job not in JOBS:
         JOBS.append(job)
     for one in JOBS:  # there is room for one model
@@ -317,6 +342,13 @@ def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], 
             one.result.release()
     job.listeners += listeners
     return job.start(front_end() != "colab" if background is None else background)
+
+
+def _put_down(run: Run) -> None:
+    "Lets a run's model go from memory, or each run would keep a base model there; asked for again, it is read from the folder."
+    run.loaded = None
+    run.__dict__.pop("_pair", None)
+    release_memory()
 
 
 def active_job() -> Job | None:
@@ -328,7 +360,7 @@ def find_job(
     output_dir: str | Path,  # the folder of all runs
 ) -> Job | None:
     "The job of this kernel in that folder: the one at work, or the last one."
-    there = [job for job in JOBS if Path(job.config.output_dir).resolve() == Path(output_dir).resolve()]
+    there = [job for job in JOBS if (job.folder.parent if job.folder else Path(job.config.output_dir)).resolve() == Path(output_dir).resolve()]
     return next((job for job in there if job.active), there[-1] if there else None)
 
 

@@ -9,6 +9,7 @@ __all__ = ['SORTS', 'PALETTE', 'TRASH', 'RunRow', 'read_run', 'differences', 'Ru
 # %% ../nbs/09b_runs.ipynb #4d09587d
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, yaml_value
-from .jobs import best_look, smoothed
+from .jobs import active_job, best_look, smoothed
 from .training import Picture, clock_time, last_checkpoint, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2
@@ -25,7 +26,7 @@ class RunRow:
     "What the folder of a run says about it."
 
     folder: Path
-    state: str  # "finished", "stopped", "broken off" (no result, though it began), or "unreadable"
+    state: str  # "at work" (in this kernel), "finished", "stopped", "broken off" (no result, though it began), or "unreadable"
     config: FinetuneConfig | None
     facts: dict[str, Any] = field(repr=False)
     history: list[dict[str, float]] = field(repr=False)
@@ -57,11 +58,30 @@ def read_run(
         config, history = load_config(folder / "config.yaml"), read_history(folder)
         for name in ("started.json", "run.json"):
             if (folder / name).is_file():
-                facts |= json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ConfigError, ValueError, OSError):
-        return RunRow(folder, "unreadable", None, facts, [])
-    ended = facts.get("ended_by")
+                facts |= _checked_facts(json.loads((folder / name).read_text(encoding="utf-8")))
+        for row in history:
+            _checked_point(row)
+    except (ConfigError, ValueError, OSError, RecursionError):
+        return RunRow(folder, "unreadable", None, {}, [])
+    ended, job = facts.get("ended_by"), active_job()
+    if job is not None and job.folder is not None and job.folder.resolve() == folder.resolve():
+        return RunRow(folder, "at work", config, facts, history)
     return RunRow(folder, "broken off" if ended is None else "stopped" if ended == "the user" else "finished", config, facts, history)
+
+
+def _checked_facts(facts: Any) -> dict[str, Any]:
+    "Facts as the table needs them; raises `ValueError` for others, of which a folder from elsewhere may be full."
+    kinds = {"started": str, "ended_by": str, "steps": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
+    if not isinstance(facts, dict) or not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
+        raise ValueError("not the facts of a run")
+    return facts
+
+
+def _checked_point(row: Any) -> None:
+    "Raises `ValueError` for what is no point of a curve."
+    drawn = [row[name] for name in ("step", "loss", "eval_loss", "learning_rate") if name in row] if isinstance(row, dict) else []
+    if not drawn or "step" not in row or not all(isinstance(value, (int, float)) for value in drawn):
+        raise ValueError("not the history of a run")
 
 # %% ../nbs/09b_runs.ipynb #b91415bd
 def differences(
@@ -162,7 +182,9 @@ def plot_runs(
     rates = axes.twinx() if learning_rate else None
     for number, (name, history) in enumerate(histories.items()):
         _draw(axes, rates, name, history, PALETTE[number % len(PALETTE)], smooth, many=len(histories) > 1)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log" if log else "linear")
+    losses = [row[key] for history in histories.values() for row in history for key in ("loss", "eval_loss") if key in row]
+    scale = "log" if log and any(loss > 0 for loss in losses) else "linear"
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale=scale)
     axes.grid(alpha=0.25, which="both")
     _in_colour(axes, colour)
     if rates is not None:
@@ -176,6 +198,7 @@ def plot_runs(
 def _draw(axes: Any, rates: Any, name: str, history: Sequence[dict[str, float]], colour: str, smooth: float, many: bool) -> None:
     "The curves of one run."
     shown = name.replace("$", r"\$")
+    shown = f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves names with a stroke in front out of the legend
     points = [(row["step"], row["loss"]) for row in history if "loss" in row]
     looks = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
     if points:
@@ -201,6 +224,7 @@ def _in_colour(axes: Any, colour: str) -> None:
 
 # %% ../nbs/09b_runs.ipynb #6afebc0d
 TRASH = ".trash"
+_NUMBER = re.compile(r" \(\d+\)$")  # behind a name that is in the trash already
 
 
 def trash_run(
@@ -213,7 +237,7 @@ def trash_run(
     trash = folder.parent / TRASH
     trash.mkdir(exist_ok=True)
     target, n = trash / folder.name, 1
-    while target.exists():
+    while target.exists() or n == 1 and _NUMBER.search(folder.name):  # a name that ends like a number of ours gets one too
         n += 1
         target = trash / f"{folder.name} ({n})"
     os.rename(folder, target)
@@ -225,7 +249,7 @@ def restore_run(
 ) -> Path:
     "Brings a run back from the trash; raises `FinetuneError` when its name has been taken since."
     folder = Path(folder)
-    target = folder.parent.parent / folder.name.partition(" (")[0]
+    target = folder.parent.parent / _NUMBER.sub("", folder.name)
     if folder.parent.name != TRASH or not folder.is_dir():
         raise FinetuneError(f"{folder} is not in the trash.")
     if target.exists():
