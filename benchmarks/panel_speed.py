@@ -46,8 +46,8 @@ def main() -> None:
 
     print(hardware())
     data, folder = icd10_chats(n_train=options.chats), Path(tempfile.mkdtemp())
-    settings = {"target_modules": "all-linear", "lora_dropout": 0.0, "max_steps": options.steps, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_strategy": "no"}
-    config = FinetuneConfig(**settings, output_dir=str(folder))
+    small_steps = {"target_modules": "all-linear", "lora_dropout": 0.0, "gradient_accumulation_steps": 1}
+    config = FinetuneConfig(**small_steps, max_steps=options.steps, logging_steps=1, eval_strategy="no", output_dir=str(folder))
     for attempt in range(3):
         started = time.perf_counter()
         room = panel(config, data)
@@ -77,8 +77,8 @@ def main() -> None:
     one, two = (statistics.median(cpu for cpu, _ in runs) for runs in (bare, watched))
     print("bare    " + "  ".join(f"{cpu:.1f} s processor, {wall:.1f} s" for cpu, wall in bare))
     print("watched " + "  ".join(f"{cpu:.1f} s processor, {wall:.1f} s" for cpu, wall in watched))
-    print(f"watched / bare: {two / one:.3f} in processor time; the view itself took {statistics.median(costs):.2f} s of a run")
-    print(f"a small computation beside a run: median {1000 * statistics.median(waits):.1f} ms, worst {1000 * max(waits):.0f} ms of {len(waits)}")
+    print(f"watched / bare: {two / one:.3f} in processor time, of which the view took {statistics.median(costs):.2f} s a run")
+    print(f"a cell beside a run: median {1000 * statistics.median(waits):.1f} ms, worst {1000 * max(waits):.0f} ms of {len(waits)}")
 
 
 if __name__ == "__main__":

@@ -179,9 +179,11 @@ class Job(Task):
         splits: Splits | None = None,  # chats in place of those that the configuration names
         folder: Path | None = None,  # of a run to go on with
         questions: int = 2,  # validation chats that are answered at each look
+        callbacks: Sequence[TrainerCallback] = (),  # more of transformers' callbacks
     ) -> None:
         super().__init__(self._train, "Training")
         self.config, self.splits, self.folder, self.n_questions = replace(config), splits, folder, questions  # whoever owns it may go on turning it
+        self.callbacks = callbacks
         self.history: list[dict[str, float]] = read_history(folder) if folder else []
         self.samples: list[Sample] = []
         self.step, self.steps, self.epoch = 0, 0, 0.0
@@ -197,7 +199,7 @@ class Job(Task):
         self.state = "stopping" if self._stop.wanted else "preparing"
         if self.splits is None:
             self.splits = kept_sets(self.folder, self.config) if self.folder else load_splits(self.config)
-        listener = [_Listener(self)]
+        listener = [_Listener(self), *self.callbacks]
         if self.folder is not None:
             return resume(self.folder, self.splits, listener, self._stop, say)
         return train(self.config, self.splits, listener, self._stop, say)
@@ -297,9 +299,10 @@ def start_job(
     background: bool | None = None,  # None: what the front end can do
     listeners: Sequence[Callable[[], None]] = (),  # called after each change
     questions: int = 2,  # validation chats that are answered at each look
+    callbacks: Sequence[TrainerCallback] = (),  # more of transformers' callbacks
 ) -> Job:
     "Starts a training and returns at once, or in the foreground when it has ended; raises `JobError` while another one is at work."
-    return _launch(Job(config, splits, questions=questions), background, listeners)
+    return _launch(Job(config, splits, questions=questions, callbacks=callbacks), background, listeners)
 
 
 def continue_job(
