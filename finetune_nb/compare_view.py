@@ -282,6 +282,11 @@ class ChatView(View):
         self.task.listeners.append(self._asked)
         self.task.start(self.background)
 
+    def put_away(self) -> None:
+        "Lets go of the models, so that a run has the memory."
+        if self.task is None or not self.task.active:
+            self.shelf = None
+
     def _ask_all(self, say: Callable[[str], None]) -> dict[str, str]:
         config = self.config()
         if self.shelf is None or not fits_beside(self.shelf.config, config):

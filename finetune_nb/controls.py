@@ -19,7 +19,8 @@ from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, sav
 # %% ../nbs/10b_controls.ipynb #0f418010
 STYLE = """<style>
 .fnb{--fnb-ink:var(--jp-ui-font-color1,CanvasText);--fnb-dim:var(--jp-ui-font-color2,#767676);--fnb-line:var(--jp-border-color2,#8886);
---fnb-good:#2e9e4f;--fnb-tight:#c98a00;--fnb-bad:#d64545}
+--fnb-good:#1f7a3a;--fnb-tight:#8a5a00;--fnb-bad:#b92c2c}
+[data-jp-theme-light=false] .fnb{--fnb-good:#56c878;--fnb-tight:#e3ab3d;--fnb-bad:#ff8078}
 .fnb .widget-html-content,.fnb .jupyter-widgets{color:var(--fnb-ink)}
 .fnb .widget-label{color:var(--fnb-ink)}
 .fnb-note{font-size:12px;line-height:1.35;padding:0 8px 4px 8px;color:var(--fnb-dim)}
@@ -312,7 +313,7 @@ class ConfigForm(_FormLayout):
             self.problems.pop(name, None)
         except ConfigError as error:
             self.problems[name] = str(error)
-            return self._show_notes()
+            return self._changed()  # whoever starts runs has to know
         if name == "r" and self.tie.value:
             self._config.lora_alpha = min(max(self._config.lora_alpha * value / before, 0.01), 4096)
             self._moving = True

@@ -25,7 +25,7 @@ from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .evaluation import generate
 from .losses import inner_model
-from .models import load_tokenizer, release_memory
+from .models import load_tokenizer
 from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #3eb59f72
@@ -179,9 +179,11 @@ class Job(Task):
         splits: Splits | None = None,  # chats in place of those that the configuration names
         folder: Path | None = None,  # of a run to go on with
         questions: int = 2,  # validation chats that are answered at each look
+        callbacks: Sequence[TrainerCallback] = (),  # more of transformers' callbacks
     ) -> None:
         super().__init__(self._train, "Training")
         self.config, self.splits, self.folder, self.n_questions = replace(config), splits, folder, questions  # whoever owns it may go on turning it
+        self.callbacks = callbacks
         self.history: list[dict[str, float]] = read_history(folder) if folder else []
         self.samples: list[Sample] = []
         self.step, self.steps, self.epoch = 0, 0, 0.0
@@ -197,7 +199,7 @@ class Job(Task):
         self.state = "stopping" if self._stop.wanted else "preparing"
         if self.splits is None:
             self.splits = kept_sets(self.folder, self.config) if self.folder else load_splits(self.config)
-        listener = [_Listener(self)]
+        listener = [_Listener(self), *self.callbacks]
         if self.folder is not None:
             return resume(self.folder, self.splits, listener, self._stop, say)
         return train(self.config, self.splits, listener, self._stop, say)
@@ -297,9 +299,10 @@ def start_job(
     background: bool | None = None,  # None: what the front end can do
     listeners: Sequence[Callable[[], None]] = (),  # called after each change
     questions: int = 2,  # validation chats that are answered at each look
+    callbacks: Sequence[TrainerCallback] = (),  # more of transformers' callbacks
 ) -> Job:
     "Starts a training and returns at once, or in the foreground when it has ended; raises `JobError` while another one is at work."
-    return _launch(Job(config, splits, questions=questions), background, listeners)
+    return _launch(Job(config, splits, questions=questions, callbacks=callbacks), background, listeners)
 
 
 def continue_job(
@@ -332,20 +335,13 @@ def _check_free() -> None:
 
 def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], None]]) -> Job:
     _check_free()
-    for other in JOBS:
-        if other.result is not None:
-            _put_down(other.result)
     if job not in JOBS:
         JOBS.append(job)
+    for one in JOBS:  # there is room for one model
+        if isinstance(one.result, Run):
+            one.result.release()
     job.listeners += listeners
     return job.start(front_end() != "colab" if background is None else background)
-
-
-def _put_down(run: Run) -> None:
-    "Lets a run's model go from memory, or each run would keep a base model there; asked for again, it is read from the folder."
-    run.loaded = None
-    run.__dict__.pop("_pair", None)
-    release_memory()
 
 
 def active_job() -> Job | None:

@@ -17,7 +17,7 @@ from .config import FinetuneConfig
 from .controls import ConfigForm, View
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
-from .jobs import JOBS, continue_job, find_job
+from .jobs import JOBS, find_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView
@@ -100,8 +100,7 @@ def runs_view(
     "The table of all runs."
 
     def go_on(folder: Path) -> None:
-        job = continue_job(folder, train.background, [train._adopt])
-        train.attach(job)
+        train.continue_from(folder)
 
     return RunsView(lambda: form.config.output_dir, lambda config: setattr(form, "config", config), go_on if train else None)
 
@@ -131,6 +130,7 @@ class Panel(View):
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
         self.data.listeners.append(self._data_read)
+        self.train.before.append(self.chat.put_away)
         self.train.listeners.append(self._runs_changed)
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir

@@ -121,6 +121,7 @@ class TrainView(_TrainLayout):
     ) -> None:
         self.form, self.splits, self.background, self.job = form, splits, background, None
         self.listeners: list[Callable[[], None]] = []  # called when a run has ended
+        self.before: list[Callable[[], None]] = []  # called before a run begins or goes on
         self.cost = 0.0  # seconds that the view has taken from the run
         self._told = self._drawn = self._took = 0.0
         self._state, self._looks = "", 0
@@ -155,8 +156,17 @@ class TrainView(_TrainLayout):
         if self.job is not None:
             self._act(lambda: continue_job(self.job, self.background))
 
+    def continue_from(
+        self,
+        folder: Path,  # of a run
+    ) -> None:
+        "Goes on with the run in a folder."
+        self._act(lambda: continue_job(folder, self.background, [self._adopt]))
+
     def _act(self, act: Callable[[], Job]) -> None:
         try:
+            for prepare in self.before:
+                prepare()
             self.attach(act())
         except FinetuneError as error:
             self.status.value = note(str(error), "error")

@@ -398,6 +398,12 @@ class Run:
         "The tokenizer of the base model."
         return self._pair[1]
 
+    def release(self) -> None:
+        "Lets go of the model in memory; it is loaded from the folder when it is next asked for."
+        self.loaded = None
+        self.__dict__.pop("_pair", None)
+        release_memory()
+
     @cached_property
     def _pair(self) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         if self.loaded:

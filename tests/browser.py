@@ -34,8 +34,8 @@ SETTINGS = {
     "docmanager-extension/plugin": {"autosave": False},
 }
 # What the pages complain of by themselves, whatever the notebook: Voila's look for fonts on the internet, and
-# those of ipywidgets 7 look there for an old MathJax.
-NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/|reading 'Queue'")
+# those of ipywidgets 7 look there for an old MathJax; and, where there is no internet, the picture of a Colab badge.
+NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/|reading 'Queue'|colab-badge\.svg")
 
 # The splash are the moons that circle over the page while it, or a theme, loads.
 IDLE = """() => {

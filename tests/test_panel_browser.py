@@ -1,0 +1,196 @@
+"""The panel as a person meets it: the tutorial in JupyterLab, and the panel alone in Voila, on the embedded model."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+
+BAD = "<img src=x onerror=window.hacked=1>"
+PICTURE = "() => [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetParent)[0]?.src"
+CARD = """name => [...document.querySelectorAll('.fnb-card')].filter(card => card.offsetParent)
+    .find(card => card.querySelector('span').textContent === name)?.querySelector('b').textContent"""
+
+
+@pytest.fixture(autouse=True)
+def no_runs_of_other_tests(request):
+    for name in ("lab", "voila"):
+        if name in request.fixturenames:
+            shutil.rmtree(request.getfixturevalue(name).folder / "runs", ignore_errors=True)
+
+
+def put_tutorial(page):
+    "The tutorial in the server's folder, on few chats and with few steps."
+    notebook = json.loads((ROOT / "nbs/tutorials/finetune.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", []):
+            source += "\nn_train, max_eval_samples = 48, 4"
+        cell["source"] = source.replace("seed=seed,\n)", 'seed=seed,\n    max_steps=12,\n    eval_strategy="steps",\n    eval_steps=6,\n    logging_steps=1,\n)')
+        cell["source"] = cell["source"].replace("max_new_tokens=96", "max_new_tokens=24")
+    (page.folder / "finetune.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    return "finetune.ipynb"
+
+
+def card(page, name):
+    "The figure with this label that is seen."
+    return page.wait(CARD, f"there is a figure {name!r}", name)
+
+
+def until_card(page, name, pattern, seconds=120):
+    "Waits until the figure with this label is as the pattern says."
+    condition = f"([name, pattern]) => new RegExp(pattern).test(({CARD})(name) ?? '')"
+    page.wait(condition, f"{name} is like {pattern!r}", [name, pattern], seconds)
+
+
+def press(page, text):
+    "A button inside the visible tab; `click` would find the tab of the same name."
+    page.page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{text}\s*$")).locator("visible=true").first.click()
+
+
+def test_the_tutorial_by_hand(lab):
+    lab.open(put_tutorial(lab))
+    lab.run_all(180)
+    lab.click("Settings")
+    lab.see("Fits: ", 60)
+    # the plan follows the sliders
+    before = card(lab, "trained parameters")
+    assert lab.move_slider("r", 2) == "64"
+    until_card(lab, "trained parameters", f"^{4 * int(before.replace(',', '')):,}$")
+    assert lab.move_slider("r", 4, "ArrowLeft") == "4"
+    assert lab.move_slider("learning_rate", 1, "ArrowLeft") == "0.0015"
+    assert float(lab.move_slider("num_train_epochs", 1)) == 1.5
+    lab.see("Not used: max_steps=12")
+    # a run, watched
+    lab.click("Train")
+    press(lab, "Train")
+    until_card(lab, "step", "^[1-9]")
+    picture = lab.wait(PICTURE, "there is a curve")
+    answer = lab.execute("6 * 7")
+    assert answer.text == "42" and answer.seconds < 0.5, answer
+    lab.wait(f"before => ({PICTURE})() !== before", "the curve has grown", picture)
+    press(lab, "Stop")
+    lab.see("Stopped and saved", 60)
+    step = card(lab, "step")
+    press(lab, "Continue")
+    lab.see("Finished. run-001", 120)
+    assert int(card(lab, "step").split()[0]) == 12 >= int(step.split()[0])
+    # compared and asked
+    lab.click("Compare")
+    press(lab, "Answer the test set")
+    lab.see("4 test questions", 120)
+    lab.fill("show", "changed")
+    lab.see(r"\d of \d shown, 4 in all")
+    lab.click("Chat")
+    lab.fill("question", "Which code for a cough? Entry: cough: R05 (Cough)")
+    lab.move_slider("tokens", 120, "ArrowLeft")
+    press(lab, "Ask")
+    lab.wait("() => [...document.querySelectorAll('[aria-live] pre')].filter(e => e.offsetParent && e.innerText.trim() !== '…').length === 2", "both have answered", seconds=90)
+    # found again
+    lab.save()
+    lab.reload()
+    lab.click("Train")
+    lab.see("Finished. run-001")
+    assert card(lab, "step").startswith("12")
+    assert lab.execute("again = panel(config, data); again.train.job is room.train.job, again.train.job.state, len(again.train.job.history) > 12").text == "(True, 'finished', True)"
+    assert lab.errors() == []
+
+
+def test_no_text_becomes_markup(lab):
+    "In chats, settings, names of runs, answers and errors."
+    run = lab.folder / "runs" / "run-666"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (run / "config.yaml").write_text(f'run_name: "{BAD}"\n')
+    rows = [{"model": model, "where": BAD, "question": BAD, "expected": BAD, "answer": BAD + model, "passed": {BAD: False}, "loss": 1, "tokens": 1} for model in ("base", "tuned")]
+    (run / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = [{"messages": [{"role": "user", "content": f"{BAD} {i}"}, {"role": "assistant", "content": BAD * 2}]} for i in range(30)]
+    (lab.folder / "bad.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    code = f"""
+from finetune_nb import FinetuneConfig
+from finetune_nb.panel import panel
+
+room = panel(FinetuneConfig(train_file="bad.jsonl"))
+room.form.controls["target_modules"].value = {BAD!r}
+room.form.controls["model_name_or_path"].value = {BAD!r}
+room.form.path.value = {BAD!r}
+room.form.load.click()
+room.form.show_code.click()
+room.chat.question.value = {BAD!r}
+room.data.filter.value = "img"
+room"""
+    lab.open(lab.write("bad.ipynb", code))
+    lab.run_all()
+    for tab in ("Data", "Settings", "Train", "Compare", "Chat", "Runs", "Export"):
+        lab.click(tab)
+        if tab == "Data":
+            press(lab, "Read the chats")
+        if tab == "Compare":
+            lab.see("1 of 1 shown")
+        if tab in ("Train", "Chat"):
+            press(lab, "Ask" if tab == "Chat" else "Train")
+        assert lab.execute(f"'{tab}'").text == f"'{tab}'"
+    assert lab.page.evaluate("() => window.hacked") is None
+    assert lab.page.evaluate("() => document.querySelectorAll('img[src=\"x\"]').length") == 0
+
+
+def test_every_control_has_a_name_and_can_be_reached(lab):
+    lab.open(put_tutorial(lab))
+    lab.run_all(180)
+    lab.click("Settings")
+    lab.see("Fits: ", 60)
+    nameless = lab.page.evaluate(
+        """() => [...document.querySelectorAll('.fnb input, .fnb select, .fnb textarea, .fnb button, .fnb [role=slider]')].filter(e => e.offsetParent).filter(e => {
+            const widget = e.closest('.jupyter-widgets'), label = widget?.querySelector('.widget-label, .widget-label-basic');
+            return !(e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim() || e.title || label?.textContent.trim());
+        }).map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+    lab.page.locator("button.jupyter-button", has_text="the guide's").locator("visible=true").focus()
+    reached = []
+    for _ in range(30):
+        lab.page.keyboard.press("Tab")
+        reached.append(lab.page.evaluate("() => document.activeElement.closest('.jupyter-widgets')?.querySelector('.widget-label, .widget-label-basic')?.textContent.trim() || document.activeElement.innerText"))
+    assert {"small GPU", "Save", "r", "learning_rate", "num_train_epochs"} <= set(reached), reached
+
+
+def test_the_panel_alone_in_voila(voila):
+    notebook = json.loads((ROOT / "nbs/tutorials/panel.ipynb").read_text(encoding="utf-8"))
+    cell = next(c for c in notebook["cells"] if "room = panel()" in "".join(c["source"]))
+    settings = "target_modules='all-linear', max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, eval_strategy='no', logging_steps=1"
+    cell["source"] = "".join(cell["source"]).replace("panel()", f"panel(FinetuneConfig({settings}), few)").replace(
+        "from finetune_nb.panel", "from finetune_nb import FinetuneConfig, Splits, icd10_chats\n\ndata = icd10_chats()\nfew = Splits(data.train[:12], data.validation[:2], data.test[:2])\nfrom finetune_nb.panel"
+    )
+    (voila.folder / "panel.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    voila.open("panel.ipynb")
+    voila.see("Fits: ", 90)
+    before = card(voila, "trained parameters")
+    voila.move_slider("r", 1)
+    voila.wait(f"before => ({CARD})('trained parameters') !== before", "the plan has followed", before)
+    voila.click("Train")
+    press(voila, "Train")
+    voila.see("Finished. run-001", 120)
+    assert voila.errors() == []
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_words_can_be_read_in_both_themes(lab, theme):
+    "Ink and ground of every visible text of the settings differ enough (WCAG: 4.5 to 1)."
+    lab.open(put_tutorial(lab))
+    lab.theme(theme)
+    lab.run_all(180)
+    lab.click("Settings")
+    lab.see("Fits: ", 60)
+    poor = lab.page.evaluate(
+        """() => {
+            const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+            const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+            const ground = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return c; } return [255, 255, 255]; };
+            return [...document.querySelectorAll('.fnb *')].filter(e => e.offsetParent && !e.closest(":disabled, .widget-tab > .lm-TabBar, .widget-tab > .p-TabBar, .jupyter-button") && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).filter(e => {
+                const pair = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => b - a);
+                return (pair[0] + .05) / (pair[1] + .05) < 4.5;
+            }).map(e => e.textContent.slice(0, 60));
+        }"""
+    )
+    assert poor == []
