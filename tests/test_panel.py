@@ -676,6 +676,7 @@ def test_a_failed_start_says_why(steady, splits):
     view.splits, view.background = lambda: splits, False
     view.start.click()
     assert view.job.state == "failed" and "fnb-error" in view.status.value and "details" in view.status.value and view.go_on.disabled
+    assert "Traceback" in view.status.value and "Traceback" not in view.still() and "fnb-error" in view.still(), "paths of a machine stay out of the notebook"
     assert not list(Path(steady.output_dir).glob("*")) and not view.start.disabled
     check_view(view)
 
