@@ -608,7 +608,8 @@ def adapter(folder):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    "The same weights, but for the last bit that another thread's sums may differ in; `test_jobs` and `test_training` ask for every bit."
+    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-7) for key in one)
 
 
 @pytest.mark.trains
