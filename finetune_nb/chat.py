@@ -6,6 +6,7 @@
 __all__ = ['BASE', 'answer', 'Shelf', 'fits_beside', 'askable']
 
 # %% ../nbs/09c_chat.ipynb #b2b4405e
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,7 @@ class Shelf:
         self.base, self.tokenizer = load_base(config, say)
         self.model: PeftModel | None = None
         self.names: dict[str, str] = {}  # folder of the run to the name of its adapter
+        self._read: dict[str, tuple[int, int]] = {}  # folder of the run to the state of its file when it was read
 
     @contextmanager
     def using(
@@ -110,19 +112,38 @@ class Shelf:
 
     def _adapter(self, folder: Path) -> str:
         "The name of a run's adapter, which is put beside the base model first."
-        key = str(folder.resolve())
-        if key in self.names:
+        key, state = str(folder.resolve()), _state_of(folder)
+        if key in self.names and self._read[key] == state:
             return self.names[key]
         row = read_run(folder)
-        if row.config is None or not fits_beside(self.config, row.config):
-            raise FinetuneError(f"{folder.name} was trained on another base model ({row.config and row.config.model_name_or_path}); ask it by itself.")
+        if row.config is None:
+            raise FinetuneError(f"{folder.name} is not there any more, or can't be read.")
+        if not fits_beside(self.config, row.config):
+            raise FinetuneError(f"{folder.name} was trained on another base model ({row.config.model_name_or_path}); ask it by itself.")
+        name, old = self._put(folder / "adapter"), self.names.get(key)
+        if old is not None:  # the run has gone on since, or another one has its name
+            self.model.set_adapter(name)
+            self.model.delete_adapter(old)
+        self.names[key], self._read[key] = name, state
+        return name
+
+    def _put(self, adapter: Path) -> str:
+        "Puts an adapter beside the base model and returns its name; leaves all as it was when it does not fit."
         if self.model is None:
-            self.model = load_adapter(self.base, folder / "adapter")
-            self.names[key] = "default"
-        else:
-            self.names[key] = f"run{len(self.names)}"
-            put_adapter(self.model, folder / "adapter", self.names[key])
-        return self.names[key]
+            try:
+                self.model = load_adapter(self.base, adapter)
+            except FinetuneError:
+                self.base, self.tokenizer = load_base(self.config, lambda line: None)  # the half of an adapter stays in the old one
+                raise
+            return "default"
+        name = next(f"run{n}" for n in itertools.count(1) if f"run{n}" not in self.model.peft_config)
+        try:
+            put_adapter(self.model, adapter, name)
+        except FinetuneError:
+            if name in self.model.peft_config:
+                self.model.delete_adapter(name)
+            raise
+        return name
 
     def ask(
         self,
@@ -134,6 +155,14 @@ class Shelf:
         "What the model says with that adapter."
         with self.using(folder) as model:
             return answer(model, self.tokenizer, messages, show, max_new_tokens, self.config.chat_template_kwargs)
+
+
+def _state_of(folder: Path) -> tuple[int, int]:
+    "What changes when the adapter of a run is written anew."
+    file = folder / "adapter" / "adapter_model.safetensors"
+    if not file.is_file():
+        return (0, 0)
+    return file.stat().st_mtime_ns, file.stat().st_size
 
 
 def fits_beside(

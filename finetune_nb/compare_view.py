@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,14 @@ class Pair:
 def read_pairs(
     folder: str | Path,  # of a run that was evaluated
 ) -> list[Pair]:
-    "Both answers to each test question, as answers.jsonl has them; empty before the run was evaluated."
+    "Both answers to each test question, as answers.jsonl has them; empty before the run was evaluated. Raises `FinetuneError` for a broken file."
     path = Path(folder) / "answers.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    base, tuned = ([row for row in rows if row["model"] == name] for name in ("base", "tuned"))
-    return [Pair(b["question"], b["expected"], b["answer"], t["answer"], b["passed"], t["passed"]) for b, t in zip(base, tuned, strict=True)]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
+        base, tuned = ([row for row in rows if row["model"] == name] for name in ("base", "tuned"))
+        return [Pair(b["question"], b["expected"], b["answer"], t["answer"], dict(b["passed"]), dict(t["passed"])) for b, t in zip(base, tuned, strict=True)]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise FinetuneError(f"{path} can't be read. Let the test set be answered again.") from None
 
 
 SHOWN = ("all", "changed", "better", "worse", "right in both", "wrong in both")
@@ -135,11 +138,16 @@ class CompareView(View):
     def read(self) -> None:
         "Shows what is known of the chosen run."
         folder = Path(self.output_dir()) / self.run.value if self.run.value else None
-        self.pairs = read_pairs(folder) if folder else []
-        self.judge.disabled = folder is None
-        report = folder / "report.md" if folder else None
-        self.table.value = _first_table(report.read_text(encoding="utf-8")) if report and report.is_file() else ""
-        if folder is None:
+        self.judge.disabled = folder is None or self._at_work
+        report, broken = folder / "report.md" if folder else None, ""
+        try:
+            self.pairs = read_pairs(folder) if folder else []
+            self.table.value = _first_table(report.read_text(encoding="utf-8")) if report and report.is_file() else ""
+        except (FinetuneError, OSError, ValueError) as error:
+            self.pairs, self.table.value, broken = [], "", str(error)
+        if broken:
+            self.status.value = note(broken, "error")
+        elif folder is None:
             self.status.value = note("There is no run yet. Train one first.")
         elif not self.pairs:
             self.status.value = note("This run has not answered its test set yet.")
@@ -152,6 +160,8 @@ class CompareView(View):
 
     def evaluate(self) -> None:
         "Lets base and tuned answer the test set of the chosen run."
+        if self._at_work or not self.run.value:
+            return
         if active_job() is not None:
             self.status.value = note("A run is at work. Stop it, or wait until it has ended.", "error")
             return
@@ -159,15 +169,18 @@ class CompareView(View):
         run = self.in_memory()
         task = Task(lambda say: _judged(run if run is not None and run.folder == folder else load_run(folder)), "Answering")
         task.listeners.append(lambda: self._working(task))
-        self.judge.disabled = True
-        self.task = task.start(self.background)
+        self.task, self.judge.disabled = task, True
+        task.start(self.background)
+
+    @property
+    def _at_work(self) -> bool:
+        return self.task is not None and self.task.active
 
     def _working(self, task: Task) -> None:
         if task.active:
             self.status.value = task.progress._repr_html_() if task.progress else note("Getting ready…")
             return
         self.read()
-        self.judge.disabled = False
         if task.state == "failed":
             self.status.value = note(task.error, "error")
         self.keep_picture()
@@ -201,8 +214,9 @@ def _judged(run: Run) -> Any:
 
 def _first_table(markdown: str) -> str:
     "The first table of a report, as HTML."
-    lines = [line for line in markdown.split("\n\n")[1].splitlines() if line.startswith("|") and not line.startswith("| ---")]
-    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]  # escaped already when it was written
+    table = next((part for part in markdown.split("\n\n") if part.startswith("|")), "")
+    lines = [line for line in table.splitlines() if line.startswith("|") and not line.startswith("| ---")]
+    cells = [[escape(unescape(cell.strip())) for cell in line.strip("| ").split(" | ")] for line in lines]  # it was escaped, if it is ours
     return "<table>" + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells) + "</table>"
 
 # %% ../nbs/10e_compare_view.ipynb #02b69b7c
@@ -260,6 +274,9 @@ class ChatView(View):
         if not self.question.value.strip():
             self.status.value = note("There is no question. Type one first.", "error")
             return
+        if not self.who.value:
+            self.status.value = note("Nobody is chosen. Choose whom to ask.", "error")
+            return
         self.send.disabled, self.answers = True, dict.fromkeys(self.who.value, "")
         self.task = Task(self._ask_all, "Asking")
         self.task.listeners.append(self._asked)
@@ -275,6 +292,7 @@ class ChatView(View):
         if self.shelf is None or not fits_beside(self.shelf.config, config):
             self.shelf = None  # before the next one, so that there are never two
             self.shelf = Shelf(config, say)
+        self.shelf.config = config  # also its chat_template_kwargs
         system = self.system.value.strip()
         messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": self.question.value}]
         for name in self.answers:

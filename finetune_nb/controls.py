@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'WIDE', 'WRAP', 'View', 'note', 'cards', 'make_control', 'se
 
 # %% ../nbs/10b_controls.ipynb #b9b30df5
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from copy import deepcopy
 from html import escape
 from typing import Any
 
@@ -133,7 +133,8 @@ def make_control(
 
 def _steps(spec: Spec, value: Any) -> list[tuple[str, Any]]:
     "The steps of a slider, with a value between them where there is one."
-    return [(f"{step:g}", step) for step in sorted({*spec.options, value})]
+    short = {step: f"{step:g}" for step in {*spec.options, value}}  # but two values must not look the same: ipywidgets would take one for the other
+    return [(short[step] if float(short[step]) == step else repr(step), step) for step in sorted(short)]
 
 
 def _labels(options: tuple) -> list[tuple[str, Any]]:
@@ -157,8 +158,10 @@ def set_control(
         if value not in [option for _, option in control.options]:
             control.options = _steps(spec, value)
     elif spec.kind == "slider":
-        control.min, control.max = min(control.min, value), max(control.max, value)
+        control.min, control.max = min(control.min, value), max(control.max, value)  # first wider, so that both values are within
     control.value = to_text(value) if spec.kind in ("names", "text", "integer", "number") else value
+    if spec.kind == "slider":
+        control.min, control.max = min(spec.low, value), max(spec.high, value)
 
 
 def value_of(
@@ -275,7 +278,7 @@ class ConfigForm(_FormLayout):
         config: FinetuneConfig | None = None,  # where to begin
         on_gpu: bool = False,  # whether runs will use a GPU
     ) -> None:
-        self._config, self.on_gpu, self._moving = replace(config or FinetuneConfig()), on_gpu, False
+        self._config, self.on_gpu, self._moving = deepcopy(config or FinetuneConfig()), on_gpu, False
         self.specs, self.listeners = control_specs(), []
         self.problems: dict[str, str] = {}  # by setting, why what stands in its field can't be had
         self.hints: dict[str, tuple[str, str]] = {}  # by setting, what others say beside it, and its kind
@@ -289,11 +292,11 @@ class ConfigForm(_FormLayout):
     @property
     def config(self) -> FinetuneConfig:
         "A copy of what the controls say."
-        return replace(self._config)
+        return deepcopy(self._config)
 
     @config.setter
     def config(self, config: FinetuneConfig) -> None:
-        self._config, self.problems, self._moving = replace(config), {}, True
+        self._config, self.problems, self._moving = deepcopy(config), {}, True
         try:
             for name, control in self.controls.items():
                 set_control(control, self.specs[name], getattr(config, name))
@@ -350,7 +353,7 @@ class ConfigForm(_FormLayout):
     def _file(self, act: Callable[[], str]) -> None:
         try:
             self.file_note.value = note(act(), "good")
-        except (FinetuneError, OSError) as error:
+        except (FinetuneError, OSError, ValueError) as error:  # an empty name, or one with a character that no name has
             self.file_note.value = note(str(error), "error")
 
     def toggle_code(self) -> None:
@@ -373,9 +376,9 @@ class ConfigForm(_FormLayout):
             self.problems.pop(name, None)
         except ConfigError as error:
             self.problems[name] = str(error)
-            return self._show_notes()
+            return self._changed()  # whoever starts runs has to know
         if name == "r" and self.tie.value:
-            self._config.lora_alpha = min(self._config.lora_alpha * value / before, 4096)
+            self._config.lora_alpha = min(max(self._config.lora_alpha * value / before, 0.01), 4096)
             self._moving = True
             set_control(self.controls["lora_alpha"], self.specs["lora_alpha"], self._config.lora_alpha)
             self._moving = False

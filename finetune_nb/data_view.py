@@ -6,6 +6,7 @@
 __all__ = ['DATA_SETTINGS', 'plot_lengths', 'Prepared', 'DataView', 'plan_html', 'PlanView']
 
 # %% ../nbs/10c_data_view.ipynb #198a39b1
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +99,12 @@ DATA_SETTINGS = (
 ).split()
 
 # %% ../nbs/10c_data_view.ipynb #ba2cac2b
+def _harmless(name: str) -> str:
+    "What is left of a file's name without folders and characters that mean something to a machine; the ending, which tells the format, stays."
+    plain = re.sub(r"[^\w.() -]", "_", re.split(r"[/\\]", name)[-1])[-80:].lstrip(". ")
+    return plain or "upload"
+
+
 class DataView(View):
     "Choose chats, read the report, page through them and see which tokens carry loss."
 
@@ -109,9 +116,10 @@ class DataView(View):
         splits: Splits | None = None,  # chats in place of those that the form names
         background: bool | None = None,  # whether to read in a thread; None: where pictures from a thread show
     ) -> None:
-        self.form, self.given, self.ready = form or ConfigForm(), splits, None
+        self.form, self.given, self.ready, self.task = form or ConfigForm(), splits, None, None
         self.background = front_end() == "notebook" if background is None else background
         self.listeners: list[Callable[[Prepared], None]] = []
+        self._drawn: tuple[Prepared | None, int] = None, 0  # what the picture shows
         wide = {"description_width": "90px"}
         self.path = widgets.Text(value=self.form.config.train_file, description="chats", continuous_update=False, style=wide, layout=widgets.Layout(width="420px"))
         self.read, self.upload = button("Read the chats", self.load, style="primary"), widgets.FileUpload(multiple=False, description="Upload a file")
@@ -122,7 +130,7 @@ class DataView(View):
         self.chat = widgets.HTML()
         browse = widgets.Box([self.which, self.filter, self.at], layout=WRAP)
         super().__init__([widgets.Box([self.path, self.read, self.upload], layout=WRAP), self.status, self.report, self.picture, browse, self.chat])
-        self.path.observe(lambda change: self.form.controls["train_file"].set_trait("value", change.new), names="value")
+        self.path.observe(lambda change: self._other_file(change.new), names="value")
         self.upload.observe(lambda change: self._uploaded(), names="value")
         for control in (self.which, self.filter):
             control.observe(lambda change: self._search(), names="value")
@@ -132,11 +140,18 @@ class DataView(View):
     def load(self) -> Task:
         "Reads what the form names, and shows it."
         config, given = self.form.config, self.given
-        task = Task(lambda say: Prepared(config, given, say), "Reading")
+        self.task = task = Task(lambda say: Prepared(config, given, say), "Reading")
         task.listeners.append(lambda: self._reading(task))
         return task.start(self.background)
 
+    def _other_file(self, path: str) -> None:
+        "Hands the name of a file to the form; it takes the place of chats that were given."
+        self.given = None
+        self.form.controls["train_file"].value = path
+
     def _reading(self, task: Task) -> None:
+        if task is not self.task:  # something else was asked for since
+            return
         if task.state == "running":
             self.status.value = note(task.lines[-1] if task.lines else "Reading…")
         elif task.state == "failed":
@@ -149,24 +164,26 @@ class DataView(View):
             self.keep_picture()
 
     def _uploaded(self) -> None:
-        "Keeps an uploaded file, whose name is the user's word, under that name in a folder of its own."
+        "Keeps an uploaded file, whose name is the user's word, under as much of that name as is harmless, in a folder of its own."
         content = self.upload.value
         files = list(content.values()) if isinstance(content, dict) else list(content)
         if not files:
             return
-        name = Path(files[-1].get("name") or files[-1]["metadata"]["name"]).name or "upload"
-        path = Path(tempfile.mkdtemp(prefix="chats-")) / name
+        name = files[-1]["name"] if "name" in files[-1] else files[-1]["metadata"]["name"]
+        path = Path(tempfile.mkdtemp(prefix="chats-")) / _harmless(name)
         path.write_bytes(bytes(files[-1]["content"]))
-        self.given, self.path.value = None, str(path)
+        self.path.value = str(path)
         self.load()
 
     def _settings_changed(self, config: FinetuneConfig) -> None:
         if self.path.value != config.train_file:
             self.path.value = config.train_file
         if self.ready is not None:
-            self.form.hints["max_length"] = (self._cut(config.max_length), "tight")
+            self.form.hint("max_length", self._cut(config.max_length), "tight")
             self.status.value = self._status(config)
-            self.picture.value = plot_lengths(self.ready.lengths, config.max_length)._repr_png_()
+            if self._drawn != (self.ready, config.max_length):
+                self._drawn = self.ready, config.max_length
+                self.picture.value = plot_lengths(self.ready.lengths, config.max_length)._repr_png_()
 
     def _cut(self, max_length: int) -> str:
         count, share = cut_share(self.ready.lengths, max_length)
@@ -185,7 +202,6 @@ class DataView(View):
         self.report.value = cards(sizes | tokens) + unread + f"<details><summary>what the checks found</summary>{ready.report._repr_html_()}</details>"
         self.picture.layout.display = None
         self._settings_changed(self.form.config)
-        self.form._show_notes()
         self._search()
 
     @property
@@ -268,7 +284,8 @@ class PlanView(View):
             return
         try:
             self.plan = self.ready.live.plan(config)
-            self.box.value = plan_html(self.plan) + "".join(note(text, "tight") for text in self.plan.notes)
+            other = [] if self.ready.same_data(config) else ["This is the plan for the chats that were read before; the settings name other data now."]
+            self.box.value = plan_html(self.plan) + "".join(note(text, "tight") for text in [*other, *self.plan.notes])
             self.advise.layout.display = None if not self.plan.fits else "none"
         except FinetuneError as error:
             self.plan, self.box.value = None, note(str(error), "error")
@@ -279,7 +296,11 @@ class PlanView(View):
     def advice(self) -> None:
         "Looks for settings that fit, and shows them."
         if self.plan is not None:
-            found = self.ready.live.advice(self.form.config)
+            try:
+                found = self.ready.live.advice(self.form.config)
+            except FinetuneError as error:
+                self.box.value = note(str(error), "error")
+                return
             self.box.value = plan_html(self.plan, found) + ("" if found else note("No setting of this model fits this device. Choose a smaller one.", "error"))
 
     def still(self) -> str:

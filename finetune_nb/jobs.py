@@ -25,7 +25,7 @@ from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .evaluation import generate
 from .losses import inner_model
-from .models import load_tokenizer, release_memory
+from .models import load_tokenizer
 from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #3eb59f72
@@ -260,8 +260,8 @@ def patience_left(
     "How many more looks without improvement there may be before the run is stopped early, as transformers' `EarlyStoppingCallback` counts."
     best, since = None, 0
     for loss in (row["eval_loss"] for row in history if "eval_loss" in row and row["step"]):  # the base model is not what it improves on
-        improved = best is None or loss < best
-        best, since = (loss, 0) if improved else (best, since + 1)
+        since = 0 if best is None or loss < best else since + 1
+        best = min(math.inf if best is None else best, loss)  # a loss that is no number never is the best
     return max(patience - since, 0)
 
 
@@ -335,9 +335,6 @@ def _check_free() -> None:
 
 def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], None]]) -> Job:
     _check_free()
-    for other in JOBS:
-        if other.result is not None:
-            _put_down(other.result)
     if job not in JOBS:
         JOBS.append(job)
     for one in JOBS:  # there is room for one model
@@ -345,13 +342,6 @@ def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], 
             one.result.release()
     job.listeners += listeners
     return job.start(front_end() != "colab" if background is None else background)
-
-
-def _put_down(run: Run) -> None:
-    "Lets a run's model go from memory, or each run would keep a base model there; asked for again, it is read from the folder."
-    run.loaded = None
-    run.__dict__.pop("_pair", None)
-    release_memory()
 
 
 def active_job() -> Job | None:

@@ -131,7 +131,10 @@ class Panel(View):
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
         self.data.listeners.append(self._data_read)
         self.train.before.append(self.chat.put_away)
-        self.train.listeners.append(self._run_ended)
+        self.train.listeners.append(self._runs_changed)
+        self.runs.listeners.append(self._runs_changed)
+        self._folder = self.form.config.output_dir
+        self.form.on_change(self._folder_changed)
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
         settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap")).add_class("fnb-columns")
@@ -163,7 +166,16 @@ class Panel(View):
             self.chat.system.value = first["content"]
         self.keep_picture()
 
-    def _run_ended(self) -> None:
+    def _folder_changed(self, config: FinetuneConfig) -> None:
+        "Other runs stand in another folder."
+        if config.output_dir != self._folder:
+            self._folder = config.output_dir
+            if self.train.job is None or not self.train.job.active:
+                self.train.attach(find_job(config.output_dir))
+            self._runs_changed()
+
+    def _runs_changed(self) -> None:
+        self.train.refresh_runs()
         for view in (self.compare, self.chat, self.runs, self.export):
             view.refresh()
         self.keep_picture()

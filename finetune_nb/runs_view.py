@@ -8,6 +8,7 @@ __all__ = ['ADAPTER_FILES', 'RunsView', 'copy_adapter', 'loading_code', 'ExportV
 # %% ../nbs/10f_runs_view.ipynb #f7ebca94
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -16,8 +17,7 @@ import ipywidgets as widgets
 from .chat import askable
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, note, picture
-from .jobs import active_job
-from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, restore_run, trash_run
+from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
 class RunsView(View):
@@ -32,10 +32,11 @@ class RunsView(View):
         go_on: Callable[[Path], None] | None = None,  # goes on with the run in a folder
     ) -> None:
         self.output_dir, self.open_config = output_dir, open_config
+        self.listeners: list[Callable[[], None]] = []  # called when runs have come or gone
         self.sort = widgets.Dropdown(options=list(SORTS), description="order", style={"description_width": "60px"})
         self.chosen = widgets.SelectMultiple(options=[], description="runs", rows=5, style={"description_width": "60px"})
         self.open = button("Use its settings", self.take_settings, "move the controls to the settings of the chosen run")
-        self.continue_ = button("Continue", lambda: self._act(lambda: go_on(self._one())), "go on with a run that was stopped or broken off", "primary")
+        self.continue_ = button("Continue", lambda: self._act(lambda: go_on(self._to_go_on())), "go on with a run that was stopped or broken off", "primary")
         self.delete = button("Delete", self.trash, "move the chosen runs to the trash", "danger")
         self.trashed = widgets.Dropdown(options=[], description="trash", style={"description_width": "60px"})
         self.restore = button("Bring back", self.bring_back, "out of the trash")
@@ -78,6 +79,12 @@ class RunsView(View):
             raise FinetuneError("Choose one run.")
         return self.rows[0].folder
 
+    def _to_go_on(self) -> Path:
+        folder = self._one()
+        if not read_run(folder).can_go_on:
+            raise FinetuneError(f"{folder.name} can't go on: it is {self.rows[0].state}, or no checkpoint of it was saved.")
+        return folder
+
     def _act(self, act: Callable[[], object]) -> None:
         try:
             done = act()
@@ -92,8 +99,7 @@ class RunsView(View):
             folder = self._one()
             if (config := self.rows[0].config) is None:
                 raise FinetuneError(f"The settings of {folder.name} can't be read.")
-            config.run_name = None  # the next run gets a name of its own
-            self.open_config(config)
+            self.open_config(replace(config, run_name=None))  # the next run gets a name of its own
             return f"The controls stand at the settings of {folder.name}."
 
         self._act(take)
@@ -102,23 +108,28 @@ class RunsView(View):
         "Moves the chosen runs to the trash."
 
         def move() -> str:
-            job, rows = active_job(), self.rows
+            rows = self.rows
             if not rows:
                 raise FinetuneError("Choose the runs to delete.")
-            if job is not None and job.folder in [row.folder for row in rows]:
-                raise FinetuneError(f"{job.folder.name} is at work. Stop it first.")
+            if at_work := [row.name for row in rows if read_run(row.folder).state == "at work"]:
+                raise FinetuneError(f"{at_work[0]} is at work. Stop it first.")
             for row in rows:
                 trash_run(row.folder)
             return f"In the trash: {', '.join(row.name for row in rows)}. They can come back."
 
         self._act(move)
-        self.refresh()
+        self._moved()
 
     def bring_back(self) -> None:
         "Brings the chosen run back from the trash."
         if self.trashed.value:
             self._act(lambda: f"{restore_run(Path(self.output_dir()) / TRASH / self.trashed.value).name} is back.")
+        self._moved()
+
+    def _moved(self) -> None:
         self.refresh()
+        for listener in self.listeners:
+            listener()
 
     def still(self) -> str:
         "The table."
@@ -138,7 +149,11 @@ def copy_adapter(
         raise FinetuneError(f"{Path(folder).name} has no adapter yet: {missing[0]} is missing.")
     if target.exists():
         raise FinetuneError(f"{target} exists and is not overwritten. Choose another name.")
-    shutil.copytree(source, target)
+    try:
+        shutil.copytree(source, target)
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)  # half an adapter is none
+        raise
     if broken := [name for name in ADAPTER_FILES if (source / name).read_bytes() != (target / name).read_bytes()]:
         shutil.rmtree(target)
         raise FinetuneError(f"The copy of {broken[0]} is not what was copied; is the disk full?")
@@ -189,11 +204,14 @@ class ExportView(View):
         "Copies the adapter."
         try:
             row = next(row for row in list_runs(self.output_dir()).rows if row.name == self.run.value)
+            if not self.target.value.strip():
+                raise FinetuneError("Name a folder for the copy.")
             target = copy_adapter(row.folder, self.target.value)
             size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
             self.status.value = note(f"{target}: {size:.1f} MiB, whole.", "good")
-            self.code.value = f"{note('To load it elsewhere:')}<pre>{escape(loading_code(row.config, target))}</pre>"
-        except (FinetuneError, OSError, StopIteration) as error:
+            code = f"{note('To load it elsewhere:')}<pre>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
+            self.code.value = code or note("The settings of this run can't be read, so its base model is not known.", "tight")
+        except (FinetuneError, OSError, ValueError, StopIteration) as error:
             self.status.value = note(str(error) or "That run is gone.", "error")
         self.keep_picture()
 

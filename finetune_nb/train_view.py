@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from .config import FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Splits
-from .jobs import Job, best_look, continue_job, find_job, patience_left, seconds_left, start_job
+from .jobs import Job, active_job, best_look, continue_job, find_job, patience_left, seconds_left, start_job
 from .runs import list_runs, plot_runs
 from .training import clock_time, last_checkpoint
 
@@ -173,7 +173,9 @@ class TrainView(_TrainLayout):
 
     def _adopt(self) -> None:
         "Shows a job that has just been made; in the foreground the button returns only at its end."
-        job = find_job(self.form.config.output_dir)
+        job = active_job()
+        if job is None:
+            return
         if job is not self.job:
             self.attach(job)
         if self._adopt in job.listeners:
@@ -218,7 +220,8 @@ class TrainView(_TrainLayout):
         errors = [conflict for conflict in self.form.conflicts if conflict.level == "error"]
         active = self.job is not None and self.job.active
         self.start.disabled = active or bool(errors)
-        self.start.tooltip = f"{errors[0].name}: {errors[0].message}" if errors else "start a new run with these settings"
+        reason = "a run is at work" if active else f"{errors[0].name}: {errors[0].message}" if errors else ""
+        self.start.tooltip = reason or "start a new run with these settings"
         self.stop.disabled = not active or self.job.state == "stopping"
         can = self.job is not None and self.job.state in ("stopped", "failed") and self.job.folder is not None
         self.go_on.disabled = not (can and last_checkpoint(self.job.folder))

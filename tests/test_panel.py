@@ -1,0 +1,842 @@
+"""The panel says what the functions say: each control is its setting, each button its function, and no text becomes HTML.
+
+Marked `trains` are those that need a training; the others also run with Colab's older ipywidgets, in a process of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import html5lib
+import ipywidgets as widgets
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_runs import lay
+
+from finetune_nb import planning
+from finetune_nb.chat import BASE, Shelf
+from finetune_nb.choices import PRESETS, apply_preset, code_for
+from finetune_nb.compare_view import ChatView, CompareView, answers_html, chosen_pairs, marked, pair_html, read_pairs
+from finetune_nb.config import FinetuneConfig, FinetuneError, load_config
+from finetune_nb.controls import ConfigForm, View, make_control, note, set_control, value_of
+from finetune_nb.data import Chat, Splits, save_chats
+from finetune_nb.data_view import DataView, PlanView, Prepared, plan_html
+from finetune_nb.evaluation import evaluate_run
+from finetune_nb.jobs import JOBS, Job, Sample, active_job, continue_job, start_job
+from finetune_nb.live_plan import LivePlan, verdict
+from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
+from finetune_nb.runs import TRASH, list_runs, read_run
+from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
+from finetune_nb.train_view import TrainView, job_figures
+from finetune_nb.training import load_run, train
+
+EVIL = "<img src=x onerror=alert(1)>"
+EVILS = (EVIL, f'">{EVIL}', f"'>{EVIL}</pre></td>{EVIL}")
+NAMES = [f.name for f in fields(FinetuneConfig)]
+
+
+@pytest.fixture(autouse=True)
+def no_jobs(tmp_path, monkeypatch):
+    "As in a kernel that has just begun, in a folder of its own."
+    monkeypatch.chdir(tmp_path)
+    JOBS.clear()
+    yield
+    assert active_job() is None
+    JOBS.clear()
+
+
+@pytest.fixture(scope="module")
+def shared_form():
+    return ConfigForm()
+
+
+@pytest.fixture
+def form(shared_form):
+    "A form at the defaults; made once, since it has many widgets."
+    shared_form.config = FinetuneConfig()
+    shared_form.tie.value = False
+    shared_form.listeners.clear()
+    return shared_form
+
+
+@pytest.fixture
+def splits(chats):
+    return Splits(chats[:12], chats[24:27], chats[32:34])
+
+
+@pytest.fixture
+def steady(quick):
+    return replace(quick, lora_dropout=0.1, early_stopping_patience=0, max_new_tokens=4)
+
+
+def inside(widget):
+    "A widget and all that is in it."
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from inside(child)
+
+
+def check_harmless(html):
+    "Parsed as a browser does, there is no element that acts, and no text that was meant to be one is lost."
+    for element in html5lib.parseFragment(html, namespaceHTMLElements=False).iter():
+        if isinstance(element.tag, str):
+            assert element.tag not in ("script", "iframe", "object", "embed", "svg"), html
+            assert not [name for name in element.attrib if str(name).lower().startswith("on")], html
+            assert element.tag != "img" or element.attrib["src"].startswith("data:image/png;base64,"), html
+
+
+def check_view(*views):
+    "All texts that the page shows as HTML, and the still pictures; returns them."
+    texts = [w.value for view in views for w in inside(view.widget) if isinstance(w, (widgets.HTML, widgets.HTMLMath))]
+    texts += [text for view in views for text in (view.still(), view._still()["text/html"])]
+    for text in texts:
+        check_harmless(text)
+    return "".join(texts)
+
+
+# --- the form: each control is its setting
+
+TYPED = {
+    "model_name_or_path": ["some/model", "weights.gguf"], "train_file": ["chats.jsonl"], "columns": ["{user: question}", "{}"], "validation_file": ["v.jsonl", ""], "test_file": ["t.jsonl"],
+    "group_column": ["patient"], "stratify_column": ["topic"], "chat_template_kwargs": ["{enable_thinking: false}"], "target_modules": ["all-linear", "q_proj, v_proj", "[q_proj]"],
+    "modules_to_save": ["lm_head", ""], "layers_to_transform": ["0, 1", "[3]"], "max_steps": ["50", "-1"], "loraplus_lr_ratio": ["16", "1.5"], "max_tokens_at_once": ["1024", ""],
+    "max_grad_norm": ["0", "1e2"], "logging_steps": ["1"], "eval_steps": ["5", ""], "per_device_eval_batch_size": ["7"], "save_total_limit": ["1"], "seed": ["4294967295", "0"], "output_dir": ["elsewhere"],
+    "run_name": ["mine", ""], "max_new_tokens": ["1"], "generation_batch_size": ["3"], "max_eval_samples": ["9", ""], "answer_pattern": [r"(?P<code>\w\d+) ", ""],
+}  # fmt: skip
+ODD = {
+    "r": [3, 1024], "learning_rate": [1.23e-4, 0.00020000001, 1.0, 1e-8], "per_device_train_batch_size": [5, 4096], "gradient_accumulation_steps": [3, 4096], "max_length": [8, 1000, 1_000_000],
+    "num_train_epochs": [0.01, 2.75, 1000.0], "lora_alpha": [0.01, 33.3, 4096.0], "lora_dropout": [0.07, 0.9], "warmup_ratio": [0.123, 1.0], "weight_decay": [0.015, 1.0], "validation_size": [0.333],
+    "test_size": [0.001], "early_stopping_patience": [1000], "target_modules": [["q_proj"], [], ["layers.*"], "q_proj"], "layers_to_transform": [[5]], "model_name_or_path": ["a b, c"], "seed": [2**32 - 1],
+    "chat_template_kwargs": [{"a": [1, {"b": None}], "c": "d: e"}], "answer_pattern": [r"[,{}\"' ]+: #"], "train_file": ["[data]/*.jsonl", "x: y # z"],
+}  # fmt: skip
+
+
+def turns(spec):
+    "Places that a hand can bring the control to."
+    if spec.kind == "slider":
+        return [kind(value) for kind in ({type(getattr(FinetuneConfig(), spec.name))}) for value in (spec.low, spec.high, spec.low + 3 * spec.step)]
+    return [True, False] if spec.kind == "switch" else list(spec.options) if spec.kind in ("steps", "choice") else TYPED[spec.name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_control_changes_its_setting_and_nothing_else(name, form):
+    spec, control, heard = form.specs[name], form.controls[name], []
+    form.on_change(heard.append)
+    at_first = {key: one.value for key, one in form.controls.items()}
+    for value in turns(spec):
+        before = form.config
+        control.value = value
+        wanted = value_of(control, spec) if spec.kind in ("names", "text", "integer", "number") else value
+        assert getattr(form.config, name) == wanted and form.config == replace(before, **{name: wanted})
+        assert not heard or heard[-1] == form.config
+        assert {key: one.value for key, one in form.controls.items()} == at_first | {name: value}
+    assert len(heard) >= len(turns(spec)) - 1 and not form.problems
+    form.config = FinetuneConfig()
+    assert {key: one.value for key, one in form.controls.items()} == at_first and form.config == FinetuneConfig()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_setting_the_configuration_moves_the_control(name, form):
+    spec, control = form.specs[name], form.controls[name]
+    at_first = {key: one.value for key, one in form.controls.items() if key != name}
+    places = [getattr(FinetuneConfig(**{name: value}), name) for value in ODD.get(name, [])]
+    places += turns(spec) if spec.kind in ("steps", "slider", "switch", "choice") else []
+    for value in [*places, *places[::-1]]:
+        config = replace(FinetuneConfig(), **{name: value})
+        form.config = config
+        assert form.config == config and not form.problems
+        assert value_of(control, spec) == value and type(value_of(control, spec)) is type(value)
+        assert {key: one.value for key, one in form.controls.items() if key != name} == at_first
+        again = make_control(spec, value)
+        assert value_of(again, spec) == value, "a form that begins there stands there too"
+        set_control(again, spec, getattr(FinetuneConfig(), name))
+        assert value_of(again, spec) == getattr(FinetuneConfig(), name)
+
+
+def test_a_slider_has_its_usual_range_again(form):
+    control, spec = form.controls["num_train_epochs"], form.specs["num_train_epochs"]
+    form.config = FinetuneConfig(num_train_epochs=700)
+    assert control.max == 700
+    form.config = FinetuneConfig()
+    assert (control.min, control.max) == (spec.low, spec.high)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296")],
+)
+def test_a_bad_value_keeps_the_last_good_one_and_says_why(name, text, form):
+    before, heard = form.config, []
+    form.on_change(heard.append)
+    form.controls[name].value = text
+    assert form.config == before and heard == [before], "who listens is told, since a run can't be started so"
+    assert form.conflicts[0].name == name and form.conflicts[0].level == "error"
+    assert "fnb-error" in form.notes[name].value and f"{name}: expected" in form.notes[name].value
+    assert not [key for key, one in form.notes.items() if key != name and "fnb-error" in one.value]
+    form.controls["r"].value = 32
+    assert form.config == replace(before, r=32) and "fnb-error" in form.notes[name].value, "it stays until it is mended"
+    form.config = before
+    assert not form.problems and "fnb-error" not in form.notes[name].value and value_of(form.controls[name], form.specs[name]) == getattr(before, name)
+
+
+def test_alpha_follows_the_rank(form):
+    form.tie.value = True
+    for r, alpha in ((32, 64), (1, 2), (256, 512), (16, 32)):
+        form.controls["r"].value = r
+        assert (form.config.r, form.config.lora_alpha, form.controls["lora_alpha"].value) == (r, alpha, alpha)
+    form.controls["lora_alpha"].value = 16.0
+    form.controls["r"].value = 64
+    assert form.config.lora_alpha == 64 and form.config == FinetuneConfig(r=64, lora_alpha=64)
+    form.config = FinetuneConfig(r=256, lora_alpha=0.01)
+    form.controls["r"].value = 1  # would be less than there may be
+    assert form.config.lora_alpha == 0.01
+    form.config = FinetuneConfig(r=1, lora_alpha=4096)
+    form.controls["r"].value = 256
+    assert form.config.lora_alpha == 4096
+    form.tie.value = False
+    form.controls["r"].value = 8
+    assert form.config.lora_alpha == 4096
+
+
+def test_the_configuration_is_a_copy(form):
+    form.config.columns["user"] = "x"
+    form.config.target_modules.append("x")
+    mine = FinetuneConfig(columns={"user": "q"})
+    form.config = mine
+    mine.columns["user"] = mine.model_name_or_path = "other"
+    assert form.config == FinetuneConfig(columns={"user": "q"})
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_button_is_the_preset(name, form):
+    form.config = FinetuneConfig(train_file="chats.jsonl", seed=7, r=3)
+    form.controls["max_steps"].value = "nonsense"
+    wanted = apply_preset(form.config, name)
+    form.presets[name].click()
+    assert form.config == wanted and not form.problems
+    assert all(value_of(control, form.specs[key]) == getattr(wanted, key) for key, control in form.controls.items())
+    assert all(f"<td>{key}</td>" in form.reasons.value for key in PRESETS[name].values)
+
+
+def test_save_load_and_code(form, tmp_path):
+    form.config = FinetuneConfig(r=24, learning_rate=1.23e-4, columns={"user": "q"}, run_name="x y", target_modules=["q_proj"])
+    wanted, form.path.value = form.config, str(tmp_path / "mine.yaml")
+    form.save.click()
+    assert load_config(tmp_path / "mine.yaml") == wanted and "Written to" in form.file_note.value
+    form.config = FinetuneConfig()
+    form.load.click()
+    assert form.config == wanted and "Read from" in form.file_note.value
+    for bad in ("", ".", str(tmp_path), str(tmp_path / "none" / "x.yaml"), "a\0b", "x" * 5000, str(tmp_path / f"{EVIL}.yaml")):
+        form.path.value = bad
+        form.load.click()
+        assert "fnb-error" in form.file_note.value and form.config == wanted
+        if EVIL not in bad:
+            form.save.click()
+            assert "fnb-error" in form.file_note.value
+        check_view(form)
+    (tmp_path / "bad.yaml").write_text("r: many\nfoo: 1")
+    form.path.value = str(tmp_path / "bad.yaml")
+    form.load.click()
+    assert "line 1" in form.file_note.value and "line 2" in form.file_note.value and form.config == wanted
+    form.show_code.click()
+    assert form.code_box.layout.display is None
+    form.controls["r"].value = 64
+    assert "r=64" in form.code_box.value and code_for(form.config).count("\n") == form.code_box.value.count("\n")
+    form.show_code.click()
+    assert form.code_box.layout.display == "none"
+
+
+def test_doubts_stand_beside_the_control_that_they_are_about(form):
+    form.controls["max_steps"].value = "20"
+    form.controls["learning_rate"].value = 0.1
+    assert "max_steps=20" in form.notes["num_train_epochs"].value and "diverges" in form.notes["learning_rate"].value
+    form.controls["gradient_accumulation_steps"].value = 8
+    assert "32 chats a step (4 × 8)" in form.notes["gradient_accumulation_steps"].value
+    form.hint("seed", "a word", "tight")
+    assert "a word" in form.notes["seed"].value
+    form.hint("seed", "")
+    assert form.notes["seed"].value == ""
+
+
+# --- data and plan
+
+@pytest.fixture
+def data(quick, splits):
+    return DataView(ConfigForm(quick), splits, background=False)
+
+
+def test_data_read_and_looked_at(data, splits):
+    heard = []
+    data.listeners.append(heard.append)
+    assert not data.found and data.still()
+    data.load()
+    assert data.ready.splits == splits and heard == [data.ready] and bytes(data.picture.value).startswith(b"\x89PNG")
+    assert data.at.max == 11 and "1 of 12 · chats.jsonl, line 1" in data.chat.value
+    data.at.value = 11
+    assert "chats.jsonl, line 12" in data.chat.value
+    data.filter.value = "IS 3 plus"
+    assert [chat.where for chat in data.found] == ["chats.jsonl, line 4"] and data.at.max == 0 and "line 4" in data.chat.value
+    data.filter.value = "nothing of this"
+    assert data.found == [] and "No chat holds" in data.chat.value
+    data.filter.value = ""
+    for name, part in (("validation", splits.validation), ("test", splits.test)):
+        data.which.value = name
+        assert data.found == part
+    lengths = [len(data.ready.tokens(chat)["input_ids"]) for chat in splits.train]
+    assert lengths == data.ready.lengths
+
+
+def test_too_long_chats_are_told_beside_the_slider_at_once(data):
+    data.load()
+    lengths = data.ready.lengths
+    for most in (max(lengths), max(lengths) - 1, min(lengths), 8):
+        before = data.picture.value
+        data.form.config = replace(data.form.config, max_length=most)
+        over = sum(n > most for n in lengths)
+        assert (f"{over} of 12 chats" in data.form.notes["max_length"].value) == bool(over)
+        assert data.picture.value != before
+    picture = data.picture.value
+    data.form.controls["r"].value = 8
+    assert data.picture.value is picture, "what has not changed is not drawn again"
+
+
+def test_other_settings_name_other_data(data, chats, tmp_path):
+    data.load()
+    one = data.ready
+    data.form.controls["seed"].value = "7"
+    assert "read the chats again" in data.status.value
+    data.path.value = str(save_chats(chats, tmp_path / "mine.jsonl"))
+    assert data.form.config.train_file == data.path.value
+    data.read.click()
+    assert data.ready is not one and len(data.ready.splits.train) == 32 and "read the chats again" not in data.status.value
+    data.form.config = replace(data.form.config, train_file="none.jsonl")
+    assert data.path.value == "none.jsonl"
+    two = data.ready
+    data.read.click()
+    assert "fnb-error" in data.status.value and "does not exist" in data.status.value and data.ready is two
+
+
+@pytest.mark.parametrize("form_of", [7, 8])
+@pytest.mark.parametrize("name", ["chats.jsonl", "../../chats.jsonl", "/etc/chats.jsonl", "..\\..\\chats.jsonl", "C:\\x\\chats.jsonl", "..", "", ".hidden", "a\0b.jsonl", "x" * 500 + ".jsonl", EVIL + ".jsonl", "naïve 1.jsonl"])
+def test_an_upload_is_kept_under_a_harmless_name(form_of, name, data, chats, tmp_path, monkeypatch):
+    "As ipywidgets 7 delivers a file, and as 8 does."
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    content = save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes()
+    if form_of == 7:
+        value = {name: {"metadata": {"name": name, "type": "", "size": len(content), "lastModified": 0}, "content": content}}
+    else:
+        value = ({"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": None},)
+    monkeypatch.setattr(data, "upload", type("Upload", (), {"value": value}))
+    outside = {path for path in tmp_path.rglob("*")}
+    data._uploaded()
+    [kept] = [path for path in tmp_path.rglob("*") if path not in outside and path.is_file()]
+    assert kept.parent.parent == tmp_path / "uploads" and kept.read_bytes() == content and not kept.name.startswith(".")
+    assert data.form.config.train_file == data.path.value == str(kept)
+    if name.endswith(".jsonl"):
+        assert kept.suffix == ".jsonl" and len(data.ready.splits.train) == 16
+    check_view(data, data.form)
+
+
+@pytest.mark.skipif(widgets.__version__ < "8", reason="the value of ipywidgets 8")
+def test_an_upload_through_the_widget(data, chats, tmp_path):
+    content = save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes()
+    data.upload.value = ({"name": "mine.jsonl", "type": "", "size": len(content), "content": memoryview(content), "last_modified": datetime.now(timezone.utc)},)
+    assert data.path.value.endswith("mine.jsonl") and len(data.ready.splits.train) == 16
+    data.upload.value = ()
+    assert len(data.ready.splits.train) == 16
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_data_without_system_message_without_other_sets(told, quick, chats):
+    system = [{"role": "system", "content": "Add."}] * told
+    room = Panel(replace(quick, eval_strategy="no"), Splits([Chat([*system, *chat.messages], chat.where) for chat in chats[:6]], [], []))
+    assert room.chat.system.value == ("Add." if told else "")
+    for name in ("validation", "test"):
+        room.data.which.value = name
+        assert room.data.found == []
+    check_view(room, *room.views)
+
+
+def test_no_chats_at_all(quick):
+    room = Panel(quick, Splits([], [], []))
+    assert "no training chats" in room.data.status.value and room.plan.plan is None
+    check_view(room, *room.views)
+
+
+@pytest.fixture
+def live(monkeypatch):
+    "Plans that do not depend on what else this machine does."
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 2**30)
+    made = LivePlan.__init__
+    monkeypatch.setattr(LivePlan, "__init__", lambda self, rows, speed=None, available=None: made(self, rows, 1e10, 2**31))
+
+
+PLANS = [{}, {"r": 64}, {"target_modules": "all-linear"}, {"per_device_train_batch_size": 12}, {"num_train_epochs": 7.0}, {"max_steps": 3}, {"max_length": 47, "too_long": "drop"}, {"modules_to_save": ["lm_head"], "r": 1024}]
+
+
+def test_the_plan_is_that_of_the_live_plan(live, quick, splits):
+    form = ConfigForm(quick)
+    view = PlanView(form, Prepared(quick, splits))
+    for change in PLANS:
+        form.config = config = replace(quick, **change)
+        plan = LivePlan(view.ready.rows).plan(config)
+        assert view.plan == plan
+        level, words = verdict(plan)
+        assert view.box.value.startswith(plan_html(plan)) and f"fnb-{level}" in view.box.value and words in view.box.value
+        assert all(note(text, "tight") in view.box.value for text in plan.notes) and f"<b>{plan.trainable:,}</b>" in view.box.value
+        assert (view.advise.layout.display is None) == (not plan.fits)
+
+
+def test_a_plan_that_does_not_fit_gets_advice(live, quick, splits):
+    view = PlanView(ConfigForm(quick), Prepared(quick, splits))
+    view.ready.live.available = 2**30 + 2**21
+    view.form.controls["modules_to_save"].value = "lm_head"
+    assert not view.plan.fits and "fnb-bad" in view.box.value
+    view.advise.click()
+    found = view.ready.live.advice(view.form.config)
+    assert all(text in view.box.value for text in found) or "No setting of this model fits" in view.box.value
+    view.form.controls["target_modules"].value = EVIL
+    assert view.plan is None and "no linear layer called" in view.box.value
+    view.form.config = replace(quick, seed=5)
+    assert "names other data" not in view.box.value and "name other data now" in view.box.value
+    check_view(view)
+
+
+# --- training
+
+def test_start_is_off_with_the_reason(quick, splits, chats, tmp_path):
+    form = ConfigForm(replace(quick, train_file=str(save_chats(chats, tmp_path / "c.jsonl"))))
+    view = TrainView(form, lambda: splits, background=False)
+    assert not view.start.disabled and view.stop.disabled and view.go_on.disabled and "Nothing has been started" in view.status.value
+    for name, bad, good in (("eval_steps", "often", ""), ("answer_pattern", "(", ""), ("run_name", "../x", ""), ("model_name_or_path", " ", quick.model_name_or_path)):
+        form.controls[name].value = bad
+        assert view.start.disabled and view.start.tooltip.startswith(f"{name}: ") and "fnb-error" in form.notes[name].value
+        form.controls[name].value = good
+        assert not view.start.disabled and view.start.tooltip == "start a new run with these settings"
+    form.controls["validation_size"].value = 0.0
+    assert view.start.disabled and "no validation chats" in view.start.tooltip
+
+
+def test_views_without_runs(quick, tmp_path):
+    room = Panel(quick, read=False)
+    text = check_view(room, *room.views)
+    assert "There is no run yet" in text and "No runs yet" in text and room.compare.judge.disabled and room.export.copy.disabled
+    for act in (room.compare.evaluate, room.runs.open.click, room.runs.continue_.click, room.runs.delete.click, room.runs.restore.click, room.export.export, room.train.stop.click, room.train.go_on.click, room.plan.advise.click):
+        act()
+    assert "fnb-error" in room.runs.status.value and "That run is gone" in room.export.status.value
+    room.chat.send.click()
+    assert "There is no question" in room.chat.status.value
+    room.chat.question.value, room.chat.who.value = "Hello?", []
+    room.chat.send.click()
+    assert "Nobody is chosen" in room.chat.status.value and room.chat.task is None
+    assert room.run is None and room.config == quick and JOBS == []
+
+
+def test_figures_of_anything(quick):
+    job = Job(quick)
+    assert job_figures(job) == {"step": "0"}
+    nan = float("nan")
+    job.history = [{"step": 0, "eval_loss": nan}, {"step": 3, "loss": nan, "learning_rate": nan, "memory_gib": nan, "tokens_per_second": nan}, {"step": 3, "eval_loss": nan}]
+    job.steps = 9
+    assert job_figures(job)["step"] == "3 of 9" and job_figures(job)["loss"] == "nan" and "best validation" not in job_figures(job)
+    view = TrainView(ConfigForm(quick), background=False)
+    view.attach(job)
+    view.log.value = False
+    view.rate.value = True
+    check_view(view)
+
+
+# --- nothing that somebody wrote is HTML
+
+def evil_chats(text):
+    return [Chat([{"role": role, "content": f"{text} {i}"} for role in ("system", "user", "assistant")], f"{text}, line {i}") for i in range(6)]
+
+
+@pytest.mark.parametrize("text", EVILS)
+def test_no_text_of_data_becomes_html(text, quick, tmp_path):
+    chats = evil_chats(text)
+    room = Panel(replace(quick, max_length=20), Splits(chats[:4], chats[4:5], chats[5:]))
+    assert room.data.ready is not None, room.data.status.value
+    for name in ("train", "validation", "test"):
+        room.data.which.value = name
+        assert "&lt;img" in check_view(room, *room.views)
+    assert room.chat.system.value.startswith(text), "in a text field it is text"
+    room.data.filter.value = text
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": text, "content": text}]}) + "\n" + text)
+    room.data.path.value = str(tmp_path / "bad.jsonl")
+    room.data.read.click()
+    assert "&lt;img" in room.data.status.value
+    room.data.path.value = f"{text}.jsonl"
+    room.data.read.click()
+    check_view(room, *room.views)
+
+
+@pytest.mark.parametrize("text", EVILS)
+def test_no_text_of_settings_becomes_html(text, quick, splits):
+    room = Panel(quick, splits)
+    for name, control in room.form.controls.items():
+        if room.form.specs[name].kind in ("names", "text", "integer", "number") and name != "output_dir":
+            control.value = text
+            check_view(room, *room.views)
+            control.value = TYPED[name][0]
+    room.form.config = FinetuneConfig(model_name_or_path=text, train_file=text, output_dir=text, run_name=text, answer_pattern=text, columns={text: text}, target_modules=[text, text], chat_template_kwargs={text: text})
+    room.form.show_code.click()
+    room.data.read.click()
+    room.form.path.value = text
+    room.form.load.click()
+    room.form.hint("r", text, "error")
+    assert "&lt;img" in check_view(room, *room.views)
+
+
+@pytest.mark.parametrize("text", EVILS)
+def test_no_text_of_runs_becomes_html(text, quick, splits):
+    name = text.replace("/", "_")
+    folder = lay(Path(quick.output_dir), name, replace(quick, run_name=name, train_file=text), ended={"ended_by": text, "steps": 1, "seconds": 2.0})
+    lay(Path(quick.output_dir), "other", replace(quick, train_file="x"))
+    (folder / "adapter").mkdir()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / "adapter" / file).write_text(text)
+    rows = [{"model": model, "question": text, "expected": text, "answer": f"{model} {text}", "passed": {"exact match": False, text: True}} for model in ("base", "tuned")]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "report.md").write_text(f"# Did it get better?\n\n| 1 test chats | {text} | tuned |\n| --- | --- | --- |\n| exact match | 1 | {text} |\n")
+    job = Job(quick, splits, folder)
+    job.samples, job.error, job.trace, job.lines = [Sample(1, text, text, text)], text, text, [text]
+    job.history = [{"step": 1, "loss": 1.0}]
+    JOBS.append(job)
+    room = Panel(quick, splits, read=False)
+    assert room.train.job is job
+    room.compare.background = room.chat.background = False
+    for state in ("running", "training", "stopped", "finished", "failed"):
+        job.state = state
+        room.train.show()
+        check_view(room, *room.views)
+    assert name in room.compare.run.options and "&lt;img" in room.compare.pair.value and "&lt;img" in room.compare.table.value
+    room.compare.check.value = text
+    room.compare.shown.value = "right in both"
+    room.compare.judge.click()  # it can't be loaded
+    room.runs.chosen.value = [name]
+    for button in (room.runs.open, room.runs.continue_, room.export.copy):
+        button.click()
+        assert "&lt;img" in check_view(room, *room.views)
+    room.train.overlay.value = room.train.overlay.options
+    room.chat.question.value, room.chat.who.value = text, [name]
+    room.chat.send.click()
+    assert "fnb-error" in room.chat.status.value
+    room.chat.answers = {name: text}
+    room.chat._grown(name, text)
+    room.runs.delete.click()
+    room.runs.restore.click()
+    room.export.target.value = text
+    room.export.copy.click()
+    check_view(room, *room.views)
+
+
+def test_pieces_of_html_escape_what_they_are_given():
+    for text in EVILS:
+        for html in (note(text, "error"), answers_html({text: text}), *marked(text, "other"), *marked("other", text), *marked(text, text + text)):
+            check_harmless(html)
+    assert marked("a b", "a c") == ("a <del>b</del>", "a <ins>c</ins>")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}\n", '{"model": "base"}', '{"model": "base", "question": "", "expected": "", "answer": "", "passed": {}}'])
+def test_answers_that_can_not_be_read_leave_the_page_whole(text, quick, splits):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the plan"})
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_text("")
+    (folder / "answers.jsonl").write_text(text)
+    (folder / "report.md").write_text(text)
+    room = Panel(quick, splits, read=False)
+    assert room.compare.run.value == "one" and not room.compare.judge.disabled
+    assert ("Let the test set be answered again" in room.compare.status.value) == bool(text)
+    check_view(room, *room.views)
+
+
+def test_runs_of_the_folder_that_is_named_now(quick, tmp_path):
+    lay(tmp_path / "here", "one", quick)
+    lay(tmp_path / "there", "two", quick)
+    room = Panel(replace(quick, output_dir=str(tmp_path / "here")), read=False)
+    assert list(room.runs.chosen.options) == ["one"] == list(room.train.overlay.options)
+    room.form.controls["output_dir"].value = str(tmp_path / "there")
+    assert list(room.runs.chosen.options) == ["two"] == list(room.train.overlay.options)
+    room.runs.chosen.value = ["two"]
+    room.runs.delete.click()
+    assert not (tmp_path / "there" / "two").exists() and not room.train.overlay.options
+    room.runs.restore.click()
+    assert (tmp_path / "there" / "two").is_dir() and list(room.train.overlay.options) == ["two"]
+
+
+def test_settings_of_a_run_are_taken_without_its_name(quick, tmp_path):
+    lay(Path(quick.output_dir), "one", replace(quick, r=3, run_name="one"))
+    lay(Path(quick.output_dir), "bad", quick)
+    (Path(quick.output_dir) / "bad" / "config.yaml").write_text("r: [")
+    form = ConfigForm(quick)
+    view = runs_view(form)
+    view.chosen.value = ["one"]
+    view.open.click()
+    assert form.config == replace(quick, r=3) and view.rows[0].config.run_name == "one"
+    view.chosen.value = ["bad"]
+    view.open.click()
+    assert "The settings of bad can" in view.status.value and form.config.r == 3
+    view.chosen.value = ["bad", "one"]
+    view.open.click()
+    assert "Choose one run" in view.status.value
+
+
+def test_a_still_picture_is_html_without_scripts(quick, splits):
+    room = Panel(quick, splits)
+    for view in (*room.views, room):
+        shown = view._still()
+        assert isinstance(view, View) and shown["text/plain"].endswith("a still picture") and view._still_class in shown["text/html"]
+        view.keep_picture()
+    assert "<h3>Data</h3>" in room.still() and "<h3>Plan</h3>" in room.still()
+
+
+# --- each button is its function
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter/adapter_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.trains
+def test_train_stop_continue_and_the_page_opened_again(steady, splits):
+    whole = train(replace(steady, run_name="whole"), splits, say=lambda line: None)
+    room = panel(steady, splits)
+    room.train.background, ended = True, []
+    room.train.listeners.append(lambda: ended.append(room.train.job.state))
+    here, go = threading.Event(), threading.Event()
+
+    def hold():
+        if active_job().step == 4 and active_job().state == "training":
+            here.set()
+            go.wait(60)
+
+    began = room.train.begin
+
+    def begin():
+        began()
+        room.train.job.listeners.append(hold)
+
+    begin()
+    job = room.train.job
+    assert here.wait(60) and job.active and room.train.start.disabled and not room.train.stop.disabled and room.train.go_on.disabled
+    assert room.train.start.tooltip == "a run is at work"
+    again = panel(steady, splits)
+    assert again.train.job is job and again.tabs.selected_index == 2 and again.train.start.disabled
+    again.train.begin()
+    assert "A run is at work" in again.train.status.value and JOBS == [job]
+    again.compare.evaluate()
+    again.chat.question.value = "Now?"
+    again.chat.ask()
+    assert "A run is at work" in again.chat.status.value and not again.chat.task
+    again.runs.refresh()
+    again.runs.chosen.value = [job.folder.name]
+    again.runs.delete.click()
+    assert "is at work. Stop it first" in again.runs.status.value and job.folder.is_dir()
+    again.train.stop.click()
+    assert job.state == "stopping" and room.train.stop.disabled
+    go.set()
+    job.wait()
+    job.listeners.remove(hold)
+    assert job.state == "stopped" and "can go on" in room.train.status.value and ended == ["stopped"]
+    assert not room.train.go_on.disabled and not room.train.start.disabled and room.train.stop.disabled
+    third = panel(steady, splits)
+    assert third.train.job is job and not third.train.go_on.disabled and bytes(third.train.curves.value).startswith(b"\x89PNG")
+    third.train.background = True
+    third.train.go_on.click()
+    run = job.wait()
+    assert job.state == "finished" and third.run is run and third.train.go_on.disabled
+    last = f"checkpoint-{run.facts['steps']}/adapter_model.safetensors"
+    assert same(load_file(run.folder / last), load_file(whole.folder / last))
+    assert [row["loss"] for row in run.history if "loss" in row] == [row["loss"] for row in whole.history if "loss" in row]
+    assert f"{run.facts['steps']} of {run.facts['steps']}" in third.train.figures.value and "What it answers" in third.train.samples.value
+    assert third.chat.who.options == (BASE, job.folder.name, "whole") and job.folder.name in third.compare.run.options
+    check_view(third, *third.views)
+    panel(splits=splits)  # without a configuration, where the last run of the kernel stands: none in the default folder
+
+
+@pytest.mark.trains
+def test_a_failed_start_says_why(steady, splits):
+    view = train_view(ConfigForm(replace(steady, model_name_or_path=f"no/{EVIL}")), None)
+    view.splits, view.background = lambda: splits, False
+    view.start.click()
+    assert view.job.state == "failed" and "fnb-error" in view.status.value and "details" in view.status.value and view.go_on.disabled
+    assert not list(Path(steady.output_dir).glob("*")) and not view.start.disabled
+    check_view(view)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tiny_model, tmp_path_factory):
+    "Two finished runs of one base model and one that was stopped, in one folder; and their chats."
+    chats = [Chat([{"role": "user", "content": f"What is {i} plus one?"}, {"role": "assistant", "content": f"It is {i + 1}."}], f"c {i}") for i in range(18)]
+    splits, folder = Splits(chats[:12], chats[12:14], chats[14:]), tmp_path_factory.mktemp("runs")
+    config = FinetuneConfig(
+        model_name_or_path=tiny_model, bf16=False, use_cpu=True, num_train_epochs=2, learning_rate=5e-2, gradient_accumulation_steps=1, logging_steps=1, max_new_tokens=8, output_dir=str(folder), early_stopping_patience=0,
+    )  # fmt: skip
+    for r, name in ((4, "one"), (8, "two")):
+        train(replace(config, r=r, run_name=name), splits, say=lambda line: None)
+    job = start_job(replace(config, run_name="part"), splits, False, [lambda: active_job().step == 2 and active_job().stop()], questions=0)
+    assert job.state == "stopped"
+    JOBS.clear()
+    return config, splits
+
+
+@pytest.mark.trains
+def test_the_test_set_is_judged_as_evaluate_run_does(two_runs):
+    config, _ = two_runs
+    view = CompareView(lambda: config.output_dir, background=False)
+    view.run.value = "one"
+    view.judge.click()
+    folder = Path(config.output_dir) / "one"
+    mine = (folder / "answers.jsonl").read_text()
+    report = evaluate_run(load_run(folder))
+    assert (folder / "answers.jsonl").read_text() == mine
+    pairs = read_pairs(folder)
+    assert [(p.base, p.tuned) for p in pairs] == [(b.answer, t.answer) for b, t in zip(report.base.rows, report.tuned.rows, strict=True)]
+    assert view.pairs == pairs and "4 test questions" in view.status.value and not view.judge.disabled
+    assert all(cell in view.table.value for _, *cells in report.table() for cell in cells)
+    for shown in view.shown.options:
+        view.shown.value = shown
+        found = chosen_pairs(pairs, shown, "exact match")
+        assert view.at.max == max(len(found) - 1, 0)
+        for at, pair in enumerate(found):
+            view.at.value = at
+            assert pair_html(pair, "exact match") in view.pair.value and f"{at + 1} of {len(found)} shown" in view.pair.value
+    view.run.value = "two"
+    assert not view.pairs and "has not answered" in view.status.value
+
+
+@pytest.mark.trains
+def test_a_run_without_test_chats_says_so(two_runs, steady, splits):
+    start_job(replace(steady, max_steps=1, eval_strategy="no"), splits._replace(test=[]), False)
+    view = compare_view(ConfigForm(steady))
+    view.background = False
+    view.judge.click()
+    assert "no test chats" in view.status.value and not view.judge.disabled
+
+
+@pytest.mark.trains
+def test_a_question_is_answered_as_the_shelf_does(two_runs, tmp_path):
+    config, splits = two_runs
+    view = ChatView(lambda: config, "Be brief.", background=False)
+    assert list(view.who.options) == [BASE, *(row.name for row in list_runs(config.output_dir).rows)]
+    view.question.value, view.length.value = "What is 3 plus one?", 8
+    view.who.value = [BASE, "one", "two"]
+    view.send.click()
+    shelf = Shelf(config, lambda line: None)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 plus one?"}]
+    folders = {BASE: None, "one": Path(config.output_dir) / "one", "two": Path(config.output_dir) / "two"}
+    wanted = {name: shelf.ask(folder, messages, max_new_tokens=8) for name, folder in folders.items()}
+    assert view.answers == wanted and view.box.value == answers_html(wanted) and not view.send.disabled and view.status.value == ""
+    assert len(set(wanted.values())) > 1
+    from shutil import copytree, rmtree
+
+    copytree(folders["one"], tmp_path / "run")
+    assert shelf.ask(tmp_path / "run", messages, max_new_tokens=8) == wanted["one"]
+    rmtree(tmp_path / "run")
+    copytree(folders["two"], tmp_path / "run")
+    assert shelf.ask(tmp_path / "run", messages, max_new_tokens=8) == wanted["two"], "another run under the name of one that is gone"
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            shelf.ask(tmp_path / "run", messages)
+    rmtree(tmp_path / "run")
+    with pytest.raises(FinetuneError, match="not there any more"):
+        shelf.ask(tmp_path / "run", messages)
+    assert {name: shelf.ask(folder, messages, max_new_tokens=8) for name, folder in folders.items()} == wanted
+
+
+@pytest.mark.trains
+def test_an_adapter_that_does_not_fit_leaves_the_shelf_as_it_was(two_runs, tmp_path):
+    from shutil import copytree
+
+    config, _ = two_runs
+    copytree(Path(config.output_dir) / "one", tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text((Path(config.output_dir) / "two/adapter/adapter_config.json").read_text())
+    messages = [{"role": "user", "content": "What is 3 plus one?"}]
+    fresh = Shelf(config, lambda line: None)
+    base = fresh.ask(None, messages, max_new_tokens=8)
+    for _ in range(2):
+        with pytest.raises(FinetuneError, match="does not fit"):
+            fresh.ask(tmp_path / "run", messages)
+        assert fresh.ask(None, messages, max_new_tokens=8) == base
+    two = fresh.ask(Path(config.output_dir) / "two", messages, max_new_tokens=8)
+    for _ in range(2):
+        with pytest.raises(FinetuneError, match="does not fit"):
+            fresh.ask(tmp_path / "run", messages)
+    assert fresh.ask(Path(config.output_dir) / "two", messages, max_new_tokens=8) == two and fresh.ask(None, messages, max_new_tokens=8) == base
+
+
+@pytest.mark.trains
+def test_runs_go_on_are_deleted_brought_back_and_copied(two_runs, tmp_path):
+    config, _ = two_runs
+    form = ConfigForm(config)
+    shown = train_view(form)
+    shown.background = False
+    view, export = runs_view(form, shown), export_view(form)
+    view.chosen.value = ["one"]
+    view.continue_.click()
+    assert "can't go on: it is finished" in view.status.value and JOBS == []
+    view.chosen.value = ["part"]
+    view.continue_.click()
+    assert shown.job.state == "finished" and shown.job.folder.name == "part" and read_run(shown.job.folder).state == "finished"
+    with pytest.raises(FinetuneError, match="was not stopped"):
+        continue_job(shown.job.folder)
+    before = adapter(Path(config.output_dir) / "two")
+    view.refresh()
+    view.chosen.value = ["two"]
+    view.delete.click()
+    assert (Path(config.output_dir) / TRASH / "two").is_dir() and "two" not in view.chosen.options and view.trashed.value == "two"
+    view.restore.click()
+    assert same(adapter(Path(config.output_dir) / "two"), before) and "two" in view.chosen.options and not view.trashed.options
+    export.refresh()
+    export.run.value, export.target.value = "two", str(tmp_path / "copied")
+    export.copy.click()
+    assert same(load_file(tmp_path / "copied" / "adapter_model.safetensors"), before) and loading_code(config, tmp_path / "copied").splitlines()[-1] in export.code.value
+    assert {p.name for p in copy_adapter(Path(config.output_dir) / "two", tmp_path / "direct").iterdir()} == {p.name for p in (tmp_path / "copied").iterdir()}
+    export.copy.click()
+    assert "exists and is not overwritten" in export.status.value
+    export.target.value = " "
+    export.copy.click()
+    assert "Name a folder" in export.status.value
+    check_view(view, export, shown)
+
+
+def test_the_parts_stand_alone(quick, splits):
+    form = config_form(quick)
+    data = data_view(form, splits)
+    data.background = False
+    plan = plan_view(form, data)
+    assert plan.plan is None
+    data.load()
+    assert plan.plan is not None and plan.ready is data.ready
+    assert isinstance(train_view(form, data), TrainView) and train_view(form, data).splits() == splits
+    form.controls["seed"].value = "5"
+    assert train_view(form, data).splits() is splits and isinstance(runs_view(form), RunsView) and isinstance(export_view(form), ExportView)
+
+
+# --- and with the older ipywidgets of Colab
+
+def test_the_same_with_older_ipywidgets():
+    if widgets.__version__ < "8":
+        pytest.skip("This is the older one.")
+    places = [os.environ.get("WIDGETS7"), ROOT / ".venv" / "widgets7", Path(sys.prefix) / "widgets7"]
+    folder = next((Path(place) for place in places if place and (Path(place) / "ipywidgets").is_dir()), None)
+    if folder is None:
+        pytest.skip("ipywidgets 7.7.1 is not in .venv/widgets7: `make test` puts it there, or see CONTRIBUTING.md.")
+    path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-m", "not trains", "-x", "--durations=0", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]
