@@ -117,7 +117,7 @@ class CompareView(View):
         self.run = _chooser("run", [])
         self.judge = button("Answer the test set", self.evaluate, "base and tuned answer every test question", "primary")
         self.shown, self.check = _chooser("show", SHOWN), _chooser("judged by", ["exact match"])
-        self.at = widgets.IntSlider(min=0, max=0, description="question", continuous_update=True)
+        self.at = widgets.IntSlider(min=0, max=0, description="question", continuous_update=True, readout=False)
         self.status, self.table, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
         for control, act in ((self.run, self.read), (self.shown, self.filter), (self.check, self.filter), (self.at, self.show_pair)):
             control.observe(lambda change, act=act: act(), names="value")

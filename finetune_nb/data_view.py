@@ -18,7 +18,7 @@ import ipywidgets as widgets
 
 from .chat_template import show_labels, tokenize_chat
 from .config import FinetuneConfig, FinetuneError
-from .controls import WRAP, ConfigForm, View, button, cards, note
+from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Chat, Splits, check_chats
 from .jobs import Task, front_end, in_words
 from .live_plan import LivePlan, cut_share, verdict
@@ -123,12 +123,11 @@ class DataView(View):
         wide = {"description_width": "90px"}
         self.path = widgets.Text(value=self.form.config.train_file, description="chats", continuous_update=False, style=wide, layout=widgets.Layout(width="420px"))
         self.read, self.upload = button("Read the chats", self.load, style="primary"), widgets.FileUpload(multiple=False, description="Upload a file")
-        self.status, self.report, self.picture = widgets.HTML(), widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="600px"))
+        self.status, self.report, self.picture = widgets.HTML(), widgets.HTML(), picture("how many chats have how many tokens, against max_length", "600px")
         self.which = widgets.Dropdown(options=["train", "validation", "test"], description="set", style=wide)
         self.filter = widgets.Text(placeholder="words to look for", description="filter", continuous_update=False, style=wide)
-        self.at = widgets.IntSlider(min=0, max=0, description="chat", style=wide, continuous_update=True, layout=widgets.Layout(width="420px"))
+        self.at = widgets.IntSlider(min=0, max=0, description="chat", style=wide, continuous_update=True, readout=False, layout=widgets.Layout(width="420px"))
         self.chat = widgets.HTML()
-        self.picture.layout.display = "none"
         browse = widgets.Box([self.which, self.filter, self.at], layout=WRAP)
         super().__init__([widgets.Box([self.path, self.read, self.upload], layout=WRAP), self.status, self.report, self.picture, browse, self.chat])
         self.path.observe(lambda change: self._other_file(change.new), names="value")

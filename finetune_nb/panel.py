@@ -14,7 +14,7 @@ import ipywidgets as widgets
 
 from .compare_view import ChatView, CompareView
 from .config import FinetuneConfig
-from .controls import ConfigForm, View
+from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
 from .jobs import JOBS, find_job
@@ -137,11 +137,9 @@ class Panel(View):
         self.form.on_change(self._folder_changed)
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
-        settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap"))
+        settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap")).add_class("fnb-columns")
         views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs, self.export)}
-        self.tabs = widgets.Tab(list(views.values()))
-        for place, title in enumerate(views):
-            self.tabs.set_title(place, "Train" if title == "Training" else title)
+        self.tabs = tabs({"Train" if title == "Training" else title: view for title, view in views.items()})
         self.tabs.selected_index = 2 if job is not None else 1
         super().__init__([self.tabs])
         if read:

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 
 from .chat import askable
 from .config import FinetuneConfig, FinetuneError
-from .controls import WRAP, View, button, note
+from .controls import WRAP, View, button, note, picture
 from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
@@ -43,7 +43,7 @@ class RunsView(View):
         self.renew = button("Refresh", self.refresh)
         self.continue_.layout.display = None if go_on else "none"
         self.status, self.table = widgets.HTML(), widgets.HTML()
-        self.curves = widgets.Image(format="png", layout=widgets.Layout(max_width="760px", width="100%"))
+        self.curves = picture("loss curves of the chosen runs over their steps")
         self.sort.observe(lambda change: self.refresh(), names="value")
         self.chosen.observe(lambda change: self.draw(), names="value")
         acts = widgets.Box([self.chosen, widgets.VBox([self.open, self.continue_, self.delete]), widgets.VBox([self.trashed, self.restore])], layout=WRAP)

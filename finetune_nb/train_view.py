@@ -15,7 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from .config import FinetuneError
-from .controls import WRAP, ConfigForm, View, button, cards, note
+from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Splits
 from .jobs import Job, active_job, best_look, continue_job, find_job, patience_left, seconds_left, start_job
 from .runs import list_runs, plot_runs
@@ -66,7 +66,7 @@ def samples_html(
         said = [sample for sample in job.samples if sample.question == asked]
         rows = "".join(f"<tr><td>step {sample.step}</td><td>{escape(sample.answer)}</td></tr>" for sample in reversed(said[-last:]))
         first = f"<tr><td>expected</td><td>{escape(said[-1].expected)}</td></tr>"
-        parts.append(f"<details open><summary>{escape(asked[-120:])}</summary><table>{first}{rows}</table></details>")
+        parts.append(f"<details open><summary>{escape(asked if len(asked) <= 120 else '…' + asked[-119:])}</summary><table>{first}{rows}</table></details>")
     return f"<h3>What it answers</h3>{''.join(parts)}" if parts else ""
 
 
@@ -98,11 +98,11 @@ class _TrainLayout(View):
         self.stop = button("Stop", self.end, "stop after this step and save; the run can go on", "danger")
         self.go_on = button("Continue", self.resume, "go on from where the run was stopped", "primary")
         self.status, self.figures, self.samples = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.curves = widgets.Image(format="png", layout=widgets.Layout(max_width="760px", width="100%"))
+        self.curves = picture("curves of the training and validation loss over the steps")
         self.smooth = widgets.FloatSlider(value=0.6, min=0, max=0.95, step=0.05, description="smoothing", continuous_update=False)
         self.log = widgets.Checkbox(value=True, description="log scale", indent=False, layout=widgets.Layout(width="auto"))
         self.rate = widgets.Checkbox(value=False, description="learning rate", indent=False, layout=widgets.Layout(width="auto"))
-        self.overlay = widgets.SelectMultiple(options=[], description="overlay runs", rows=3, style={"description_width": "90px"}, layout=widgets.Layout(width="320px"))
+        self.overlay = widgets.SelectMultiple(options=[], description="overlay runs", rows=3, style={"description_width": "90px"}, layout=widgets.Layout(width="320px", display="none"))
         self.log_lines = widgets.HTML()
         for control in (self.smooth, self.log, self.rate, self.overlay):
             control.observe(lambda change: self.draw(), names="value")
@@ -234,6 +234,7 @@ class TrainView(_TrainLayout):
         if self.overlay.options != names:
             kept = [name for name in self.overlay.value if name in names]
             self.overlay.options = names
+            self.overlay.layout.display = None if names else "none"
             self.overlay.value = kept
 
     def histories(self) -> dict[str, Any]:

@@ -13,6 +13,25 @@ CARD = """name => [...document.querySelectorAll('.fnb-card')].filter(card => car
     .find(card => card.querySelector('span').textContent === name)?.querySelector('b').textContent"""
 
 
+POOR = """() => {
+    const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+    const ground = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return c; } return [255, 255, 255]; };
+    return [...document.querySelectorAll('.fnb *')].filter(e => e.offsetParent && !e.closest(':disabled') && [...e.childNodes].some(n => n.nodeType === 3 && /\\w/.test(n.textContent))).filter(e => {
+        const pair = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => b - a);
+        return (pair[0] + .05) / (pair[1] + .05) < 4.5;
+    }).map(e => e.textContent.slice(0, 60));
+}"""
+# by tab, a label that stands there alone
+TABS = {"Data": "Upload a file", "Settings": "run_name", "Train": "smoothing", "Compare": "judged by", "Chat": r"tokens\s", "Runs": "Bring back", "Export": "Copy the adapter"}
+FEW = """from finetune_nb import FinetuneConfig, Splits, icd10_chats
+from finetune_nb.panel import panel
+
+data = icd10_chats(n_train=48)
+room = panel(FinetuneConfig(), Splits(data.train, data.validation[:4], data.test[:4]))
+room"""
+
+
 @pytest.fixture(autouse=True)
 def no_runs_of_other_tests(request):
     for name in ("lab", "voila"):
@@ -44,15 +63,32 @@ def until_card(page, name, pattern, seconds=120):
     page.wait(condition, f"{name} is like {pattern!r}", [name, pattern], seconds)
 
 
+def choose(page, tab):
+    "Brings a tab to the front and waits for what stands on it alone."
+    page.click(tab)
+    page.see(TABS[tab])
+
+
 def press(page, text):
     "A button inside the visible tab; `click` would find the tab of the same name."
-    page.page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{text}\s*$")).locator("visible=true").first.click()
+    page.page.locator("button.jupyter-button:not(.widget-toggle-button)", has_text=re.compile(rf"^\s*{text}\s*$")).locator("visible=true").first.click()
+
+
+def put_answered_run(page):
+    "A run that has answered its test set, named and filled with markup."
+    run = page.folder / "runs" / "run-666"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (run / "config.yaml").write_text(f'run_name: "{BAD}"\n')
+    rows = [{"model": model, "where": BAD, "question": BAD, "expected": BAD, "answer": BAD + model, "passed": {BAD: False}, "loss": 1, "tokens": 1} for model in ("base", "tuned")]
+    (run / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run / "history.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 9)))
 
 
 def test_the_tutorial_by_hand(lab):
     lab.open(put_tutorial(lab))
     lab.run_all(180)
-    lab.click("Settings")
+    choose(lab, "Settings")
     lab.see("Fits: ", 60)
     # the plan follows the sliders
     before = card(lab, "trained parameters")
@@ -63,7 +99,7 @@ def test_the_tutorial_by_hand(lab):
     assert float(lab.move_slider("num_train_epochs", 1)) == 1.5
     lab.see("Not used: max_steps=12")
     # a run, watched
-    lab.click("Train")
+    choose(lab, "Train")
     press(lab, "Train")
     until_card(lab, "step", "^[1-9]")
     picture = lab.wait(PICTURE, "there is a curve")
@@ -77,12 +113,12 @@ def test_the_tutorial_by_hand(lab):
     lab.see("Finished. run-001", 120)
     assert int(card(lab, "step").split()[0]) == 12 >= int(step.split()[0])
     # compared and asked
-    lab.click("Compare")
+    choose(lab, "Compare")
     press(lab, "Answer the test set")
     lab.see("4 test questions", 120)
     lab.fill("show", "changed")
     lab.see(r"\d of \d shown, 4 in all")
-    lab.click("Chat")
+    choose(lab, "Chat")
     lab.fill("question", "Which code for a cough? Entry: cough: R05 (Cough)")
     lab.move_slider("tokens", 120, "ArrowLeft")
     press(lab, "Ask")
@@ -90,7 +126,7 @@ def test_the_tutorial_by_hand(lab):
     # found again
     lab.save()
     lab.reload()
-    lab.click("Train")
+    choose(lab, "Train")
     lab.see("Finished. run-001")
     assert card(lab, "step").startswith("12")
     assert lab.execute("again = panel(config, data); again.train.job is room.train.job, again.train.job.state, len(again.train.job.history) > 12").text == "(True, 'finished', True)"
@@ -99,12 +135,7 @@ def test_the_tutorial_by_hand(lab):
 
 def test_no_text_becomes_markup(lab):
     "In chats, settings, names of runs, answers and errors."
-    run = lab.folder / "runs" / "run-666"
-    (run / "adapter").mkdir(parents=True)
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    (run / "config.yaml").write_text(f'run_name: "{BAD}"\n')
-    rows = [{"model": model, "where": BAD, "question": BAD, "expected": BAD, "answer": BAD + model, "passed": {BAD: False}, "loss": 1, "tokens": 1} for model in ("base", "tuned")]
-    (run / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    put_answered_run(lab)
     chats = [{"messages": [{"role": "user", "content": f"{BAD} {i}"}, {"role": "assistant", "content": BAD * 2}]} for i in range(30)]
     (lab.folder / "bad.jsonl").write_text("\n".join(map(json.dumps, chats)))
     code = f"""
@@ -113,7 +144,6 @@ from finetune_nb.panel import panel
 
 room = panel(FinetuneConfig(train_file="bad.jsonl"))
 room.form.controls["target_modules"].value = {BAD!r}
-room.form.controls["model_name_or_path"].value = {BAD!r}
 room.form.path.value = {BAD!r}
 room.form.load.click()
 room.form.show_code.click()
@@ -123,9 +153,13 @@ room"""
     lab.open(lab.write("bad.ipynb", code))
     lab.run_all()
     for tab in ("Data", "Settings", "Train", "Compare", "Chat", "Runs", "Export"):
-        lab.click(tab)
+        choose(lab, tab)
         if tab == "Data":
+            lab.see("onerror=window.hacked=1>")
             press(lab, "Read the chats")
+        if tab == "Settings":
+            for name in ("run_name", "model_name_or_path"):
+                lab.fill(name, BAD)
         if tab == "Compare":
             lab.see("1 of 1 shown")
         if tab in ("Train", "Chat"):
@@ -135,24 +169,57 @@ room"""
     assert lab.page.evaluate("() => document.querySelectorAll('img[src=\"x\"]').length") == 0
 
 
-def test_every_control_has_a_name_and_can_be_reached(lab):
-    lab.open(put_tutorial(lab))
-    lab.run_all(180)
-    lab.click("Settings")
+def open_panel(lab):
+    "The panel alone, on few chats, beside a run that has answered its test set."
+    put_answered_run(lab)
+    lab.open(lab.write("alone.ipynb", FEW))
+    lab.run_all()
+    choose(lab, "Settings")
     lab.see("Fits: ", 60)
-    nameless = lab.page.evaluate(
-        """() => [...document.querySelectorAll('.fnb input, .fnb select, .fnb textarea, .fnb button, .fnb [role=slider]')].filter(e => e.offsetParent).filter(e => {
-            const widget = e.closest('.jupyter-widgets'), label = widget?.querySelector('.widget-label, .widget-label-basic');
-            return !(e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim() || e.title || label?.textContent.trim());
-        }).map(e => e.outerHTML.slice(0, 200))"""
-    )
-    assert nameless == []
+
+
+def test_everything_has_a_name(lab):
+    "As a screen reader would say it: every control by its label, every picture by its description."
+    open_panel(lab)
+    for tab in TABS:
+        choose(lab, tab)
+        nameless = lab.page.evaluate(
+            """() => [...document.querySelectorAll('.fnb input, .fnb select, .fnb textarea, .fnb button, .fnb [role=slider], .fnb img')].filter(e => e.offsetParent).filter(e => {
+                const widget = e.closest('.jupyter-widgets'), label = widget?.querySelector('.widget-label, .widget-label-basic');
+                return !(e.getAttribute('aria-label') || e.alt || e.labels?.length || e.innerText?.trim() || e.title || label?.textContent.trim());
+            }).map(e => e.outerHTML.slice(0, 200))"""
+        )
+        assert nameless == [], tab
+        cut = lab.page.evaluate("""() => [...document.querySelectorAll('.fnb .widget-label, .fnb .widget-label-basic, .fnb button')]
+            .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
+        assert cut == [], tab
+
+
+def test_everything_can_be_reached_by_keys(lab):
+    open_panel(lab)
     lab.page.locator("button.jupyter-button", has_text="the guide's").locator("visible=true").focus()
     reached = []
     for _ in range(30):
         lab.page.keyboard.press("Tab")
         reached.append(lab.page.evaluate("() => document.activeElement.closest('.jupyter-widgets')?.querySelector('.widget-label, .widget-label-basic')?.textContent.trim() || document.activeElement.innerText"))
     assert {"small GPU", "Save", "r", "learning_rate", "num_train_epochs"} <= set(reached), reached
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_words_can_be_read(lab, theme):
+    "Ink and ground of every visible text differ enough (WCAG: 4.5 to 1), also on a narrow page, where nothing sticks out."
+    open_panel(lab)
+    lab.theme(theme)
+    for tab in TABS:
+        choose(lab, tab)
+        assert lab.page.evaluate(POOR) == [], tab
+    lab.page.set_viewport_size({"width": 480, "height": 1000})
+    lab.command("application:toggle-left-area")
+    for tab in TABS:
+        choose(lab, tab)
+        wide = lab.page.evaluate("""() => { const box = [...document.querySelectorAll('.jp-OutputArea-output .fnb')].find(e => e.offsetParent);
+            return [...box.querySelectorAll('*')].filter(e => e.offsetParent && !e.closest('.fnb-scroll *') && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).map(e => e.outerHTML.slice(0, 160)); }""")
+        assert wide == [], tab
 
 
 def test_the_panel_alone_in_voila(voila):
@@ -168,29 +235,7 @@ def test_the_panel_alone_in_voila(voila):
     before = card(voila, "trained parameters")
     voila.move_slider("r", 1)
     voila.wait(f"before => ({CARD})('trained parameters') !== before", "the plan has followed", before)
-    voila.click("Train")
+    choose(voila, "Train")
     press(voila, "Train")
     voila.see("Finished. run-001", 120)
     assert voila.errors() == []
-
-
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_words_can_be_read_in_both_themes(lab, theme):
-    "Ink and ground of every visible text of the settings differ enough (WCAG: 4.5 to 1)."
-    lab.open(put_tutorial(lab))
-    lab.theme(theme)
-    lab.run_all(180)
-    lab.click("Settings")
-    lab.see("Fits: ", 60)
-    poor = lab.page.evaluate(
-        """() => {
-            const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-            const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
-            const ground = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return c; } return [255, 255, 255]; };
-            return [...document.querySelectorAll('.fnb *')].filter(e => e.offsetParent && !e.closest(":disabled, .widget-tab > .lm-TabBar, .widget-tab > .p-TabBar, .jupyter-button") && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).filter(e => {
-                const pair = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => b - a);
-                return (pair[0] + .05) / (pair[1] + .05) < 4.5;
-            }).map(e => e.textContent.slice(0, 60));
-        }"""
-    )
-    assert poor == []
