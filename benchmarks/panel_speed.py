@@ -19,6 +19,7 @@ from jupyter_client.manager import KernelManager
 
 SETUP = """
 import json, shutil, time
+import torch
 from IPython.display import display
 from transformers import TrainerCallback
 from finetune_nb.config import FinetuneConfig
@@ -36,6 +37,7 @@ class Clock(TrainerCallback):
         elif state.global_step > 5:
             self.took = now[0] - self.began[0], now[1] - self.began[1]
 
+torch.set_num_threads(1)  # threads that wait for each other turn on the spot, which would count as work
 data = icd10_chats(n_train={chats})
 data = Splits(data.train, data.validation[:8], data.test[:8])
 few = {{"target_modules": "all-linear", "lora_dropout": 0.0, "gradient_accumulation_steps": 1, "early_stopping_patience": 0}}

@@ -242,7 +242,7 @@ class ChatView(View):
         self.config, self.background, self.shelf, self.task = config, _background(background), None, None
         self.answers: dict[str, str] = {}
         wide = {"description_width": "70px"}
-        area = {"style": wide, "layout": widgets.Layout(width="100%", max_width="760px")}
+        area = {"style": wide, "layout": widgets.Layout(width="100%", max_width="760px", margin="2px 0")}
         self.system = widgets.Textarea(value=system, description="system", rows=2, placeholder="none", **area)
         self.question = widgets.Textarea(description="question", rows=4, **area)
         self.who = widgets.SelectMultiple(options=[BASE], value=[BASE], description="ask", rows=4, style=wide)

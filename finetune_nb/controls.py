@@ -198,7 +198,7 @@ def picture(
     width: str = "760px",  # at most
 ) -> widgets.Image:
     "A place for a picture, hidden until there is one."
-    made = _Picture(format="png", layout=widgets.Layout(max_width=width, width="100%", display="none"))
+    made = _Picture(format="png", layout=widgets.Layout(max_width=width, width="100%", margin="0", display="none"))
     return _with_tooltip(made, text)
 
 
