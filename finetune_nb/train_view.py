@@ -72,6 +72,7 @@ def samples_html(
 
 def job_words(
     job: Job,  # at any point
+    details: bool = True,  # where an error came from, with the folders of this machine
 ) -> str:
     "The state of a job as HTML; what went wrong in words, with the details folded away."
     where = f" {job.folder.name}" if job.folder else ""
@@ -79,7 +80,7 @@ def job_words(
     if job.active and job.progress is not None:
         bar = f'<progress max="{job.progress.total}" value="{job.progress.done}" style="width:100%;max-width:640px"></progress>'
     if job.state == "failed":
-        more = f"<details><summary>details</summary><pre>{escape(job.trace)}</pre></details>"
+        more = f"<details><summary>details</summary><pre>{escape(job.trace)}</pre></details>" if details else ""
         kept = note("What was saved can go on.", "good") if job.folder and last_checkpoint(job.folder) else ""
         return note(job.error, "error") + kept + more
     kind = {"finished": "good", "stopped": "tight"}.get(job.state, "")
@@ -255,4 +256,5 @@ class TrainView(_TrainLayout):
 
         data = base64.b64encode(self.curves.value).decode()
         picture = f'<img alt="loss curves" src="data:image/png;base64,{data}">' if self.curves.value else ""
-        return f"<h3>Training</h3>{self.status.value}{self.figures.value}{picture}{self.samples.value}"
+        words = job_words(self.job, details=False) if self.job else self.status.value  # it is kept in the notebook, which others may get to see
+        return f"<h3>Training</h3>{words}{self.figures.value}{picture}{self.samples.value}"

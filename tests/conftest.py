@@ -1,5 +1,6 @@
 """A tiny model with the real tokenizer, so that whole runs take seconds."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def tiny_model(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # a run collects garbage a few times, and all that is imported by now would be gone through each time
     return str(folder)
 
 

@@ -15,7 +15,7 @@ def test_chapter(name, tmp_path):
 
 def test_tutorial_on_few_chats(tmp_path, capsys):
     "The same cells as `make demo`, on fewer chats."
-    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 24, "max_eval_samples": 4})
+    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 24, "max_eval_samples": 4, "by_hand": False})
     said = capsys.readouterr().out
     assert "Training [" in said and "exact match" in said
     run = tmp_path / "runs" / "run-001"
