@@ -47,6 +47,7 @@ STYLE = """<style>
 @container (max-width:400px){.fnb .widget-inline-hbox{flex-wrap:wrap;height:auto}
 .fnb .widget-inline-hbox>.widget-label{width:100%!important;max-width:100%;text-align:left;justify-content:flex-start}
 .fnb .widget-inline-hbox>select:not([multiple]){height:var(--jp-widgets-inline-height,28px)}
+.fnb .widget-inline-hbox>.slider-container{min-height:var(--jp-widgets-inline-height,28px)}
 .fnb .widget-checkbox>.widget-label{display:none}}
 </style>"""
 
@@ -209,7 +210,7 @@ class _Tabs(widgets.VBox):
         self,
         pages: dict[str, widgets.Widget],  # by what stands on the tab
     ) -> None:
-        self.heads, self.stack = widgets.ToggleButtons(options=list(pages)), widgets.Stack(list(pages.values()), selected_index=0)
+        self.heads, self.stack = widgets.ToggleButtons(options=list(pages)), widgets.Stack(list(pages.values()), selected_index=0, layout=widgets.Layout(width="100%", padding="0 6px"))
         self.link = widgets.jslink((self.heads, "index"), (self.stack, "selected_index"))
         super().__init__([self.heads, self.stack])
         self.add_class("fnb-tabs")

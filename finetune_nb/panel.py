@@ -137,7 +137,7 @@ class Panel(View):
         self.form.on_change(self._folder_changed)
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
-        settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap")).add_class("fnb-columns")
+        settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap", width="100%")).add_class("fnb-columns")
         views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs, self.export)}
         self.tabs = tabs({"Train" if title == "Training" else title: view for title, view in views.items()})
         self.tabs.selected_index = 2 if job is not None else 1

@@ -210,6 +210,8 @@ def test_words_can_be_read(lab, theme):
     "Ink and ground of every visible text differ enough (WCAG: 4.5 to 1), also on a narrow page, where nothing sticks out."
     open_panel(lab)
     lab.theme(theme)
+    tops = lab.page.evaluate("() => [...document.querySelector('.fnb-columns').children].map(column => column.getBoundingClientRect().top)")
+    assert tops[0] == tops[1], "the plan stands beside the settings"
     for tab in TABS:
         choose(lab, tab)
         assert lab.page.evaluate(POOR) == [], tab
