@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat_template import end_of_turn_id, render_prompt
+from .chat_template import render_prompt
 from .config import FinetuneConfig, FinetuneError
-from .evaluation import stop_tokens
+from .evaluation import greedy
 from .lora import load_adapter, put_adapter
 from .losses import mixed_precision
 from .runs import RunRow, read_run
@@ -63,9 +63,8 @@ def answer(
     if not messages or not str(messages[-1].get("content") or "").strip():
         raise FinetuneError("There is no question. Type one first.")
     ids = tokenizer(render_prompt(list(messages), tokenizer, None, chat_template_kwargs), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    stops = stop_tokens(model, end_of_turn_id(tokenizer, chat_template_kwargs))
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-    words, training = _Words(tokenizer, stops, show), model.training
+    settings = greedy(model, tokenizer, max_new_tokens, chat_template_kwargs)
+    words, training = _Words(tokenizer, settings.eos_token_id, show), model.training
     model.eval()
     try:
         with mixed_precision(model):
@@ -159,10 +158,14 @@ class Shelf:
 
 def _state_of(folder: Path) -> tuple[int, int]:
     "What changes when the adapter of a run is written anew."
-    file = folder / "adapter" / "adapter_model.safetensors"
+    file = _adapter_file(folder)
     if not file.is_file():
         return (0, 0)
     return file.stat().st_mtime_ns, file.stat().st_size
+
+
+def _adapter_file(folder: Path) -> Path:
+    return folder / "adapter" / "adapter_model.safetensors"
 
 
 def fits_beside(
@@ -177,4 +180,4 @@ def askable(
     rows: Sequence[RunRow],  # of `list_runs`
 ) -> list[RunRow]:
     "The runs that have an adapter to ask."
-    return [row for row in rows if (row.folder / "adapter" / "adapter_model.safetensors").is_file()]
+    return [row for row in rows if _adapter_file(row.folder).is_file()]

@@ -193,15 +193,20 @@ def demo_command(options: argparse.Namespace) -> None:
     print(f"\nDone in {minutes}:{seconds:02}. Paths above are inside {folder}.\nExecuted notebook: {target}")
 
 
+def _tutorial_in(folder: Path, name: str) -> tuple[Path, bool]:
+    "The tutorial in `folder`, and whether it was copied there now; one that is there already stays as it is."
+    target = folder / f"{name}.ipynb"
+    folder.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return target, False
+    shutil.copy(tutorial_path(name), target)
+    return target, True
+
+
 def notebook_command(options: argparse.Namespace) -> None:
     "Copies the tutorial here, unless it is here already, and opens it."
-    target = Path(options.folder) / "finetune.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        print(f"{target} is here already and stays as it is.")
-    else:
-        shutil.copy(tutorial_path(), target)
-        print(f"Copied the tutorial to {target}.")
+    target, copied = _tutorial_in(Path(options.folder), "finetune")
+    print(f"Copied the tutorial to {target}." if copied else f"{target} is here already and stays as it is.")
     if not options.no_open:
         _need("jupyterlab")
         raise SystemExit(subprocess.call([sys.executable, "-m", "jupyter", "lab", str(target)]))
@@ -210,10 +215,7 @@ def notebook_command(options: argparse.Namespace) -> None:
 def app_command(options: argparse.Namespace) -> None:
     "Serves the panel as a page of its own, without a notebook around it."
     _need("voila", extra="voila")
-    target = Path(options.folder) / "panel.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        shutil.copy(tutorial_path("panel"), target)
+    target, _ = _tutorial_in(Path(options.folder), "panel")
     command = [sys.executable, "-m", "voila", str(target), f"--port={options.port}", *(["--no-browser"] if options.no_open else [])]
     raise SystemExit(subprocess.call(command))
 

@@ -8,7 +8,6 @@ __all__ = ['DATA_SETTINGS', 'plot_lengths', 'Prepared', 'DataView', 'plan_html',
 # %% ../nbs/10c_data_view.ipynb #198a39b1
 import re
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
@@ -20,7 +19,7 @@ from .chat_template import show_labels, tokenize_chat
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Chat, Splits, check_chats
-from .jobs import Task, front_end, in_words
+from .jobs import Task, in_background, in_words
 from .live_plan import LivePlan, cut_share, verdict
 from .models import load_tokenizer
 from .planning import Plan
@@ -117,7 +116,7 @@ class DataView(View):
         background: bool | None = None,  # whether to read in a thread; None: where pictures from a thread show
     ) -> None:
         self.form, self.given, self.ready, self.task = form or ConfigForm(), splits, None, None
-        self.background = front_end() == "notebook" if background is None else background
+        self.background = in_background(background)
         self.listeners: list[Callable[[Prepared], None]] = []
         self._drawn: tuple[Prepared | None, int] = None, 0  # what the picture shows
         wide = {"description_width": "90px"}
@@ -192,7 +191,7 @@ class DataView(View):
     def _status(self, config: FinetuneConfig) -> str:
         if not self.ready.same_data(config):
             return note("The settings name other data now: read the chats again.", "tight")
-        return note(f"{self.ready.report.verdict}", "good" if "error" not in self.ready.report.verdict else "bad")
+        return note(self.ready.report.verdict, "good" if "error" not in self.ready.report.verdict else "bad")
 
     def _show(self) -> None:
         ready = self.ready
@@ -264,7 +263,7 @@ class PlanView(View):
         form: ConfigForm,  # the settings
         ready: Prepared | None = None,  # the data; None: not read yet
     ) -> None:
-        self.form, self.ready, self.plan, self.seconds = form, ready, None, 0.0
+        self.form, self.ready, self.plan = form, ready, None
         self.box = widgets.HTML()
         self.advise = button("What would fit?", self.advice, "looks for the settings of least harm that make the run fit")
         self.advise.layout.display = "none"
@@ -277,7 +276,6 @@ class PlanView(View):
         config: FinetuneConfig,  # what the form says
     ) -> None:
         "Plans anew and shows it."
-        started = time.perf_counter()
         self.advise.layout.display = "none"
         if self.ready is None:
             self.box.value = note("Read the chats, and what a run would cost stands here.")
@@ -291,7 +289,6 @@ class PlanView(View):
             self.plan, self.box.value = None, note(str(error), "error")
         except Exception as error:  # an architecture that can't be planned can perhaps be trained
             self.plan, self.box.value = None, note(f"This can't be planned. {in_words(error)}", "tight")
-        self.seconds = time.perf_counter() - started
 
     def advice(self) -> None:
         "Looks for settings that fit, and shows them."

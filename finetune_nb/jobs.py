@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'REMEDIES', 'JOBS', 'Task', 'in_words', 'Sample', 'Job', 'best_look', 'patience_left', 'smoothed',
-           'seconds_left', 'JobError', 'start_job', 'continue_job', 'active_job', 'find_job', 'front_end']
+           'seconds_left', 'JobError', 'start_job', 'continue_job', 'active_job', 'find_job', 'front_end',
+           'in_background']
 
 # %% ../nbs/09a_jobs.ipynb #8db69319
 import math
@@ -26,7 +27,7 @@ from .data import Chat, Splits, question
 from .evaluation import generate
 from .losses import inner_model
 from .models import load_tokenizer
-from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train
+from .training import Progress, Run, Stop, kept_sets, load_splits, progress_to, read_history, resume, train, why_not_on
 
 # %% ../nbs/09a_jobs.ipynb #3eb59f72
 class Task:
@@ -186,7 +187,7 @@ class Job(Task):
         self.callbacks = callbacks
         self.history: list[dict[str, float]] = read_history(folder) if folder else []
         self.samples: list[Sample] = []
-        self.step, self.steps, self.epoch = 0, 0, 0.0
+        self.step, self.steps = 0, 0
         self._stop, self._began = Stop(), (time.monotonic(), 0)
 
     def stop(self) -> None:
@@ -216,7 +217,7 @@ class Job(Task):
         self._changed()
 
     def _stepped(self, state: Any) -> None:
-        self.step, self.steps, self.epoch = state.global_step, state.max_steps, state.epoch or 0.0
+        self.step, self.steps = state.global_step, state.max_steps
         self._changed()
 
     def _logged(self, row: dict[str, float]) -> None:
@@ -317,8 +318,7 @@ def continue_job(
     if job.folder is None or not job.folder.is_dir():
         raise JobError("This run never began, or its folder is gone, so there is nothing to go on with. Start it anew.")
     if job.state == "finished":
-        facts = job.result.facts
-        raise JobError(f"{job.folder} was not stopped: it was ended by {facts['ended_by']} after {facts['steps']} steps. Train a new run for more, with more num_train_epochs or early_stopping_patience.")
+        raise JobError(why_not_on(job.folder, job.result.facts))
     job._stop = Stop()
     return _launch(job, background, listeners)
 
@@ -363,3 +363,10 @@ def front_end() -> str:
         return "colab"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return "notebook" if getattr(shell, "kernel", None) is not None else "terminal"
+
+
+def in_background(
+    asked: bool | None,  # None: where pictures from a thread show
+) -> bool:
+    "Whether a view does its work in a thread."
+    return front_end() == "notebook" if asked is None else asked

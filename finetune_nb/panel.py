@@ -8,7 +8,6 @@ __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view'
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
 from collections.abc import Sequence
-from pathlib import Path
 
 import ipywidgets as widgets
 
@@ -98,11 +97,7 @@ def runs_view(
     train: TrainView | None = None,  # shows a run that goes on
 ) -> RunsView:
     "The table of all runs."
-
-    def go_on(folder: Path) -> None:
-        train.continue_from(folder)
-
-    return RunsView(lambda: form.config.output_dir, lambda config: setattr(form, "config", config), go_on if train else None)
+    return RunsView(lambda: form.config.output_dir, lambda config: setattr(form, "config", config), train.continue_from if train else None)
 
 
 def export_view(

@@ -94,15 +94,11 @@ def differences(
 
 
 SORTS = {
-    "newest first": lambda row: (_started(row), row.name),
+    "newest first": lambda row: (row.facts.get("started", ""), row.name),
     "lowest validation loss": lambda row: -(row.best if row.best is not None else float("inf")),
     "fastest": lambda row: -row.facts.get("seconds", float("inf")),
     "name": None,
 }
-
-
-def _started(row: RunRow) -> str:
-    return row.facts.get("started", "")
 
 
 @dataclass(frozen=True)

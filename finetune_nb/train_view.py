@@ -15,11 +15,11 @@ from typing import Any
 import ipywidgets as widgets
 
 from .config import FinetuneError
-from .controls import WRAP, ConfigForm, View, button, cards, note, picture
+from .controls import WRAP, ConfigForm, View, button, cards, note, offer, picture
 from .data import Splits
 from .jobs import Job, active_job, best_look, continue_job, find_job, patience_left, seconds_left, start_job
 from .runs import list_runs, plot_runs
-from .training import clock_time, last_checkpoint
+from .training import clock_time, inlined, last_checkpoint
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
 STATES = {
@@ -125,7 +125,7 @@ class TrainView(_TrainLayout):
         self.before: list[Callable[[], None]] = []  # called before a run begins or goes on
         self.cost = 0.0  # seconds that the view has taken from the run
         self._told = self._drawn = self._took = 0.0
-        self._state, self._looks = "", 0
+        self._state, self._look = "", None  # what was shown last
         super().__init__(self._lay_out())
         form.on_change(lambda config: self._show_buttons())
         self.attach(find_job(form.config.output_dir))
@@ -185,11 +185,12 @@ class TrainView(_TrainLayout):
     def _changed(self) -> None:
         "Called by the job in its own thread: shows no more often than is worth it."
         began, state = time.perf_counter(), self.job.state
-        looks = sum("eval_loss" in row for row in self.job.history)
-        turned = state != self._state or looks != self._looks
+        last = self.job.history[-1] if self.job.history else {}
+        look = last if "eval_loss" in last else self._look
+        turned = state != self._state or look is not self._look
         ended = state != self._state and not self.job.active
         if turned or began - self._told > max(0.5, 50 * self._took):
-            self._state, self._looks, self._told = state, looks, began
+            self._state, self._look, self._told = state, look, began
             self._show_words()
             if turned or began - self._drawn > 2:
                 self.draw()
@@ -230,12 +231,9 @@ class TrainView(_TrainLayout):
     def refresh_runs(self) -> None:
         "Offers the runs of the folder for comparison."
         mine = self.job.folder.name if self.job is not None and self.job.folder else None
-        names = tuple(row.name for row in list_runs(self.form.config.output_dir).rows if row.name != mine)
-        if self.overlay.options != names:
-            kept = [name for name in self.overlay.value if name in names]
-            self.overlay.options = names
-            self.overlay.layout.display = None if names else "none"
-            self.overlay.value = kept
+        names = [row.name for row in list_runs(self.form.config.output_dir).rows if row.name != mine]
+        offer(self.overlay, names)
+        self.overlay.layout.display = None if names else "none"
 
     def histories(self) -> dict[str, Any]:
         "By name, the curves that are shown."
@@ -252,9 +250,6 @@ class TrainView(_TrainLayout):
 
     def still(self) -> str:
         "The state, the figures, the curves and the answers."
-        import base64
-
-        data = base64.b64encode(self.curves.value).decode()
-        picture = f'<img alt="loss curves" src="data:image/png;base64,{data}">' if self.curves.value else ""
+        curves = inlined(self.curves.value) if self.curves.value else ""
         words = job_words(self.job, details=False) if self.job else self.status.value  # it is kept in the notebook, which others may get to see
-        return f"<h3>Training</h3>{words}{self.figures.value}{picture}{self.samples.value}"
+        return f"<h3>Training</h3>{words}{self.figures.value}{curves}{self.samples.value}"

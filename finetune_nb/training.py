@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'Stop',
-           'FinetuneTrainer', 'training_arguments', 'Picture', 'Run', 'plot_history', 'peak_memory_gib', 'train',
-           'resume', 'last_checkpoint', 'kept_sets', 'choose_packing', 'make_trainer', 'read_history', 'load_run']
+           'FinetuneTrainer', 'training_arguments', 'Picture', 'inlined', 'Run', 'plot_history', 'peak_memory_gib',
+           'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets', 'choose_packing', 'make_trainer',
+           'read_history', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -377,6 +378,13 @@ class Picture(Figure):
         self.savefig(picture, format="png", dpi=100)
         return picture.getvalue()
 
+
+def inlined(
+    png: bytes,  # a picture of loss curves
+) -> str:
+    "The picture as HTML that needs no file."
+    return f'<img alt="loss curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
 # %% ../nbs/08_training.ipynb #d913426a
 @dataclass
 class Run:
@@ -441,8 +449,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        data = base64.b64encode(self.plot()._repr_png_()).decode()
-        return f'<table>{rows}</table><img alt="loss curves" src="data:image/png;base64,{data}">'
+        return f"<table>{rows}</table>{inlined(self.plot()._repr_png_())}"
 
 # %% ../nbs/08_training.ipynb #ce326231
 def plot_history(
@@ -512,7 +519,7 @@ def train(
                     save_chats(chats, folder / f"{name}.jsonl")
         if config.init_lora_weights == "pissa" and first:
             ready.model.save_pretrained(folder / "initial", save_embedding_layers=False)
-        return _run(config, folder, splits, ready, callbacks or [], stop or Stop(), say)
+        return _run(config, folder, ready, _starting_facts(config, splits, ready), callbacks or [], stop or Stop(), say)
 
 # %% ../nbs/08_training.ipynb #d0a71884
 def resume(
@@ -531,13 +538,24 @@ def resume(
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise TrainingError(f"{folder} holds no checkpoint, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
-    if (folder / "run.json").is_file() and (ended := load_run(folder).facts)["ended_by"] != "the user":
-        raise TrainingError(f"{folder} was not stopped: it was ended by {ended['ended_by']} after {ended['steps']} steps. Train a new run for more, with more num_train_epochs or early_stopping_patience.")
+    if (ended := _facts_so_far(folder)) and ended["ended_by"] != "the user":
+        raise TrainingError(why_not_on(folder, ended))
     splits = splits or kept_sets(folder, config)
     for name, chats in splits._asdict().items():
         if fingerprint(chats) != started["data"][name]["sha256"]:
             raise TrainingError(f"The {name} chats are not those that {folder} began with. Bring the old file back, or pass the chats as resume(folder, splits).")
-    return _run(config, folder, splits, _prepare(config, splits, say), callbacks or [], stop or Stop(), say, checkpoint)
+    return _run(config, folder, _prepare(config, splits, say), started, callbacks or [], stop or Stop(), say, checkpoint)
+
+
+def why_not_on(
+    folder: Path,  # of a run
+    facts: dict[str, Any],  # that it ended with
+) -> str:
+    "Why a run that came to its end does not go on, and what to do."
+    return (
+        f"{folder} was not stopped: it was ended by {facts['ended_by']} after {facts['steps']} steps. "
+        "Train a new run for more, with more num_train_epochs or early_stopping_patience."
+    )
 
 
 def last_checkpoint(
@@ -590,18 +608,9 @@ def _tell(say: Callable[[str], None], text: str) -> None:
     sys.stdout.flush()
 
 # %% ../nbs/08_training.ipynb #e9210acc
-def _run(
-    config: FinetuneConfig,
-    folder: Path,
-    splits: Splits,
-    ready: _Ready,
-    callbacks: list[TrainerCallback],
-    stop: Stop,
-    say: Callable[[str], None],
-    checkpoint: Path | None = None,
-) -> Run:
-    "Trains, from the start or from `checkpoint`, and writes what comes of it."
-    started = {
+def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> dict[str, Any]:
+    "What is known of a run before its first step."
+    return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "parameters": str(trainable_parameters(ready.model)),
         "hardware": str(hardware(config.use_cpu)),
@@ -610,8 +619,19 @@ def _run(
         "data": {name: _data_facts(chats, ready.rows.get(name)) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
     }
-    if checkpoint:
-        started = json.loads((folder / "started.json").read_text(encoding="utf-8"))
+
+
+def _run(
+    config: FinetuneConfig,
+    folder: Path,
+    ready: _Ready,
+    started: dict[str, Any],
+    callbacks: list[TrainerCallback],
+    stop: Stop,
+    say: Callable[[str], None],
+    checkpoint: Path | None = None,
+) -> Run:
+    "Trains, from the start or from `checkpoint`, and writes what comes of it."
     facts = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint)
     run = Run(folder, config, facts, read_history(folder), (ready.model.eval(), ready.tokenizer))
     if PartialState().is_main_process:
@@ -681,7 +701,7 @@ def _fit(
         collator, planned = _plan_batches(config, ready, say)
         started |= planned
         _write_facts(started, folder / "started.json")
-    before = (started | _facts_so_far(folder)).get("seconds", 0.0) if checkpoint else 0.0
+    before = _facts_so_far(folder).get("seconds", 0.0)
     begun = time.monotonic()
     forget_peak()
     steps = total_steps(config, len(rows["train"]), PartialState().num_processes)

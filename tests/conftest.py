@@ -87,6 +87,16 @@ def rows(chats, tokenizer):
 
 
 @pytest.fixture(scope="module")
+def one_way():
+    "Attention is computed in the way that was measured as the fastest, and ways differ in the last bit; here it's always the same one."
+    from finetune_nb import training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "fastest_ways", lambda *args: ["tree"])
+        yield
+
+
+@pytest.fixture(scope="module")
 def chromium():
     "Headless Chromium; for one module at a time, since Playwright keeps an event loop running that other tests would meet."
     if reason := browser.why_not():
@@ -98,18 +108,20 @@ def chromium():
 @pytest.fixture(scope="module")
 def lab_server(tmp_path_factory):
     "JupyterLab over a temporary folder."
-    if reason := browser.why_not("jupyterlab"):
-        pytest.skip(reason)
-    with browser.running_server("lab", tmp_path_factory.mktemp("lab")) as server:
-        yield server
+    yield from served("lab", "jupyterlab", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def voila_server(tmp_path_factory):
     "Voila over a temporary folder."
-    if reason := browser.why_not("voila"):
+    yield from served("voila", "voila", tmp_path_factory)
+
+
+def served(kind, package, tmp_path_factory):
+    "A server of this kind, or the reason why there is none."
+    if reason := browser.why_not(package):
         pytest.skip(reason)
-    with browser.running_server("voila", tmp_path_factory.mktemp("voila")) as server:
+    with browser.running_server(kind, tmp_path_factory.mktemp(kind)) as server:
         yield server
 
 

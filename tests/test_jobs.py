@@ -30,6 +30,8 @@ from finetune_nb.jobs import (
 )
 from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, train
 
+pytestmark = pytest.mark.usefixtures("one_way")
+
 
 @pytest.fixture(autouse=True)
 def no_jobs():

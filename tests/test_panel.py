@@ -41,6 +41,8 @@ EVIL = "<img src=x onerror=alert(1)>"
 EVILS = (EVIL, f"""'">{EVIL}</pre></td>{EVIL}""")
 NAMES = [f.name for f in fields(FinetuneConfig)]
 
+pytestmark = pytest.mark.usefixtures("one_way")
+
 
 @pytest.fixture(autouse=True)
 def no_jobs(tmp_path, monkeypatch):
@@ -608,8 +610,7 @@ def adapter(folder):
 
 
 def same(one, other):
-    "The same weights, but for the last bit that another thread's sums may differ in; `test_jobs` and `test_training` ask for every bit."
-    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-7) for key in one)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.trains

@@ -243,7 +243,7 @@ def test_the_adapter_of_a_packed_base_counts_what_the_weights_stand_for(quick):
 
 
 TWO_PROCESSES = """
-import json, sys, warnings
+import json, os, sys
 from pathlib import Path
 from datasets import Dataset
 from finetune_nb.config import load_config
@@ -263,6 +263,7 @@ if trainer.is_world_process_zero():
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(sys.argv[2])
     losses = [row.get("eval_loss") or row["loss"] for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     (Path(sys.argv[2]) / "losses.json").write_text(json.dumps(losses))
+os._exit(0)  # gloo's threads may still hold tensors when the interpreter goes down, and then abort: pytorch/pytorch#179291
 """
 
 

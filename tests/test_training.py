@@ -31,6 +31,8 @@ from finetune_nb.training import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_way")
+
 
 @pytest.fixture(autouse=True)
 def interrupts_stay_as_they_were():
