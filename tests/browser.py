@@ -1,6 +1,6 @@
-"""A notebook as a person meets it: JupyterLab or Voila as a server, headless Chromium, and hands to work it with.
+"""A notebook as a person meets it: JupyterLab, Notebook 7 or Voila as a server, headless Chromium, and hands to work it with.
 
-`conftest.py` makes the fixtures `lab` and `voila` of these parts. All waiting is for a condition, and whatever is
+`conftest.py` makes the fixtures `lab`, `notebook7` and `voila` of these parts. All waiting is for a condition, and whatever is
 started here is ended here, the kernels too.
 """
 
@@ -34,8 +34,9 @@ SETTINGS = {
     "docmanager-extension/plugin": {"autosave": False},
 }
 # What the pages complain of by themselves, whatever the notebook: Voila's look for fonts on the internet, and
-# those of ipywidgets 7 look there for an old MathJax; and, where there is no internet, the picture of a Colab badge.
-NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/|reading 'Queue'|colab-badge\.svg")
+# those of ipywidgets 7 look there for an old MathJax; where there is no internet, the picture of a Colab badge; and
+# Notebook 7 looks for settings that it does not have, and Voila tries to load a part of Notebook 7 that is not for it.
+NOISE = re.compile(r"cdn\.jsdelivr\.net/npm/@fortawesome/|reading 'Queue'|colab-badge\.svg|reading 'schema'|getter for the shared module is not a function")
 
 # The splash are the moons that circle over the page while it, or a theme, loads.
 IDLE = """() => {
@@ -117,11 +118,13 @@ def end_processes(process: subprocess.Popen) -> None:
 
 
 class Server:
-    "JupyterLab or Voila over a folder, with settings, configuration and kernel of its own."
+    "JupyterLab, Notebook or Voila over a folder, with settings, configuration and kernel of its own."
 
     COMMANDS = {
         "lab": "jupyterlab --allow-root --ip=127.0.0.1 --IdentityProvider.token={token} --ServerApp.root_dir={folder} "
         "--ServerApp.port_retries=0 --LabApp.expose_app_in_browser=True",
+        "notebook": "notebook --allow-root --ip=127.0.0.1 --IdentityProvider.token={token} --ServerApp.root_dir={folder} "
+        "--ServerApp.port_retries=0 --JupyterNotebookApp.expose_app_in_browser=True",
         "voila": "voila {folder} --Voila.ip=127.0.0.1 --token={token} --Voila.port_retries=0 --VoilaConfiguration.show_tracebacks=True",
     }
 
@@ -289,6 +292,14 @@ class Page:
             handle.press(key)
         return self.shown(label)
 
+    def press_slider(self, label: str, share: float) -> str:
+        "Presses the mouse on a slider, at a share of its length, and returns the value that it then shows."
+        track = self.control(label).locator(".noUi-base, .ui-slider").first
+        track.scroll_into_view_if_needed()
+        box = track.bounding_box()
+        track.click(position={"x": share * box["width"], "y": box["height"] / 2}, force=True)
+        return self.shown(label)
+
     def shown(self, label: str) -> str:
         "The value that a control shows: a slider's readout, a choice, a text, or whether it is ticked."
         return self.control(label).evaluate(
@@ -329,6 +340,7 @@ class Lab(Page):
     "A notebook in JupyterLab."
 
     OUTPUT = ".jp-Notebook .jp-OutputArea"  # a cell's code often holds the same words
+    PATH = "lab/tree"
 
     def close(self) -> None:
         "Closes the page and ends its kernel, which would go on without it."
@@ -337,7 +349,7 @@ class Lab(Page):
 
     def open(self, notebook: str) -> None:
         "Opens a notebook of the server's folder in a fresh workspace and waits for its kernel."
-        self.page.goto(self.server.url(f"lab/tree/{notebook}", "reset"))
+        self.page.goto(self.server.url(f"{self.PATH}/{notebook}", "reset"))
         self.wait_idle()
 
     def reload(self) -> None:
@@ -381,6 +393,12 @@ class Lab(Page):
         self.command("apputils:change-theme", {"theme": name})
         worn = "name => document.body.dataset.jpThemeName === name && !document.getElementById('jupyterlab-splash')"
         self.wait(worn, f"the theme is {name}", name)
+
+
+class Notebook7(Lab):
+    "A notebook in Jupyter Notebook 7, which is made of JupyterLab's parts."
+
+    PATH = "notebooks"
 
 
 class Voila(Page):

@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy with tests of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -112,6 +114,12 @@ def lab_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def notebook_server(tmp_path_factory):
+    "Jupyter Notebook over a temporary folder."
+    yield from served("notebook", "notebook", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
 def voila_server(tmp_path_factory):
     "Voila over a temporary folder."
     yield from served("voila", "voila", tmp_path_factory)
@@ -129,6 +137,14 @@ def served(kind, package, tmp_path_factory):
 def lab(chromium, lab_server):
     "A fresh page of JupyterLab: see `browser.Lab` for what can be done with it."
     page = browser.Lab(chromium, lab_server)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def notebook7(chromium, notebook_server):
+    "A fresh page of Notebook 7, to be used as `lab` is."
+    page = browser.Notebook7(chromium, notebook_server)
     yield page
     page.close()
 

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
+
 BAD = "<img src=x onerror=window.hacked=1>"
 PICTURE = "() => [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetParent)[0]?.src"
 CARD = """name => [...document.querySelectorAll('.fnb-card')].filter(card => card.offsetParent)
@@ -34,7 +36,7 @@ room"""
 
 @pytest.fixture(autouse=True)
 def no_runs_of_other_tests(request):
-    for name in ("lab", "voila"):
+    for name in ("lab", "notebook7", "voila"):
         if name in request.fixturenames:
             shutil.rmtree(request.getfixturevalue(name).folder / "runs", ignore_errors=True)
 
@@ -222,6 +224,26 @@ def test_words_can_be_read(lab, theme):
         wide = lab.page.evaluate("""() => { const box = [...document.querySelectorAll('.jp-OutputArea-output .fnb')].find(e => e.offsetParent);
             return [...box.querySelectorAll('*')].filter(e => e.offsetParent && !e.closest('.fnb-scroll *') && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).map(e => e.outerHTML.slice(0, 160)); }""")
         assert wide == [], tab
+
+
+def test_the_panel_in_notebook_7(notebook7):
+    "A run is started and found again after the page was loaded anew; the plan follows the mouse before and after (the notebook keeps the arrow keys for itself)."
+    settings = "target_modules='all-linear', max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, eval_strategy='no', logging_steps=1"
+    notebook7.open(notebook7.write("alone.ipynb", FEW.replace("FinetuneConfig()", f"FinetuneConfig({settings})")))
+    notebook7.run_all()
+    for moved, rank in (("before", "64"), ("after", "4")):
+        choose(notebook7, "Settings")
+        notebook7.see("Fits: ", 60)
+        count = card(notebook7, "trained parameters")
+        assert notebook7.press_slider("r", (int(rank).bit_length() - 1) / 8) == rank
+        notebook7.wait(f"before => ({CARD})('trained parameters') !== before", f"the plan has followed {moved} the run", count)
+        choose(notebook7, "Train")
+        if moved == "before":
+            press(notebook7, "Train")
+        notebook7.see("Finished. run-001", 120)
+        notebook7.save()
+        notebook7.reload()
+    assert notebook7.errors() == []
 
 
 def test_the_panel_alone_in_voila(voila):
