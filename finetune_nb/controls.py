@@ -22,8 +22,8 @@ from .config import ConfigError, FinetuneConfig, FinetuneError, check_replaceabl
 DARK = """--fnb-ink:#e3e3e3;--fnb-dim:#adadad;--fnb-good:#56c878;--fnb-tight:#e3ab3d;--fnb-bad:#ff8f87;--fnb-on:#111;color-scheme:dark"""
 # what ipywidgets paints, for pages that bring only its light colours
 DARK_WIDGETS = """--jp-widgets-color:#e3e3e3;--jp-widgets-label-color:#e3e3e3;--jp-widgets-readout-color:#e3e3e3;--jp-widgets-input-color:#e3e3e3;
---jp-widgets-input-background-color:#2b2b2b;--jp-widgets-input-border-color:#777;--jp-ui-font-color1:#e3e3e3;--jp-ui-font-color2:#adadad;--jp-content-font-color1:#e3e3e3;
---jp-layout-color1:#2b2b2b;--jp-layout-color2:#3d3d3d;--jp-layout-color3:#4a4a4a;--jp-border-color1:#777;--jp-border-color2:#555"""
+--jp-widgets-input-background-color:#2b2b2b;--jp-widgets-input-border-color:#777;--jp-ui-font-color1:#e3e3e3;--jp-ui-font-color2:#c8c8c8;--jp-content-font-color1:#e3e3e3;
+--jp-layout-color1:#2b2b2b;--jp-layout-color2:#4d4d4d;--jp-layout-color3:#5a5a5a;--jp-border-color1:#777;--jp-border-color2:#555"""
 PLAIN_PAGE = ":where(html:not([theme]) body:not([data-jp-theme-light],[class*=vscode-],[class*=quarto-]))"
 STYLE = f"""<style>
 .fnb{{--fnb-ink:var(--jp-ui-font-color1,#212121);--fnb-dim:var(--jp-ui-font-color2,#6a6a6a);--fnb-line:var(--jp-border-color2,#8886);
@@ -43,8 +43,8 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb-note{{font-size:12px;line-height:1.35;padding:0 8px 4px 8px;color:var(--fnb-dim);overflow-wrap:anywhere}}
 .fnb-error{{color:var(--fnb-bad);font-weight:600}}.fnb-good{{color:var(--fnb-good)}}.fnb-tight{{color:var(--fnb-tight)}}.fnb-bad{{color:var(--fnb-bad)}}
 .fnb h3{{margin:.4em 0 .2em;font-size:14px;font-weight:600}}
-.fnb-cards{{display:grid;grid-template-columns:repeat(auto-fill,minmax(124px,1fr));gap:8px;margin:6px 0;width:min(100%,760px)}}
-.fnb-card{{border:1px solid var(--fnb-line);border-radius:8px;padding:6px 12px}}
+.fnb-cards{{display:grid;grid-template-columns:repeat(auto-fill,minmax(138px,1fr));gap:8px;margin:6px 0;width:min(100%,760px)}}
+.fnb-card{{border:1px solid var(--fnb-line);border-radius:8px;padding:6px 9px}}
 .fnb-card b{{display:block;font-size:17px;font-variant-numeric:tabular-nums}}.fnb-card span{{font-size:12px;color:var(--fnb-dim)}}
 .fnb table{{border-collapse:collapse;font-size:13px}}.fnb td,.fnb th{{padding:3px 10px 3px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--fnb-line)}}
 .fnb pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid var(--fnb-line);border-radius:8px;padding:8px;margin:4px 0;font-size:13px;color:var(--fnb-ink);background:transparent}}
@@ -134,7 +134,7 @@ def make_control(
     value: Any,  # what the setting is now
 ) -> widgets.Widget:
     "The control of a setting, at its value, with its help where the pointer rests."
-    common = {"description": spec.name, "style": WIDE, "layout": widgets.Layout(width="auto", max_width="540px")}
+    common = {"description": spec.name, "style": WIDE, "layout": widgets.Layout(width="auto", max_width="580px")}
     if spec.kind == "steps":
         control = widgets.SelectionSlider(options=_steps(spec, value), value=value, continuous_update=True, **common)
     elif spec.kind == "slider":

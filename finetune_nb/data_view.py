@@ -25,7 +25,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Chat, Splits, check_chats
 from .jobs import Task, in_background, in_words
-from .live_plan import LivePlan, cut_share, verdict
+from .live_plan import LivePlan, cut_words, verdict
 from .masks import token_rows
 from .models import cache_folder, load_tokenizer
 from .planning import Plan
@@ -54,7 +54,7 @@ def plot_lengths(
     axes.spines[["bottom", "left"]].set_color("#888")
     return figure
 
-# %% ../nbs/10c_data_view.ipynb #d2979382
+# %% ../nbs/10c_data_view.ipynb #019961b4
 def data_files(
     config: FinetuneConfig,  # names the data
 ) -> list[Path]:
@@ -202,7 +202,7 @@ WHOLE = 10**9  # tokens; no chat is cut
 READ_SETTINGS = ("model_name_or_path", "train_file", "train_on", "control_tokens", "chat_template_kwargs")
 DATA_SETTINGS = ("validation_file", "test_file", "validation_size", "test_size", "columns", "on_error", "group_column", "stratify_column", "seed", "eval_strategy")
 
-# %% ../nbs/10c_data_view.ipynb #433c74a0
+# %% ../nbs/10c_data_view.ipynb #0e0fa7c9
 UPLOADS = Path("uploads")
 
 
@@ -273,7 +273,7 @@ class DataView(View):
         self.filter = widgets.Text(placeholder="words to look for", description="filter", continuous_update=False, style=wide, layout=widgets.Layout(width="280px"))
         self.at = widgets.IntSlider(min=0, max=0, description="chat", style=wide, continuous_update=True, readout=False, layout=widgets.Layout(width="380px"))
         self.chat = widgets.HTML()
-        browse = widgets.Box([self.which, self.filter, self.at], layout=widgets.Layout(flex_flow="row wrap", margin="10px 0 4px 0"))
+        browse = widgets.Box([self.which, self.filter, self.at], layout=widgets.Layout(flex_flow="row wrap", grid_gap="4px 18px", margin="10px 0 4px 0"))
         super().__init__([widgets.Box([self.path, self.read, self.upload], layout=WRAP), self.kept, self.status, self.report, self.picture, browse, self.chat])
         self.path.observe(lambda change: self._other_file(change.new), names="value")
         self.upload.observe(lambda change: self._uploaded(), names="value")
@@ -331,15 +331,11 @@ class DataView(View):
         if self.path.value != config.train_file:
             self.path.value = config.train_file
         if self.ready is not None:
-            self.form.hint("max_length", self._cut(config.max_length), "tight")
+            self.form.hint("max_length", cut_words(self.ready.lengths, config.max_length, config.too_long), "tight")
             self.status.value = self._status(config)
             if self._drawn != (self.ready, config.max_length):
                 self._drawn = self.ready, config.max_length
                 self.picture.value = plot_lengths(self.ready.lengths, config.max_length)._repr_png_()
-
-    def _cut(self, max_length: int) -> str:
-        count, share = cut_share(self.ready.lengths, max_length)
-        return f"{count:,} of {len(self.ready.lengths):,} chats ({share:.1%}) are longer" if count else ""
 
     def _status(self, config: FinetuneConfig) -> str:
         if outdated := self.ready.outdated(config):
