@@ -61,7 +61,7 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb .fnb-row>.widget-inline-hbox{{margin:2px}}
 .fnb .fnb-row .fnb-note{{padding-left:200px}}
 .fnb{{container-type:inline-size}}
-@container (max-width:400px){{.fnb .widget-inline-hbox{{flex-wrap:wrap;height:auto}}
+@container (max-width:400px){{.fnb .widget-inline-hbox{{flex-wrap:wrap;height:auto;max-width:calc(100% - 4px);box-sizing:border-box}}
 .fnb .widget-inline-hbox>.widget-label{{width:100%!important;max-width:100%;text-align:left;justify-content:flex-start}}
 .fnb .widget-inline-hbox>select:not([multiple]){{height:var(--jp-widgets-inline-height,28px)}}
 .fnb .widget-inline-hbox>.slider-container{{min-height:var(--jp-widgets-inline-height,28px);flex:1 1 100px!important;width:auto;min-width:0}}
