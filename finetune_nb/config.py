@@ -365,7 +365,7 @@ def _read_settings(path: Path) -> list[tuple[int, str, Any]]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return pairs
 
-# %% ../nbs/00_config.ipynb #1aae203e
+# %% ../nbs/00_config.ipynb #a3d6b7b2
 LARGEST = 1 << 20  # bytes; a configuration has some twenty thousand
 
 
@@ -387,5 +387,5 @@ def check_replaceable(
         if text.strip() and not _read_settings(path):
             raise ConfigError(f"{path} holds no setting")
     except (ConfigError, OSError) as error:
-        raise ConfigError(f"{refused} ({str(error).splitlines()[0].rstrip('.')}).") from None
+        raise ConfigError(f"{refused} ({str(error).splitlines()[0].partition('; did you mean')[0].rstrip('.')}).") from None
     return text

@@ -64,7 +64,8 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 @container (max-width:400px){{.fnb .widget-inline-hbox{{flex-wrap:wrap;height:auto;max-width:calc(100% - 4px);box-sizing:border-box}}
 .fnb .widget-inline-hbox>.widget-label{{width:100%!important;max-width:100%;text-align:left;justify-content:flex-start}}
 .fnb .widget-inline-hbox>select:not([multiple]){{height:var(--jp-widgets-inline-height,28px)}}
-.fnb .widget-inline-hbox>.slider-container{{min-height:var(--jp-widgets-inline-height,28px);flex:1 1 100px!important;width:auto;min-width:0}}
+.fnb .widget-inline-hbox>.slider-container{{min-height:var(--jp-widgets-inline-height,28px);flex:1 1 100px!important;width:auto;min-width:0;display:flex;align-items:center}}
+.fnb .slider-container>*{{flex:1 1 auto}}
 .fnb .widget-inline-hbox>.widget-readout{{flex:0 0 56px!important;min-width:0;margin:0 0 0 4px}}
 .fnb .fnb-columns>*,.fnb .fnb-row,.fnb .fnb-row>*{{min-width:0!important;max-width:100%!important}}
 .fnb .fnb-row{{flex:1 1 100%!important}}
