@@ -331,9 +331,11 @@ def _package_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
 # %% ../nbs/10a_choices.ipynb #2b1a5ffe
 def code_for(
     config: FinetuneConfig,  # what was chosen
+    given: str = "",  # the variable that holds chats in place of those that the settings name
 ) -> str:
     "A cell that trains and judges with these settings, without a widget."
     changed = changed_settings(config)
     inside = "".join(f"    {name}={value!r},\n" for name, value in changed.items())
     made = f"FinetuneConfig(\n{inside})" if changed else "FinetuneConfig()"
-    return f"from finetune_nb import FinetuneConfig, evaluate_run, train\n\nconfig = {made}\nrun = train(config)\nevaluate_run(run)\n"
+    told = f"# {given}: the Splits(train, validation, test) that the panel was given\n" if given else ""
+    return f"from finetune_nb import FinetuneConfig, evaluate_run, train\n\nconfig = {made}\n{told}run = train(config{', ' * bool(given)}{given})\nevaluate_run(run)\n"

@@ -103,6 +103,23 @@ def test_the_code_gives_the_same_configuration(config):
     assert scope["config"] == config and rest == "train(config)\nevaluate_run(run)\n"
 
 
+@settings(max_examples=20, deadline=None)
+@given(configs)
+def test_the_code_hands_over_chats_that_no_setting_names(config):
+    "It says what the name stands for, and is the same cell otherwise."
+    import finetune_nb
+
+    code, calls = code_for(config, "my_chats"), []
+    assert "# my_chats: the Splits(train, validation, test)" in code
+    assert code.replace("train(config, my_chats)", "train(config)").replace("# my_chats: the Splits(train, validation, test) that the panel was given\n", "") == code_for(config)
+    scope = {"my_chats": object()}
+    with pytest.MonkeyPatch.context() as patch:  # what it calls is run in the panel's tests
+        patch.setattr(finetune_nb, "train", lambda *given: calls.append(given) or "the run", raising=False)
+        patch.setattr(finetune_nb, "evaluate_run", calls.append, raising=False)
+        exec(code, scope)
+    assert calls == [(config, scope["my_chats"]), "the run"]
+
+
 def test_the_code_trains_and_judges(quick, chats, tmp_path, monkeypatch):
     "The whole cell, as it is shown."
     from finetune_nb.data import save_chats

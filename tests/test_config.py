@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from finetune_nb.config import NICKNAMES, ConfigError, FinetuneConfig, field_help, load_config, save_config
+from finetune_nb.config import NICKNAMES, ConfigError, FinetuneConfig, check_replaceable, field_help, load_config, save_config
 
 
 def test_the_guides_defaults():
@@ -84,6 +84,8 @@ def test_two_configurations_share_nothing():
         ("r: 0\nlr: 1\nbias: x", r"(?s)line 1.*line 2.*line 3"),
         ("? [a]\n: 1", r"unknown setting"),
         ("zzzzzzzz: 1", r"Known: model_name_or_path"),
+        ("r: 2026-13-45", r"not valid YAML: month must be in 1..12"),
+        ("[" * 2_000, r"not valid YAML"),
     ],
 )
 def test_mistakes_in_a_file(text, said, tmp_path):
@@ -111,3 +113,37 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_config(FinetuneConfig(r=9), path)
     assert load_config(path).r == 8 and [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+PATHS = ("model_name_or_path", "train_file", "validation_file", "test_file", "output_dir")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_home_folder_in_every_path(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert getattr(FinetuneConfig(**{name: "~/a b/*.x"}), name) == f"{tmp_path}/a b/*.x"
+    (tmp_path / "c.yaml").write_text(f"{name}: ~/here\n")
+    assert getattr(load_config("~/c.yaml"), name) == f"{tmp_path}/here", "also of a file, and the file itself"
+    for text in ("a/~/b", "x~", "~nobody-of-this-name/x", "~\0/x"):
+        assert getattr(FinetuneConfig(**{name: text}), name) == text
+    assert save_config(FinetuneConfig(), "~/d.yaml") == tmp_path / "d.yaml"
+
+
+def test_only_paths_have_a_home():
+    assert {f.name for f in fields(FinetuneConfig) if f.metadata["path"]} == set(PATHS)
+    assert FinetuneConfig(answer_pattern="~/x", run_name="~").answer_pattern == "~/x"
+
+
+def test_what_may_be_replaced(tmp_path):
+    path = save_config(FinetuneConfig(r=8), tmp_path / "c.yaml")
+    assert check_replaceable(path) == path.read_text() and check_replaceable(tmp_path / "none.yaml") == "" == check_replaceable("a\0b")
+    (tmp_path / "c.json").write_text('{"r": 8}')
+    assert check_replaceable(tmp_path / "c.json") == '{"r": 8}'
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "nowhere")
+    for bad, why in ((tmp_path, "it is a folder"), (tmp_path / "link.yaml", "no plain file"), ("/dev/null", "no plain file")):
+        with pytest.raises(ConfigError, match=f"not replaced. Choose another name .*{why}"):
+            check_replaceable(bad)
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}')
+    with pytest.raises(ConfigError, match="is not replaced.*line 1: unknown setting 'messages'"):
+        check_replaceable(tmp_path / "chats.jsonl")

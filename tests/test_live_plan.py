@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_nb import planning
 from finetune_nb.config import FinetuneConfig, FinetuneError, changed_settings
-from finetune_nb.live_plan import LivePlan, cut_share, verdict
+from finetune_nb.live_plan import LivePlan, cut_share, cut_words, verdict
 from finetune_nb.lora import AdapterError
 from finetune_nb.losses import inner_model
 from finetune_nb.models import ModelError, load_tokenizer
@@ -228,3 +228,10 @@ def test_the_verdict_is_one_of_three(needed, level, said):
     assert verdict(plan) == (level, said)
     for advice, words in ((["a=1"], "a=1"), (["a=1", "b=2"], "a=1 and b=2"), (["a=1", "b=2", "c=3"], "a=1, b=2 and c=3")):
         assert verdict(replace(plan, advice=advice))[1] == said + f" Set {words}." * (level == "bad")
+
+
+def test_what_is_too_long_is_said_with_its_fate():
+    assert cut_words([5, 6, 7], 7, "drop") == "" == cut_words([], 1, "raise")
+    fates = {"raise": "training would stop and name them", "drop": "they are left out", "truncate": "their ends are cut off"}
+    for too_long, fate in fates.items():
+        assert cut_words(iter([5, 6, 7]), 6, too_long) == f"1 of 3 chats (33.3%) are longer than max_length=6: {fate}"

@@ -5,11 +5,13 @@ Marked `trains` are those that need a training; the others also run with Colab's
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from dataclasses import fields, replace
 from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
 
 import html5lib
@@ -20,14 +22,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_runs import lay
 
-from finetune_nb import planning
+from finetune_nb import planning, training
 from finetune_nb.chat import BASE, Shelf
 from finetune_nb.choices import PRESETS, apply_preset, code_for
 from finetune_nb.compare_view import ChatView, CompareView, answers_html, chosen_pairs, marked, pair_html, read_pairs
 from finetune_nb.config import FinetuneConfig, FinetuneError, load_config
-from finetune_nb.controls import ConfigForm, View, make_control, note, set_control, value_of
-from finetune_nb.data import Chat, Splits, save_chats
-from finetune_nb.data_view import DataView, PlanView, Prepared, plan_html
+from finetune_nb.controls import STYLE, ConfigForm, View, make_control, note, set_control, value_of
+from finetune_nb.data import Chat, Splits, fingerprint, save_chats
+from finetune_nb.data_view import DataView, PlanView, Prepared, SeenFiles, data_files, keep_upload, plan_html
 from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
@@ -35,7 +37,7 @@ from finetune_nb.panel import Panel, compare_view, config_form, data_view, expor
 from finetune_nb.runs import TRASH, list_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
 from finetune_nb.train_view import TrainView, job_figures
-from finetune_nb.training import load_run, train
+from finetune_nb.training import load_run, load_splits, train
 
 EVIL = "<img src=x onerror=alert(1)>"
 EVILS = (EVIL, f"""'">{EVIL}</pre></td>{EVIL}""")
@@ -235,7 +237,7 @@ def test_save_load_and_code(form, tmp_path):
     form.config = FinetuneConfig()
     form.load.click()
     assert form.config == wanted and "Read from" in form.file_note.value
-    for bad in ("", ".", str(tmp_path), str(tmp_path / "none" / "x.yaml"), "a\0b", "x" * 5000, str(tmp_path / f"{EVIL}.yaml")):
+    for bad in ("", ".", str(tmp_path), "/dev/null", str(tmp_path / "none" / "x.yaml"), "a\0b", "x" * 5000, str(tmp_path / f"{EVIL}.yaml")):
         form.path.value = bad
         form.load.click()
         assert "fnb-error" in form.file_note.value and form.config == wanted
@@ -253,6 +255,140 @@ def test_save_load_and_code(form, tmp_path):
     assert "r=64" in form.code_box.value and code_for(form.config).count("\n") == form.code_box.value.count("\n")
     form.show_code.click()
     assert form.code_box.layout.display == "none"
+
+
+FOREIGN = {
+    "chats.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n' * 3, "table.csv": b"question,answer\na,b\n", "notes.txt": b"# only a remark\n", "picture.png": b"\x89PNG\r\n\x1a\n\xff\xfe",
+    "other.yaml": b"services:\n  web: 1\n", "list.json": b"[1, 2]", "date.yaml": b"r: 2026-13-45\n", "deep.json": b"[" * 2000, "half.yaml": b"r: 8\nmy_own: 1\n", "large.yaml": b"r: 8\n" + b"# x\n" * 300_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_saving_never_replaces_what_is_no_configuration(name, form, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(FOREIGN[name])
+    form.path.value = str(path)
+    for _ in range(3):
+        form.save.click()
+        assert "fnb-error" in form.file_note.value and "is not replaced. Choose another name" in form.file_note.value
+    assert path.read_bytes() == FOREIGN[name] and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_saving_replaces_a_configuration_at_the_second_press(form, tmp_path):
+    form.path.value = str(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("r: 8  # mine\n")
+    form.save.click()
+    assert "press Save again to replace it" in form.file_note.value and (tmp_path / "config.yaml").read_text() == "r: 8  # mine\n"
+    (tmp_path / "config.yaml").write_text("r: 9  # it has changed since\n")
+    form.save.click()
+    assert "press Save again" in form.file_note.value
+    form.path.value = str(tmp_path / "other.yaml")
+    form.save.click()
+    assert "Written to" in form.file_note.value
+    form.path.value = str(tmp_path / "config.yaml")
+    form.save.click()
+    assert "press Save again" in form.file_note.value, "the question was about another moment"
+    form.save.click()
+    assert "Written to" in form.file_note.value and load_config(tmp_path / "config.yaml") == form.config
+    form.controls["r"].value = 4
+    form.save.click()
+    assert "Written to" in form.file_note.value and load_config(tmp_path / "config.yaml").r == 4, "what this form wrote itself needs no question"
+    (tmp_path / "same.yaml").write_text("r: 4  # a remark\n")
+    form.path.value = str(tmp_path / "same.yaml")
+    form.save.click()
+    assert "holds these settings already" in form.file_note.value and (tmp_path / "same.yaml").read_text() == "r: 4  # a remark\n"
+    (tmp_path / "empty.yaml").write_text("")
+    form.path.value = str(tmp_path / "empty.yaml")
+    form.save.click()
+    assert "Written to" in form.file_note.value
+    form.controls["eval_steps"].value = "often"
+    form.save.click()
+    assert "Without eval_steps" in form.file_note.value
+
+
+def test_the_home_folder_is_meant(form, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    form.controls["output_dir"].value = "~/runs"
+    assert form.config.output_dir == str(tmp_path / "home" / "runs") and not form.problems
+    form.path.value = "~/mine.yaml"
+    form.save.click()
+    assert load_config(tmp_path / "home" / "mine.yaml") == form.config
+    form.config = FinetuneConfig()
+    form.load.click()
+    assert form.config.output_dir == str(tmp_path / "home" / "runs") and not list(tmp_path.glob("~*"))
+
+
+def test_the_code_takes_chats_that_were_handed_over(quick, splits, chats, tmp_path, monkeypatch):
+    view = DataView(ConfigForm(quick), splits, background=False)
+    assert "run = train(config, my_chats)" in view.form.code() and "# my_chats: the Splits" in view.form.code() and "my_chats" in view.form.still()
+    monkeypatch.setattr("IPython.get_ipython", lambda: type("Shell", (), {"user_ns": {"_": splits, "data": splits}})())
+    view = DataView(ConfigForm(quick), splits, background=False)
+    assert "run = train(config, data)" in view.form.code()
+    view.form.show_code.click()
+    assert "train(config, data)" in view.form.code_box.value
+    view.path.value = str(save_chats(chats, tmp_path / "c.jsonl"))
+    assert "run = train(config)\n" in view.form.code() and "data" not in view.form.code_box.value.replace("chats", "").split("run =")[1]
+
+
+@pytest.mark.trains
+def test_the_code_trains_on_chats_that_were_handed_over(quick, splits):
+    config = replace(quick, max_steps=1, eval_strategy="no", max_new_tokens=2, run_name="code")
+    view = DataView(ConfigForm(config), splits, background=False)
+    scope = {"my_chats": splits}
+    exec(view.form.code(), scope)
+    assert scope["run"].config == config and scope["run"].facts["data"]["train"]["sha256"] == fingerprint(splits.train)
+
+
+# --- colours
+
+GROUNDS = {
+    "light": {"JupyterLab": "#ffffff", "VS Code": "#ffffff", "Colab": "#ffffff", "a button": "#f5f5f5"},
+    "dark": {"JupyterLab": "#111111", "VS Code": "#1e1e1e", "Colab": "#383838", "docs": "#222222", "high contrast": "#000000", "our own": "#1e1e1e"},
+}
+
+
+def luminance(colour):
+    colour = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def colours(rule):
+    "Name to colour of a rule of CSS; of a variable with a fallback, the fallback."
+    return {name: value for name, value in re.findall(r"--fnb-(\w+):(?:var\([\w-]+,)?(#\w+)\)?", rule)}
+
+
+def test_every_colour_of_words_can_be_read_in_both_themes():
+    "Ink and ground differ enough (WCAG AA: 4.5 to 1), computed from the CSS."
+    assert round(contrast("#000", "#ffffff")) == 21 and contrast("#777777", "#fff") < 4.5
+    rules = re.findall(r"([^{}]*\.fnb[^{}]*){([^{}]*--fnb-good:[^{}]*)}", STYLE)
+    assert len(rules) == 5, "the light one, and the dark ones of JupyterLab, VS Code, Colab with the docs, and of a plain page"
+    for selector, rule in rules:
+        theme = "light" if selector.strip() == "<style>\n.fnb" or selector.strip() == ".fnb" else "dark"
+        found = colours(rule)
+        assert found.keys() >= {"ink", "dim", "good", "tight", "bad", "on"}, selector
+        for place, ground in GROUNDS[theme].items():
+            for name in ("ink", "dim", "good", "tight", "bad"):
+                assert contrast(found[name], ground) >= 4.5, (selector, place, name)
+        assert contrast(found["on"], found["good"]) >= 4.5, "the words on the green button"
+
+
+@pytest.mark.parametrize("sign", ["[data-jp-theme-light=false]", ".vscode-dark", "html[theme=dark]", ".quarto-dark", "@media (prefers-color-scheme:dark)"])
+def test_each_dark_theme_is_known(sign):
+    assert sign in STYLE and STYLE.count("{") == STYLE.count("}")
+
+
+def test_a_still_picture_brings_its_colours():
+    shown = ConfigForm()._still()["text/html"]
+    assert "--fnb-good" in shown and '<div class="fnb">' in shown
 
 
 def test_doubts_stand_beside_the_control_that_they_are_about(form):
@@ -291,7 +427,7 @@ def test_data_read_and_looked_at(data, splits):
     for name, part in (("validation", splits.validation), ("test", splits.test)):
         data.which.value = name
         assert data.found == part
-    lengths = [len(data.ready.tokens(chat)["input_ids"]) for chat in splits.train]
+    lengths = [len(row["input_ids"]) for chat in splits.train for row in data.ready.rows_of(chat)]
     assert lengths == data.ready.lengths
 
 
@@ -313,11 +449,17 @@ def test_other_settings_name_other_data(data, chats, tmp_path):
     data.load()
     one = data.ready
     data.form.controls["seed"].value = "7"
+    assert "read the chats again" not in data.status.value, "they were handed over as they are"
+    data.form.controls["train_on"].value = "last"
     assert "read the chats again" in data.status.value
     data.path.value = str(save_chats(chats, tmp_path / "mine.jsonl"))
     assert data.form.config.train_file == data.path.value
     data.read.click()
     assert data.ready is not one and len(data.ready.splits.train) == 32 and "read the chats again" not in data.status.value
+    data.form.controls["seed"].value = "8"
+    assert "name other data now: read the chats again" in data.status.value
+    data.form.controls["seed"].value = "7"
+    assert "read the chats again" not in data.status.value
     data.form.config = replace(data.form.config, train_file="none.jsonl")
     assert data.path.value == "none.jsonl"
     two = data.ready
@@ -331,8 +473,6 @@ UPLOADS = ["chats.jsonl", "../../chats.jsonl", "/etc/chats.jsonl", "..\\..\\chat
 @pytest.mark.parametrize(("name", "form_of"), [*((name, 8) for name in UPLOADS), *((name, 7) for name in UPLOADS[:2] + UPLOADS[4:6])])
 def test_an_upload_is_kept_under_a_harmless_name(form_of, name, data, chats, tmp_path, monkeypatch):
     "As ipywidgets 7 delivers a file, and as 8 does."
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "uploads"))
-    (tmp_path / "uploads").mkdir()
     content = save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes()
     if form_of == 7:
         value = {name: {"metadata": {"name": name, "type": "", "size": len(content), "lastModified": 0}, "content": content}}
@@ -342,11 +482,138 @@ def test_an_upload_is_kept_under_a_harmless_name(form_of, name, data, chats, tmp
     outside = {path for path in tmp_path.rglob("*")}
     data._uploaded()
     [kept] = [path for path in tmp_path.rglob("*") if path not in outside and path.is_file()]
-    assert kept.parent.parent == tmp_path / "uploads" and kept.read_bytes() == content and not kept.name.startswith(".")
-    assert data.form.config.train_file == data.path.value == str(kept)
+    assert kept.parent == tmp_path / "uploads" and kept.read_bytes() == content and not kept.name.startswith(".")
+    assert data.form.config.train_file == data.path.value == f"uploads/{kept.name}" and "The upload is kept as uploads" in data.kept.value
     if name.endswith(".jsonl"):
         assert kept.suffix == ".jsonl" and len(data.ready.splits.train) == 16
     check_view(data, data.form)
+
+
+def test_an_upload_never_takes_the_place_of_another_file(tmp_path):
+    first = keep_upload("chats.jsonl", b"one")
+    assert keep_upload("chats.jsonl", b"one") == first == Path("uploads/chats.jsonl")
+    second, third = keep_upload("chats.jsonl", b"two"), keep_upload("chats.jsonl", b"three")
+    assert [second.name, third.name] == ["chats-2.jsonl", "chats-3.jsonl"] and keep_upload("chats.jsonl", b"two") == second
+    Path("uploads/folder.jsonl").mkdir()
+    Path("uploads/link.jsonl").symlink_to("nowhere")
+    assert keep_upload("folder.jsonl", b"").name == "folder-2.jsonl" and keep_upload("link.jsonl", b"").name == "link-2.jsonl"
+    assert (first.read_bytes(), second.read_bytes(), third.read_bytes()) == (b"one", b"two", b"three")
+    assert not [path for path in Path("uploads").iterdir() if path.name.startswith(".")]
+
+
+def test_an_upload_that_can_not_be_kept_says_so(data, monkeypatch):
+    Path("uploads").write_text("a file is in the way")
+    monkeypatch.setattr(data, "upload", type("Upload", (), {"value": ({"name": "c.jsonl", "content": memoryview(b"x")},)}))
+    before = data.form.config
+    data._uploaded()
+    assert "fnb-error" in data.kept.value and "can&#x27;t be kept" in data.kept.value and data.form.config == before
+    assert Path("uploads").read_text() == "a file is in the way"
+
+
+def test_the_configuration_of_an_upload_can_be_read_tomorrow(data, chats, tmp_path):
+    "After saving, in a new form, the file is still there."
+    path = keep_upload("mine.jsonl", save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes())
+    data.path.value = str(path)
+    data.form.save.click()
+    later = DataView(ConfigForm(load_config("config.yaml")), background=False)
+    later.load()
+    assert len(later.ready.splits.train) == 16 and later.form.config.train_file == "uploads/mine.jsonl"
+
+
+# --- files that change under the page
+
+def changed_chats(chats, path, answer="Another answer."):
+    "The file with other answers."
+    return save_chats([Chat([chat.messages[0], {"role": "assistant", "content": f"{answer} {i}"}]) for i, chat in enumerate(chats)], path)
+
+
+@pytest.fixture
+def from_file(quick, chats, tmp_path):
+    "A page over a file of chats."
+    room = Panel(replace(quick, train_file=str(save_chats(chats, tmp_path / "mine.jsonl"))))
+    assert room.data.ready is not None, room.data.status.value
+    return room, tmp_path / "mine.jsonl"
+
+
+def test_a_file_that_changed_is_told_beside_data_and_plan(from_file, chats):
+    room, path = from_file
+    os.utime(path, (1, 1))
+    room.form.controls["r"].value = 8
+    assert "changed" not in room.data.status.value + room.plan.box.value, "only its time did"
+    assert room.train.splits() is room.data.ready.splits
+    before = path.read_bytes()
+    changed_chats(chats, path)
+    room.form.controls["r"].value = 4
+    for html in (room.data.status.value, room.plan.box.value):
+        assert "mine.jsonl has changed since it was read" in html
+    assert room.train.splits() is None, "training reads it again"
+    path.write_bytes(before)
+    room.form.controls["r"].value = 8
+    assert "changed" not in room.data.status.value + room.plan.box.value, "as it was"
+    changed_chats(chats, path)
+    room.data.read.click()
+    assert "changed" not in room.data.status.value + room.plan.box.value and "Another answer" in room.data.ready.splits.train[0].messages[1]["content"]
+    path.unlink()
+    room.data.filter.value = "a"
+    assert "mine.jsonl is not there any more" in room.data.status.value
+
+
+def test_asking_for_the_chats_of_a_training_tells_of_the_change(from_file, chats):
+    "No slider has moved since."
+    room, path = from_file
+    changed_chats(chats, path)
+    assert room.train.splits() is None
+    assert "has changed since it was read" in room.data.status.value and "has changed since it was read" in room.plan.box.value
+
+
+def test_files_of_a_pattern(quick, chats, tmp_path):
+    config = replace(quick, train_file=str(tmp_path / "*.jsonl"), test_file=str(save_chats(chats[:2], tmp_path / "test" / "t.jsonl")) if (tmp_path / "test").mkdir() is None else "")
+    save_chats(chats, tmp_path / "a.jsonl")
+    seen = SeenFiles(config)
+    assert seen.changes() == "" and [path.name for path in data_files(config)] == ["a.jsonl", "t.jsonl"]
+    (tmp_path / "a.rejected.jsonl").write_text("x")  # which reading with on_error="skip" leaves there
+    assert seen.changes() == ""
+    save_chats(chats[:3], tmp_path / "b.jsonl")
+    save_chats(chats[:3], tmp_path / "test" / "t.jsonl")
+    assert seen.changes() == "b.jsonl is new; t.jsonl has changed since it was read"
+    assert data_files(FinetuneConfig()) == [] == data_files(FinetuneConfig(train_file="some/hub-name"))
+
+
+@pytest.mark.trains
+def test_training_takes_the_file_as_it_is_now(from_file, chats):
+    room, path = from_file
+    changed_chats(chats, path)
+    room.train.background = False
+    room.form.config = replace(room.config, max_steps=1, eval_strategy="no")
+    room.data.load()
+    changed_chats(chats, path, "The newest answer.")
+    room.train.start.click()
+    assert room.train.job.state == "finished", room.train.job.error
+    new = load_splits(room.train.job.result.config)
+    assert "The newest answer" in new.train[0].messages[1]["content"] and room.train.job.result.facts["data"]["train"]["sha256"] == fingerprint(new.train)
+
+
+def test_the_tokens_are_those_that_training_keeps(quick, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_nb.data_view.cache_folder", lambda: tmp_path / "cache")
+    ready = Prepared(quick, splits)
+    [kept] = (tmp_path / "cache" / "tokenized").iterdir()
+    monkeypatch.setattr(training, "cache_folder", lambda: tmp_path / "cache")
+    written = kept.stat().st_ctime_ns
+    rows = training._tokenized(quick, splits.train, ready.tokenizer)
+    assert [row["input_ids"] for row in ready.rows] == rows["input_ids"] and [row["labels"] for row in ready.rows] == rows["labels"]
+    assert list((tmp_path / "cache" / "tokenized").iterdir()) == [kept] and kept.stat().st_ctime_ns > written, "taken from there"
+
+
+def test_chats_that_can_not_be_learned_from_are_counted(quick, splits):
+    bad = Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "<|im_end|>"}], f"{EVIL}, line 9")
+    room = Panel(quick, splits._replace(train=[*splits.train, bad]))
+    assert "1 chats can&#x27;t be learned from" in room.data.report.value and len(room.data.ready.rows) == 12
+    room.form.controls["control_tokens"].value = "neutralise"
+    assert "read the chats again" in room.data.status.value
+    with pytest.warns(UserWarning, match="broken by a space"):
+        room.data.read.click()
+    assert not room.data.ready.unread and len(room.data.ready.rows) == 13
+    check_view(room, *room.views)
 
 
 @pytest.mark.skipif(widgets.__version__ < "8", reason="the value of ipywidgets 8")
@@ -395,6 +662,7 @@ def test_the_plan_is_that_of_the_live_plan(live, quick, splits):
         assert view.plan == plan
         level, words = verdict(plan)
         assert view.box.value.startswith(plan_html(plan)) and f"fnb-{level}" in view.box.value and words in view.box.value
+        assert all(view.box.value.count(escape(text)) == 1 for text in plan.notes), "each once"
         assert all(note(text, "tight") in view.box.value for text in plan.notes) and f"<b>{plan.trainable:,}</b>" in view.box.value
         assert (view.advise.layout.display is None) == (not plan.fits)
 
@@ -410,7 +678,9 @@ def test_a_plan_that_does_not_fit_gets_advice(live, quick, splits):
     view.form.controls["target_modules"].value = EVIL
     assert view.plan is None and "no linear layer called" in view.box.value
     view.form.config = replace(quick, seed=5)
-    assert "names other data" not in view.box.value and "name other data now" in view.box.value
+    assert "name other data" not in view.box.value, "chats that were handed over are what they were"
+    view.form.config = replace(quick, train_file="other.jsonl")
+    assert "name other data now" in view.box.value
     check_view(view)
 
 
@@ -541,6 +811,38 @@ def test_no_text_of_runs_becomes_html(text, quick, splits):
     room.export.target.value = text
     room.export.copy.click()
     check_view(room, *room.views)
+
+
+@pytest.mark.parametrize("text", EVILS)
+def test_no_name_of_a_file_a_column_a_run_or_a_folder_becomes_html(text, quick, chats, tmp_path):
+    "A path can't hold a slash within a name; all else that does harm can stand in one."
+    name = text.replace("/", "_")
+    folder = tmp_path / name
+    folder.mkdir()
+    file = save_chats(chats[:20], folder / f"{name}.jsonl")
+    room = Panel(replace(quick, train_file=str(file), output_dir=str(folder), run_name=name, columns={text: text}, group_column=text))
+    assert "&lt;img" in check_view(room, *room.views)
+    room = Panel(replace(quick, train_file=str(file), output_dir=str(folder)))
+    assert room.data.ready is not None, room.data.status.value
+    file.write_text("changed")
+    room.form.controls["r"].value = 4
+    assert "&lt;img" in room.data.status.value and "&lt;img" in room.plan.box.value
+    (folder / f"{name}.yaml").write_text("r: 2")
+    for path in (folder / f"{name}.yaml", file, folder, folder / name / name):
+        room.form.path.value = str(path)
+        for act in (room.form.save, room.form.save, room.form.load):
+            act.click()
+            assert "&lt;img" in room.form.file_note.value
+            check_view(room, *room.views)
+    room.form.hand_over(text)
+    room.form.show_code.click()
+    (tmp_path / "uploads").mkdir()
+    room.data.kept.value = note(f"kept as {keep_upload(text, b'x')}")
+    check_view(room, *room.views)
+    (folder / "t.csv").write_text(f'"{text.replace(chr(34), chr(34) * 2)}",b\n1,2\n')
+    room.data.path.value = str(folder / "t.csv")
+    room.data.read.click()
+    assert "fnb-error" in room.data.status.value and "&lt;img" in check_view(room, *room.views)
 
 
 def test_pieces_of_html_escape_what_they_are_given():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import product
 
 import pytest
 from conftest import ROOT
@@ -217,13 +218,35 @@ def test_words_can_be_read(lab, theme):
     for tab in TABS:
         choose(lab, tab)
         assert lab.page.evaluate(POOR) == [], tab
-    lab.page.set_viewport_size({"width": 480, "height": 1000})
     lab.command("application:toggle-left-area")
-    for tab in TABS:
+    for width, tab in product((480, 400), TABS):
+        lab.page.set_viewport_size({"width": width, "height": 1000})
         choose(lab, tab)
         wide = lab.page.evaluate("""() => { const box = [...document.querySelectorAll('.jp-OutputArea-output .fnb')].find(e => e.offsetParent);
             return [...box.querySelectorAll('*')].filter(e => e.offsetParent && !e.closest('.fnb-scroll *') && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).map(e => e.outerHTML.slice(0, 160)); }""")
-        assert wide == [], tab
+        assert wide == [], (width, tab)
+
+
+HOST = """([body, theme, ground]) => {
+    const page = document.body, root = document.documentElement, style = document.createElement('style');
+    page.removeAttribute('data-jp-theme-light');
+    page.classList.add(...body);
+    theme ? root.setAttribute('theme', theme) : root.removeAttribute('theme');
+    style.textContent = `.jp-Notebook, .jp-WindowedPanel-outer, .jp-Cell, .jp-OutputArea-output { background: ${ground} !important }`;
+    document.head.append(style);
+}"""
+HOSTS = {"VS Code": (["vscode-dark"], "", "#1e1e1e"), "Colab": ([], "dark", "#383838"), "docs": (["quarto-dark"], "", "#222222"), "a plain page": ([], "", "#ffffff")}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_words_can_be_read_where_only_the_light_colours_of_widgets_are(lab, host):
+    "Pages that say in their own way that they are dark, with the colours of JupyterLab's light theme at the root, as ipywidgets brings them."
+    open_panel(lab)
+    lab.page.emulate_media(color_scheme="dark")
+    lab.page.evaluate(HOST, list(HOSTS[host]))
+    for tab in TABS:
+        choose(lab, tab)
+        assert lab.page.evaluate(POOR) == [], tab
 
 
 def test_the_panel_in_notebook_7(notebook7):
