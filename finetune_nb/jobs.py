@@ -68,13 +68,18 @@ class Task:
     ) -> "Task":
         "Begins the work."
         self.state, self.error, self.trace, self.result = "running", "", "", None
+        self._thread = threading.Thread(target=self._work, name=self.title, daemon=True) if background else None
         self._changed()
         if background:
-            self._thread = threading.Thread(target=self._work, name=self.title, daemon=True)
             self._thread.start()
         else:
             self._work()
         return self
+
+    @property
+    def foreground(self) -> bool:
+        "Whether it is at work in the thread that called it, which an interrupt reaches."
+        return self.active and self._thread is None
 
     @property
     def active(self) -> bool:
@@ -475,11 +480,11 @@ def in_background(
     "Whether a view does its work in a thread."
     return front_end() == "notebook" if asked is None else asked
 
-# %% ../nbs/09a_jobs.ipynb #743ca9d3
+# %% ../nbs/09a_jobs.ipynb #312e1e4d
 class Watched:
     "A run that is no job of this kernel, to look at only; `refresh` reads its folder anew."
 
-    active, error, trace, result, progress = False, "", "", None, None
+    active, foreground, error, trace, result, progress = False, False, "", "", None, None
 
     def __init__(
         self,
