@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'REMEDIES', 'JOBS', 'WATCHERS', 'Task', 'in_words', 'Sample', 'read_samples', 'Pace', 'Job', 'best_look',
-           'patience_left', 'smoothed', 'seconds_left', 'JobError', 'start_job', 'continue_job', 'active_job',
+           'patience_left', 'smoothed', 'seconds_left', 'JobError', 'start_job', 'continue_job', 'job_in', 'active_job',
            'find_job', 'front_end', 'in_background', 'Watched']
 
 # %% ../nbs/09a_jobs.ipynb #8db69319
@@ -415,7 +415,7 @@ def continue_job(
     "Goes on with a stopped run from its last checkpoint."
     _check_free()
     if not isinstance(job, Job):
-        job = _job_of(Path(job)) or Job(load_config(Path(job) / "config.yaml"), folder=Path(job))
+        job = job_in(Path(job)) or Job(load_config(Path(job) / "config.yaml"), folder=Path(job))
     if job.folder is None or not job.folder.is_dir():
         raise JobError("This run never began, or its folder is gone, so there is nothing to go on with. Start it anew.")
     if where := held_elsewhere(job.folder):
@@ -426,7 +426,9 @@ def continue_job(
     return _launch(job, background, listeners)
 
 
-def _job_of(folder: Path) -> Job | None:
+def job_in(
+    folder: Path,  # of a run
+) -> Job | None:
     "The job of this kernel whose run is in that folder."
     return next((job for job in reversed(JOBS) if job.folder is not None and job.folder.resolve() == folder.resolve()), None)
 
@@ -480,7 +482,7 @@ def in_background(
     "Whether a view does its work in a thread."
     return front_end() == "notebook" if asked is None else asked
 
-# %% ../nbs/09a_jobs.ipynb #312e1e4d
+# %% ../nbs/09a_jobs.ipynb #4dd14920
 class Watched:
     "A run that is no job of this kernel, to look at only; `refresh` reads its folder anew."
 

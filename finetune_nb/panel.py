@@ -18,7 +18,7 @@ from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
-from .jobs import JOBS, active_job, find_job
+from .jobs import JOBS, find_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from .config import FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, chooser, note, offer, picture
 from .data import Splits
-from .jobs import WATCHERS, Job, Watched, best_look, continue_job, find_job, patience_left, seconds_left, start_job
+from .jobs import WATCHERS, Job, Watched, best_look, continue_job, find_job, job_in, patience_left, seconds_left, start_job
 from .runs import list_runs, plot_runs
 from .training import clock_time, inlined, last_checkpoint
 
@@ -68,7 +68,7 @@ def samples_html(
     for asked in questions:
         said = [sample for sample in job.samples if sample.question == asked]
         rows = "".join(f"<tr><td>step {sample.step}</td><td>{escape(sample.answer)}</td></tr>" for sample in reversed(said[-last:]))
-        first = f"<tr><td>expected</td><td>{escape(said[-1].expected)}</td></tr>"
+        first = f"<tr><td>expected</td><td>{escape(said[-1].expected)}</td></tr>" if said[-1].expected else ""
         parts.append(f"<details open><summary>{escape(asked if len(asked) <= 120 else '…' + asked[-119:])}</summary><table>{first}{rows}</table></details>")
     return f"<h3>What it answers</h3>{''.join(parts)}" if parts else ""
 
@@ -177,9 +177,9 @@ class TrainView(_TrainLayout):
         self,
         folder: str | Path,  # of a run of any kernel
     ) -> None:
-        "Shows a run as its folder tells it, to look at only."
+        "Shows a run: as its job does when it is of this kernel, else as its folder tells it, to look at only."
         try:
-            self.attach(Watched(folder))
+            self.attach(job_in(Path(folder)) or Watched(folder))
         except (FinetuneError, ValueError, OSError, TypeError, AttributeError) as error:  # a folder from elsewhere may hold anything
             self.status.value = note(f"{Path(folder).name} can't be read: {error}", "error")
 
@@ -288,12 +288,12 @@ class TrainView(_TrainLayout):
     def refresh_runs(self) -> None:
         "Offers the runs of the folder for comparison."
         mine = self.job.folder.name if self.job is not None and self.job.folder else None
-        names = [row.name for row in list_runs(self.form.config.output_dir).rows if row.name != mine]
+        here = [row.name for row in list_runs(self.form.config.output_dir).rows]
+        names = [name for name in here if name != mine]
         offer(self.overlay, names)
         self.overlay.layout.display = None if names else "none"
         self._offering = True  # to offer names is not to choose one
         try:
-            here = [row.name for row in list_runs(self.form.config.output_dir).rows]
             self.look_at.options = here
             self.look_at.value = mine if mine in here else None
         finally:
