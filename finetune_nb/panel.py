@@ -7,6 +7,8 @@ __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view'
            'Panel', 'panel']
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
+import sys
+import threading
 from collections.abc import Sequence
 
 import ipywidgets as widgets
@@ -130,6 +132,8 @@ class Panel(View):
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir
         self.form.on_change(self._folder_changed)
+        self.form.on_change(lambda config: self._picture_soon())
+        self._timer: threading.Timer | None = None
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
         settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap", width="100%")).add_class("fnb-columns")
@@ -175,14 +179,64 @@ class Panel(View):
             view.refresh()
         self.keep_picture()
 
+    def keep_picture(self) -> None:
+        "Brings the still pictures of the panel, and of its parts where they are shown alone, up to date."
+        super().keep_picture()
+        for view in self.views:
+            view.keep_picture()
+
+    def _picture_soon(self) -> None:
+        "Brings the still pictures up to date once the controls have moved, at most every two seconds."
+        shown = any(view._pictures for view in (self, *self.views))
+        if shown and (self._timer is None or not self._timer.is_alive()):
+            self._timer = threading.Timer(2, self.keep_picture)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def close(self) -> None:
+        "Puts the panel away, for one that takes its place: it listens to no run, and its widgets are gone."
+        self.train.detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        for widget in list(_inside(self.widget)):
+            widget.close()
+
     def still(self) -> str:
         "The still pictures of the parts that have something to show."
         return "".join(view.still() for view in self.views)
+
+
+def _inside(widget: widgets.Widget) -> list[widgets.Widget]:
+    "A widget after all that is in it."
+    return [one for child in getattr(widget, "children", ()) for one in _inside(child)] + [widget]
+
+
+_SHOWN: list[tuple[str, str, Panel]] = []  # the cell, which run of it, and the panel
+
+
+def _this_cell() -> tuple[str, str]:
+    "The cell that is being run, and which run of it; empty where the front end doesn't say."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    cell = (parent.get("metadata") or {}).get("cellId") or ""
+    return str(cell), str((parent.get("header") or {}).get("msg_id", ""))
+
+
+def _replace_former(room: Panel, cell: str, run: str) -> None:
+    "Puts away the panels that the same cell made when it was run before; those of other cells stay."
+    if not cell:
+        return
+    for shown in [one for one in _SHOWN if one[0] == cell and one[1] != run]:
+        shown[2].close()
+        _SHOWN.remove(shown)
+    _SHOWN.append((cell, run, room))
 
 
 def panel(
     config: FinetuneConfig | None = None,  # where to begin; None: where the last run of this kernel stands, or the defaults
     splits: Splits | None = None,  # chats in place of those that it names
 ) -> Panel:
-    "The whole control room; a run of this kernel in the same folder is found again."
-    return Panel(config, splits)
+    "The whole control room; a run that is at work in this kernel, or the last one of the folder, is found again."
+    room = Panel(config, splits)
+    _replace_former(room, *_this_cell())
+    return room

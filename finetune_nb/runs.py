@@ -18,6 +18,7 @@ from typing import Any
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, yaml_value
 from .jobs import active_job, best_look, smoothed
+from .locks import held_elsewhere, is_mine
 from .training import Picture, clock_time, last_checkpoint, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2
@@ -26,7 +27,7 @@ class RunRow:
     "What the folder of a run says about it."
 
     folder: Path
-    state: str  # "at work" (in this kernel), "finished", "stopped", "broken off" (no result, though it began), or "unreadable"
+    state: str  # "at work" (in this kernel), "at work elsewhere" (in another process), "finished", "stopped", "broken off" (no result, though it began), or "unreadable"
     config: FinetuneConfig | None
     facts: dict[str, Any] = field(repr=False)
     history: list[dict[str, float]] = field(repr=False)
@@ -66,6 +67,8 @@ def read_run(
     ended, job = facts.get("ended_by"), active_job()
     if job is not None and job.folder is not None and job.folder.resolve() == folder.resolve():
         return RunRow(folder, "at work", config, facts, history)
+    if held_elsewhere(folder):
+        return RunRow(folder, "at work elsewhere", config, facts, history)
     return RunRow(folder, "broken off" if ended is None else "stopped" if ended == "the user" else "finished", config, facts, history)
 
 
@@ -226,10 +229,12 @@ _NUMBER = re.compile(r" \(\d+\)$")  # behind a name that is in the trash already
 def trash_run(
     folder: str | Path,  # of a run
 ) -> Path:
-    "Moves a run to the trash of its folder of runs, and returns where it lies now; raises `FinetuneError` for what is no run."
+    "Moves a run to the trash of its folder of runs, and returns where it lies now; raises `FinetuneError` for what is no run, and for one that is at work."
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise FinetuneError(f"{folder} is not the folder of a run, and stays where it is.")
+    if (where := held_elsewhere(folder)) or is_mine(folder):
+        raise FinetuneError(f"{folder} is at work {where or 'in this kernel'}, and stays where it is. Stop it first, or wait until it has ended.")
     trash = folder.parent / TRASH
     trash.mkdir(exist_ok=True)
     target, n = trash / folder.name, 1

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,24 +14,29 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
 from finetune_nb import jobs
-from finetune_nb.config import FinetuneConfig, FinetuneError
+from finetune_nb.config import FinetuneConfig, FinetuneError, save_config
 from finetune_nb.data import Chat, save_chats
 from finetune_nb.jobs import (
     ACTIVE,
     JOBS,
+    WATCHERS,
     JobError,
+    Pace,
     Task,
+    Watched,
     active_job,
     best_look,
     continue_job,
     find_job,
     in_words,
     patience_left,
+    read_samples,
     seconds_left,
     smoothed,
     start_job,
 )
-from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, train
+from finetune_nb.runs import read_run, trash_run
+from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
 
@@ -37,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_way")
 def no_jobs():
     "As in a kernel that has just begun."
     JOBS.clear()
+    WATCHERS.clear()
     yield
     assert active_job() is None
     JOBS.clear()
@@ -151,7 +160,8 @@ def test_a_job_is_found_by_its_folder(steady, splits, tmp_path, monkeypatch):
     assert find_job("runs") is None and active_job() is None
     seen = []
     one = start_job(short, splits, False, [lambda: seen.append((active_job(), find_job("runs"), find_job("elsewhere")))])
-    assert seen[0] == (one, one, None) and active_job() is None
+    assert seen[0] == (one, one, one), 'the one at work is found wherever it stands'
+    assert find_job('elsewhere') is None and active_job() is None
     two = start_job(short, splits, False)
     assert find_job("runs") is find_job(tmp_path / "runs") is find_job("runs/../runs") is two and find_job("others") is None
     JOBS.clear()
@@ -306,15 +316,128 @@ def test_an_interrupt_while_getting_ready_leaves_nothing(steady, splits, tmp_pat
     assert not list((tmp_path / "runs").glob("*"))
 
 
-@pytest.mark.parametrize("background", [True])
-def test_a_stop_before_the_first_step_is_heard(background, steady, splits):
-    def stop():
-        if active_job().state in ("running", "preparing"):
-            active_job().stop()
+def stop_when(said):
+    "A listener that asks for a stop once something was told."
 
-    job = start_job(steady, splits, background, [stop])
-    job.wait()
-    assert job.state == "stopped" and job.step == 1 and continue_job(job, False).state == "finished"
+    def look():
+        job = active_job()
+        if job is not None and any(said in line for line in job.lines):
+            job.stop()
+
+    return look
+
+
+@pytest.mark.parametrize("said", ["No question of one set", "trainable", "tokens: about"])
+def test_a_stop_while_getting_ready_ends_there(said, steady, splits, tmp_path, monkeypatch):
+    from finetune_nb.training import FinetuneTrainer
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", lambda *args: pytest.fail("a step was taken"))
+    job = start_job(steady, splits, False, [stop_when(said)])
+    assert job.state == "stopped" and job.folder is None and job.result is None and not job.history and "nothing was trained" in job.error
+    assert not list((tmp_path / "runs").glob("*")), "nothing is left of it"
+    with pytest.raises(JobError, match="never began"):
+        continue_job(job)
+
+
+def test_a_stop_during_the_look_at_the_base_model(steady, splits, tmp_path):
+    job = start_job(steady, splits, False, [lambda: active_job() and active_job().history and active_job().stop()])
+    assert job.state == "stopped" and job.folder is None and not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_stop_while_going_on_is_made_ready_loses_nothing(steady, splits, whole):
+    job = stopped(steady, splits, 4)
+    continue_job(job, False, [stop_when("Going on from")])
+    assert job.state == "stopped" and "nothing was lost" in job.error and job.folder.is_dir()
+    job.listeners.clear()
+    continue_job(job, False)
+    assert job.state == "finished" and same(adapter(job.folder), adapter(whole.folder))
+
+
+def test_one_training_at_a_time(steady, splits, whole):
+    refused = []
+
+    def both():
+        for act in (lambda: train(steady, splits), lambda: resume(active_job().folder)):
+            try:
+                act()
+            except TrainingError as error:
+                refused.append(str(error))
+
+    job = start_job(steady, splits, False, [At(2, both)])
+    assert len(refused) == 2 and all("at work in this process already" in text for text in refused)
+    assert same(adapter(job.folder), adapter(whole.folder)), "it has not been disturbed"
+
+
+HOLD = """
+import sys, time
+from transformers import TrainerCallback
+from finetune_nb.config import load_config
+from finetune_nb.training import train
+
+class Wait(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            print("there", flush=True)
+            time.sleep(600)
+
+train(load_config(sys.argv[1]), callbacks=[Wait()], say=lambda line: None)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills by SIGKILL")
+def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, tmp_path):
+    save_config(replace(steady, run_name="theirs"), tmp_path / "config.yaml")
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True)
+    folder = tmp_path / "runs/theirs"
+    try:
+        assert other.stdout.readline().strip() == "there"
+        row = read_run(folder)
+        assert row.state == "at work elsewhere" and not row.can_go_on
+        for act in (lambda: resume(folder), lambda: continue_job(folder), lambda: trash_run(folder)):
+            with pytest.raises(FinetuneError, match=f"at work in process {other.pid}"):
+                act()
+        seen = Watched(folder)
+        assert seen.state == "elsewhere" and seen.step >= 4 and seen.steps == 8 and not seen.active
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    seen.refresh()
+    assert seen.state == "broken" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
+    assert continue_job(folder, False).state == "finished"
+
+
+def test_answers_are_kept_and_what_came_after_a_checkpoint_is_left_out(steady, splits):
+    job = stopped(steady, splits, 4)
+    kept = read_samples(job.folder)
+    assert kept == job.samples and kept
+    with (job.folder / "samples.jsonl").open("a") as file:
+        file.write('{"step": 99, "question": "q", "expected": "", "answer": "later"}\n[1]\n{"step": "x"}\n{"st')
+    assert [sample.step for sample in read_samples(job.folder)][-1] == 99
+    (job.folder / "samples.jsonl").write_text("{broken}")
+    assert read_samples(job.folder) == []
+
+
+@pytest.mark.parametrize("look", ["no", "epoch"])
+def test_questions_of_ones_own(look, steady, splits, whole):
+    job = start_job(replace(steady, eval_strategy=look), splits, False, ask=["One?", "<b>Two</b>?"])
+    steps = [sample.step for sample in job.samples if sample.question == "One?"]
+    assert steps == ([2, 4, 6, 8] if look == "no" else [0, 4, 8]) and {s.question for s in job.samples} == {"One?", "<b>Two</b>?"}
+    assert read_samples(job.folder) == job.samples
+    assert same(last_weights(job.result), last_weights(whole)), "to ask changes nothing"
+
+
+def test_the_pace_of_steps_and_looks(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = Pace()
+    assert pace.left(5, 1) != pace.left(5, 1), "unknown before the first step"
+    pace.looked()
+    now[0] = 100.0  # the look at the base model
+    for _ in range(2):
+        pace.begins()
+        now[0] += 1.0
+        pace.ends()
+    assert pace.left(10, 0) == pytest.approx(10) and pace.left(10, 1) == pytest.approx(110)
 
 
 def test_stop_is_for_what_is_at_work(steady, splits):

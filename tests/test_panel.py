@@ -31,12 +31,12 @@ from finetune_nb.controls import STYLE, ConfigForm, View, make_control, note, se
 from finetune_nb.data import Chat, Splits, fingerprint, save_chats
 from finetune_nb.data_view import DataView, PlanView, Prepared, SeenFiles, data_files, keep_upload, plan_html
 from finetune_nb.evaluation import evaluate_run
-from finetune_nb.jobs import JOBS, Job, Sample, active_job, continue_job, start_job
+from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
 from finetune_nb.runs import TRASH, list_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
-from finetune_nb.train_view import TrainView, job_figures
+from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
 from finetune_nb.training import load_run, load_splits, train
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -51,6 +51,7 @@ def no_jobs(tmp_path, monkeypatch):
     "As in a kernel that has just begun, in a folder of its own."
     monkeypatch.chdir(tmp_path)
     JOBS.clear()
+    WATCHERS.clear()
     yield
     assert active_job() is None
     JOBS.clear()
@@ -972,6 +973,62 @@ def test_train_stop_continue_and_the_page_opened_again(live, steady, splits):
     check_view(third, *third.views)
     without = Panel(splits=splits, read=False)
     assert without.config == job.config and without.train.job is job, "without a configuration, where the last run of the folder stands"
+
+
+@pytest.mark.trains
+def test_every_view_shows_a_job_that_begins_wherever_it_stands(steady, splits):
+    one, two = TrainView(ConfigForm(steady)), TrainView(ConfigForm(replace(steady, output_dir="others")))
+    words = []
+    job = start_job(replace(steady, max_steps=2), splits, False, [lambda: words.append(two.status.value)])
+    assert one.job is two.job is job and job.listeners.count(one._changed) == 1
+    assert any(FOREGROUND in text and str(job.folder) in text for text in words), "it says where the run is, and how to stop it"
+    two.detach()
+    assert two._changed not in job.listeners and two._started not in WATCHERS and one._changed in job.listeners
+
+
+def test_a_cell_that_is_run_again_puts_its_panel_away(quick, splits):
+    from finetune_nb.panel import _replace_former
+
+    rooms = [Panel(quick, splits, read=False) for _ in range(4)]
+    for room, (cell, run) in zip(rooms, [("a", "1"), ("b", "2"), ("a", "3"), ("", "4")], strict=True):
+        _replace_former(room, cell, run)
+    assert [room.train._started in WATCHERS for room in rooms] == [False, True, True, True], "another cell's panel stays"
+
+
+def test_a_run_of_another_kernel_is_looked_at(quick):
+    folder = lay(Path(quick.output_dir), "theirs", quick, started={"planned": {"steps": 9}})
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "question": EVIL, "expected": "", "answer": EVIL}) + "\n")
+    code = "import sys; from finetune_nb.locks import hold\nwith hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline().strip() == "held"
+    view = TrainView(ConfigForm(quick))
+    assert view.job.state == "elsewhere" and str(other.pid) in view.status.value and "4 of 9" in view.figures.value
+    assert "What it answers" in view.samples.value and view.go_on.disabled and view.stop.disabled
+    runs = RunsView(lambda: quick.output_dir)
+    runs.chosen.value = ["theirs"]
+    runs.delete.click()
+    assert "at work elsewhere" in runs.table.value and "at work in process" in runs.status.value and folder.is_dir()
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n')
+    view.renew.click()
+    assert "7 of 9" in view.figures.value
+    check_view(view)
+    other.communicate()
+    view.renew.click()
+    assert view.job.state == "broken" and "Broken off" in view.status.value
+
+
+def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
+    kept, room = threading.Event(), Panel(quick, splits, read=False)
+
+    class Shown:
+        def update(self, data, raw):
+            kept.set()
+
+    room._pictures.append(Shown())
+    room.form.controls["r"].value = 32
+    assert kept.wait(10)
+    room.close()
 
 
 @pytest.mark.trains
