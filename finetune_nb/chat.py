@@ -109,7 +109,7 @@ def check_room(
         f"so that {max(fits, 0):,} fit into the prompt. {shorter}{lower}."
     )
 
-# %% ../nbs/09c_chat.ipynb #5c58c586
+# %% ../nbs/09c_chat.ipynb #5fa21b39
 TASKS: list[Task] = []  # the heavy tasks of this kernel beside its trainings
 SHELVES: "WeakSet[Shelf]" = WeakSet()
 
@@ -287,7 +287,7 @@ def askable(
     "The runs that have an adapter to ask."
     return [row for row in rows if _adapter_file(row.folder).is_file()]
 
-# %% ../nbs/09c_chat.ipynb #6abdcacd
+# %% ../nbs/09c_chat.ipynb #c52adae0
 def system_messages(
     folder: str | Path,  # of a run
     most: int = 50,  # chats that are looked at
@@ -310,12 +310,12 @@ def system_doubt(
     system: str,  # the system message that it is to be asked with
 ) -> str:
     "What there is to say about asking a run with this system message; empty when it was trained with it, or when that is not known."
-    found, name = system_messages(folder), Path(folder).name
+    found = system_messages(folder)
     if not found or system.strip() in found:
         return ""
     if found == {""}:
-        return f"{name} was trained without a system message."
+        return "trained without a system message"
     if len(found) > 1:
-        return f"{name} was trained with {len(found)} or more system messages, and this is none of them."
+        return f"trained with {len(found)} or more system messages, and this is none of them"
     (own,) = found
-    return f"{name} was trained with another system message: {own if len(own) <= 200 else own[:199] + '…'}"
+    return f"trained with another system message: {own if len(own) <= 200 else own[:199] + '…'}"

@@ -116,16 +116,21 @@ def comparison_html(
     "The figures of both, and for each whether the difference can be told from chance."
     found = differences_of(comparison)
     head = (f"{len(comparison.base.rows)} test questions", comparison.base.name, comparison.tuned.name, "difference")
-    rows = [(*row, _verdict(found[row[0]]) if row[0] in found else "") for row in comparison.table() if "nan" not in row[1:]]
+    shares = comparison.base.rows[0].passed
+    rows = [(*row, _verdict(found[row[0]], row[0] in shares) if row[0] in found else "") for row in comparison.table() if "nan" not in row[1:]]
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="fnb-scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def _verdict(difference: Difference) -> str:
-    "A difference in words."
+def _verdict(difference: Difference, share: bool) -> str:
+    "A difference in words; that of a share in percentage points."
+    if not difference.mean:
+        return difference.verdict
+    low, high = (max(-1, difference.low), min(1, difference.high)) if share else (difference.low, difference.high)
+    size = f"{100 * low:+.0f} to {100 * high:+.0f} points" if share else f"{low:+.2g} to {high:+.2g}"
     more = f"; shows with about {difference.needed:,} questions" if difference.needed else ""
-    return f"{difference.verdict} ({difference.low:+.2g} to {difference.high:+.2g}{more})" if difference.mean else difference.verdict
+    return f"{difference.verdict} ({size}{more})"
 
 
 SHOWN = ("all", "changed", "better", "worse", "right in both", "wrong in both")
@@ -289,10 +294,16 @@ def answers_html(
     "Answers side by side, each below the conversation that it belongs to."
     boxes = []
     for name, text in answers.items():
-        talk = "".join(f"<div class='fnb-note'>{escape(message['role'])}</div><pre>{escape(message['content'])}</pre>" for message in (before or {}).get(name, ()))
-        ended = note("stopped", "tight") if name in stopped else ""
-        boxes.append(f"<div style='flex:1 1 260px;min-width:0'><b style='overflow-wrap:anywhere'>{escape(name)}</b>{talk}<pre>{escape(text) or ('' if ended else '…')}</pre>{ended}</div>")
+        talk = "".join(f"<div class='fnb-note'>{escape(message['role'])}</div>{_said(message['content'])}" for message in (before or {}).get(name, ()))
+        ended = note("stopped" if text else "not asked", "tight") if name in stopped else ""
+        last = "" if ended and not text else _said(text or "…")
+        boxes.append(f"<div style='flex:1 1 260px;min-width:0'><b style='overflow-wrap:anywhere'>{escape(name)}</b>{talk}{last}{ended}</div>")
     return f"<div style='display:flex;flex-wrap:wrap;gap:12px' aria-live='polite'>{''.join(boxes)}</div>"
+
+
+def _said(text: str) -> str:
+    "What somebody said, in the letters of the page and cut between words."
+    return f"<pre style='font-family:inherit;word-break:normal;overflow-wrap:break-word'>{escape(text)}</pre>"
 
 
 class ChatView(View):
@@ -320,7 +331,7 @@ class ChatView(View):
         self.length = widgets.IntSlider(value=128, min=8, max=1024, description="tokens", style=wide)
         self.send = button("Ask", self.ask, "ask everybody that is chosen", "primary")
         self.stop = button("Stop", self.end, "end the answer; what was said so far stays", "danger")
-        self.follow = widgets.Checkbox(description="follow-up", indent=False, layout=widgets.Layout(width="auto"))
+        self.follow = widgets.Checkbox(description="follow-up", indent=False, layout=widgets.Layout(width="auto", margin="2px 8px", align_self="center"))
         self.clear = button("Clear", self.forget, "forget the conversation and the answers")
         self.stop.disabled = True
         self.doubts, self.status, self.box = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -346,8 +357,11 @@ class ChatView(View):
     def doubt(self) -> None:
         "Says beside the system message which of those to be asked were trained with another one."
         folder = Path(self.config().output_dir)
-        found = [system_doubt(folder / name, self.system.value) for name in self.who.value if name != BASE]
-        self.doubts.value = "".join(note(text, "tight") for text in found)
+        found: dict[str, list[str]] = {}
+        for name in self.who.value:
+            if name != BASE and (text := system_doubt(folder / name, self.system.value)):
+                found.setdefault(text, []).append(name)
+        self.doubts.value = "".join(note(f"{', '.join(names)}: {text}", "tight") for text, names in found.items())
 
     def ask(self) -> None:
         "Asks everybody that is chosen; a follow-up goes on from what each of them has said."
@@ -434,7 +448,11 @@ class ChatView(View):
         self._show()
 
     def _show(self) -> None:
-        self.box.value = answers_html(self.answers, self.stopped, self.talks)
+        self.box.value = answers_html(self.answers, self.stopped, self._shown())
+
+    def _shown(self) -> dict[str, list[dict[str, str]]]:
+        "The conversations, with the last question; a question that stands alone is seen in its box."
+        return {name: [*talk, self.asked] for name, talk in self.talks.items() if talk}
 
     def _asked(self) -> None:
         if self.task.active:
@@ -449,4 +467,4 @@ class ChatView(View):
         "The question and the answers."
         if not self.answers:
             return ""
-        return f"<h3>Asked</h3><pre>{escape(self.asked.get('content', ''))}</pre>{answers_html(self.answers, self.stopped, self.talks)}"
+        return f"<h3>Asked</h3><pre>{escape(self.asked.get('content', ''))}</pre>{answers_html(self.answers, self.stopped, self._shown())}"

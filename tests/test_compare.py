@@ -175,7 +175,7 @@ def test_a_stopped_answer_keeps_what_was_said(runs):
     cut = dict(asked(view))
     assert seen == [(True, True, False)] * 5
     assert 3 < len(cut[BASE]) < len(whole[BASE]) and whole[BASE].startswith(cut[BASE]) and cut["one"] == ""
-    assert view.stopped == {BASE, "one"} and view.box.value == answers_html(cut, {BASE, "one"}) and view.box.value.count(">stopped<") == 2
+    assert view.stopped == {BASE, "one"} and view.box.value == answers_html(cut, {BASE, "one"}) and (view.box.value.count(">stopped<"), view.box.value.count(">not asked<")) == (1, 1)
     assert view.status.value == "" and not view.send.disabled and view.stop.disabled and "stopped" in view.still()
     view.box.unobserve_all()
     assert asked(view) == whole and view.stopped == set()
@@ -405,8 +405,8 @@ def test_old_and_foreign_folders(quick):
 # --- the system message of a run, and conversations
 
 @pytest.mark.parametrize(("systems", "given", "said"), [
-    (["Be brief."], " Be brief. ", ""), (["Be brief."], "", "one was trained with another system message: Be brief."), ([""], "Be brief.", "one was trained without a system message."),
-    ([""], " ", ""), (["a", "b", ""], "b", ""), (["a", "b"], "c", "one was trained with 2 or more system messages, and this is none of them."), (["x" * 300], "", f"one was trained with another system message: {'x' * 199}…"),
+    (["Be brief."], " Be brief. ", ""), (["Be brief."], "", "trained with another system message: Be brief."), ([""], "Be brief.", "trained without a system message"),
+    ([""], " ", ""), (["a", "b", ""], "b", ""), (["a", "b"], "c", "trained with 2 or more system messages, and this is none of them"), (["x" * 300], "", f"trained with another system message: {'x' * 199}…"),
 ])  # fmt: skip
 @pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl"])
 def test_another_system_message_is_told(file, systems, given, said, tmp_path):
@@ -422,11 +422,11 @@ def test_another_system_message_is_told(file, systems, given, said, tmp_path):
 def test_the_doubt_stands_beside_the_box(runs):
     config, _ = runs
     view = ChatView(lambda: config, background=False)
-    assert view.who.value[0] == BASE and f"{view.who.value[1]} was trained with another system message: {SYSTEM}" in view.doubts.value
+    assert view.who.value[0] == BASE and f"{view.who.value[1]}: trained with another system message: {SYSTEM}" in view.doubts.value
     view.who.value = [BASE]
     assert view.doubts.value == ""
     view.who.value = [BASE, "one", "two"]
-    assert view.doubts.value.count("another system message") == 2
+    assert view.doubts.value.count("another system message") == 1 and "one, two: trained" in view.doubts.value
     view.system.value = SYSTEM
     assert view.doubts.value == ""
 
