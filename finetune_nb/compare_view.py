@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'marked', 'Pair', 'read_comparison', 'pairs_of', 'read_pairs', 'differences_of', 'comparison_html',
-           'chosen_pairs', 'pair_html', 'CompareView', 'answers_html', 'ChatView']
+           'chosen_pairs', 'said', 'pair_html', 'CompareView', 'answers_html', 'ChatView']
 
 # %% ../nbs/10e_compare_view.ipynb #7bc925f1
 import difflib
@@ -145,6 +145,13 @@ def chosen_pairs(
     return [pair for pair in pairs if shown == "all" or (pair.base != pair.tuned if shown == "changed" else pair.kind(check) == shown)]
 
 
+def said(
+    text: str,  # of whomever; it is escaped
+) -> str:
+    "What somebody said, in the letters of the page and cut between words."
+    return f"<pre style='font-family:inherit;word-break:normal;overflow-wrap:break-word'>{escape(text)}</pre>"
+
+
 def pair_html(
     pair: Pair,  # to show
     check: str,  # by which it is judged
@@ -153,7 +160,7 @@ def pair_html(
     base, tuned = marked(pair.base, pair.tuned)
     rows = (("expected", escape(pair.expected)), ("base", base), ("tuned", tuned))
     table = "".join(f"<tr><th>{name}</th><td style='white-space:pre-wrap'>{text}</td></tr>" for name, text in rows)
-    return f"<div class='fnb-scroll'><b>{pair.kind(check)}</b><pre>{escape(pair.question)}</pre><table>{table}</table></div>"
+    return f"<div class='fnb-scroll'><b>{pair.kind(check)}</b>{said(pair.question)}<table>{table}</table></div>"
 
 # %% ../nbs/10e_compare_view.ipynb #a1485ad6
 class CompareView(View):
@@ -294,16 +301,11 @@ def answers_html(
     "Answers side by side, each below the conversation that it belongs to."
     boxes = []
     for name, text in answers.items():
-        talk = "".join(f"<div class='fnb-note'>{escape(message['role'])}</div>{_said(message['content'])}" for message in (before or {}).get(name, ()))
+        talk = "".join(f"<div class='fnb-note'>{escape(message['role'])}</div>{said(message['content'])}" for message in (before or {}).get(name, ()))
         ended = note("stopped" if text else "not asked", "tight") if name in stopped else ""
-        last = "" if ended and not text else _said(text or "…")
+        last = "" if ended and not text else said(text or "…")
         boxes.append(f"<div style='flex:1 1 260px;min-width:0'><b style='overflow-wrap:anywhere'>{escape(name)}</b>{talk}{last}{ended}</div>")
     return f"<div style='display:flex;flex-wrap:wrap;gap:12px' aria-live='polite'>{''.join(boxes)}</div>"
-
-
-def _said(text: str) -> str:
-    "What somebody said, in the letters of the page and cut between words."
-    return f"<pre style='font-family:inherit;word-break:normal;overflow-wrap:break-word'>{escape(text)}</pre>"
 
 
 class ChatView(View):
@@ -467,4 +469,4 @@ class ChatView(View):
         "The question and the answers."
         if not self.answers:
             return ""
-        return f"<h3>Asked</h3><pre>{escape(self.asked.get('content', ''))}</pre>{answers_html(self.answers, self.stopped, self._shown())}"
+        return f"<h3>Asked</h3>{said(self.asked.get('content', ''))}{answers_html(self.answers, self.stopped, self._shown())}"

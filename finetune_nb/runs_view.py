@@ -228,7 +228,7 @@ class ExportView(View):
             target = copy_adapter(row.folder, self.target.value)
             size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
             self.status.value = note(f"{target}: {size:.1f} MiB, whole.", "good")
-            code = f"{note('To load it elsewhere:')}<pre>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
+            code = f"{note('To load it elsewhere:')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
             self.code.value = code or note("The settings of this run can't be read, so its base model is not known.", "tight")
         except (FinetuneError, OSError, ValueError, StopIteration) as error:
             self.status.value = note(str(error) or "That run is gone.", "error")
