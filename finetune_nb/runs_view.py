@@ -18,6 +18,7 @@ from .chat import askable
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
+from .models import EMBEDDED_MODEL
 from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
@@ -139,7 +140,7 @@ def copy_adapter(
     target: str | Path,  # a folder that does not exist yet
 ) -> Path:
     "Copies the adapter of a run; raises `FinetuneError` when there is none, or when `target` is there already."
-    source, target = Path(folder) / "adapter", Path(target)
+    source, target = Path(folder) / "adapter", Path(target).expanduser()
     if missing := [name for name in ADAPTER_FILES if not (source / name).is_file()]:
         raise FinetuneError(f"{Path(folder).name} has no adapter yet: {missing[0]} is missing.")
     if target.exists():
@@ -159,13 +160,41 @@ def loading_code(
     config: FinetuneConfig,  # of the run
     folder: str | Path,  # of the adapter
 ) -> str:
-    "How another program loads the adapter."
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"base = {config.model_name_or_path!r}\n"
-        'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")\n'
-        f"model = PeftModel.from_pretrained(model, {str(folder)!r})\ntokenizer = AutoTokenizer.from_pretrained(base)\n"
-    )
+    "A program that loads the adapter beside its base model: with transformers alone where that can load the base, else with finetune_nb."
+    name, gguf = config.model_name_or_path, config.model_name_or_path.endswith(".gguf")
+    ours = name == EMBEDDED_MODEL or (gguf and config.load_in_4bit)  # the hub does not know the one; transformers packs no GGUF weights anew
+    head, base = _load_ours(config) if ours else _load_theirs(config, gguf)
+    needs = ["peft", "transformers", *["gguf"] * (gguf or name == EMBEDDED_MODEL), *["bitsandbytes"] * config.load_in_4bit, *["finetune_nb"] * ours]
+    lines = [f"# needs the packages {', '.join(needs)}", *sorted(["from peft import PeftModel", *head]), "", f"adapter = {str(folder)!r}", *base]
+    return "\n".join([*lines, "model = PeftModel.from_pretrained(model, adapter)"]) + "\n"
+
+
+def _load_ours(config: FinetuneConfig) -> tuple[list[str], list[str]]:
+    "Imports and lines that load the base model with finetune_nb."
+    dtype = "" if config.bf16 is None else "torch.bfloat16" if config.bf16 else "torch.float32"
+    options = [f"dtype={dtype}"] * bool(dtype) + [f"quantization_config=nf4_config({dtype})"] * config.load_in_4bit
+    head = ["from finetune_nb.models import load_model", *["from finetune_nb.qlora import nf4_config"] * config.load_in_4bit, *["import torch"] * bool(dtype)]
+    return head, [f"model, tokenizer = load_model({', '.join([repr(_place(config.model_name_or_path)), *options])})"]
+
+
+def _load_theirs(config: FinetuneConfig, gguf: bool) -> tuple[list[str], list[str]]:
+    "Imports and lines that load the base model with transformers."
+    name = _place(config.model_name_or_path)
+    file = f", gguf_file={Path(name).name!r}" if gguf else ""
+    dtype = {None: "torch.bfloat16" if config.load_in_4bit else '"auto"', True: "torch.bfloat16", False: "torch.float32"}[config.bf16]
+    lines = [f"base = {(str(Path(name).parent) if gguf else name)!r}", f"dtype = {dtype}"]
+    packed = ""
+    if config.load_in_4bit:  # as in training: see `nf4_config`
+        lines.append('packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)')
+        packed = ', quantization_config=packed, device_map="auto"'
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(base{file})", f"model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype{file}{packed})"]
+    head = f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if config.load_in_4bit else ''}"
+    return [head, *["import torch"] * ("torch." in dtype)], lines
+
+
+def _place(name: str) -> str:
+    "A name on the hub as it is; a place on this machine without `~`, which only a shell knows."
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 class ExportView(View):
@@ -199,7 +228,7 @@ class ExportView(View):
             target = copy_adapter(row.folder, self.target.value)
             size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
             self.status.value = note(f"{target}: {size:.1f} MiB, whole.", "good")
-            code = f"{note('To load it elsewhere:')}<pre>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
+            code = f"{note('To load it elsewhere:')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
             self.code.value = code or note("The settings of this run can't be read, so its base model is not known.", "tight")
         except (FinetuneError, OSError, ValueError, StopIteration) as error:
             self.status.value = note(str(error) or "That run is gone.", "error")
