@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.ticker import FuncFormatter
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -441,7 +440,11 @@ def plot_forgetting(
     axes.axvline(1, color="#999", linewidth=0.8)
     axes.axvline(report.warn_at, color="#d62728", linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(figures)), yticklabels=[f"{name} ({f.n})" for name, f in figures.items()], xlabel="perplexity of good answers, after / before", xscale="log")
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda x, _: f"×{x:g}"))
+    left, right = axes.get_xlim()
+    ticks = [1.0]
+    for x in (1.1, 1.2, 1.3, 1.5, 2, 3, 5, 10, 30, 100, 1000, 10000):
+        ticks += [x] if x < right and x / ticks[-1] > (right / left) ** 0.08 else []
+    axes.set_xticks(ticks, [f"×{x:g}" for x in ticks])
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -11,7 +11,17 @@ from torch.nn import functional as F
 from finetune_nb.chat_template import tokenize_chats
 from finetune_nb.config import ConfigError, FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
-from finetune_nb.forgetting import Forgetting, ItemDrift, category_of, drift_figures, forgetting_items, item_check, measure_forgetting, says, token_drift
+from finetune_nb.forgetting import (
+    Forgetting,
+    ItemDrift,
+    category_of,
+    drift_figures,
+    forgetting_items,
+    item_check,
+    measure_forgetting,
+    says,
+    token_drift,
+)
 from finetune_nb.lora import add_lora
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
