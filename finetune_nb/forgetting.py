@@ -138,7 +138,7 @@ def _drifts(
     model.eval()
     with Progress("Reading good answers", len(rows)) as progress:
         for batch in PackingCollator("padded", max_tokens, tokenizer.pad_token_id).batches(rows):
-            total.index_add_(0, batch.chat, token_drift(model, batch.to(model.device)).T.double().cpu())
+            total.index_add_(0, batch.chat, token_drift(model, batch.to(model.device)).T.cpu().double())
             count.index_add_(0, batch.chat, torch.ones_like(batch.chat))
             done += len(batch.input_ids)
             progress.update(done)
