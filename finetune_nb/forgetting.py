@@ -364,7 +364,7 @@ def measure_forgetting(
     sums, counts = _drifts(model, tokenizer, chats, max_tokens, kwargs)
     said: list[list[str | None]] = [[None] * len(chats)] * 2
     if answers:
-        said = []
+        said, told = [], f"{told}, answers of at most {max_new_tokens} tokens"
         for who, switch in (("base", model.disable_adapter), ("tuned", nullcontext)):
             with switch():
                 said.append([a.text for a in generate(model, tokenizer, chats, max_new_tokens, batch_size, f"Answering: {who}", kwargs)])

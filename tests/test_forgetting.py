@@ -173,7 +173,7 @@ def test_a_regression_set_of_ones_own(stirred, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     report = measure_forgetting(model, tokenizer, file, max_new_tokens=2)
-    assert report.items == "2 items of mine.jsonl" and report.rows[0].where == "mine.jsonl, line 1"
+    assert report.items == "2 items of mine.jsonl, answers of at most 2 tokens" and report.rows[0].where == "mine.jsonl, line 1"
     assert [row.right_before for row in report.rows] == [False, None] and set(report.figures) == {"all items", "other", "manners"}
 
 
