@@ -409,8 +409,6 @@ def _model_of(
     model, name = run_or_model, "the tuned model"
     if isinstance(run_or_model, Run):
         run, config = run_or_model, run_or_model.config
-        if config.init_lora_weights == "pissa" and run.loaded:
-            run.release()  # while it trains, a part of the base weights is in the adapter; as it is kept, it is not
         model, tokenizer, name = run.model, run.tokenizer, run.folder.name
         kwargs = config.chat_template_kwargs if kwargs is None else kwargs
         chats = [neutralise(chat, tokenizer) for chat in chats] if config.control_tokens == "neutralise" else chats
