@@ -17,6 +17,8 @@ _WHERE = {
     "evaluation": "evaluate evaluate_run compare generate pattern_checks",
     "jobs": "start_job continue_job",
     "runs": "list_runs",
+    "forgetting": "measure_forgetting",
+    "baselines": "should_you_finetune",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)

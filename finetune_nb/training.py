@@ -710,6 +710,8 @@ def _run(
         run.plot().savefig(folder / "loss.png", dpi=120)
         _write_facts(facts, folder / "run.json")
     PartialState().wait_for_everyone()
+    if config.init_lora_weights == "pissa":
+        run.release()  # a part of the base weights is in this adapter, and switching it off would not bring the base model back; in the saved one it is not
     return run
 
 

@@ -43,6 +43,14 @@ def test_generation_stops_at_the_end_of_the_turn_and_says_when_it_did_not(embedd
     assert long.finished and "Paris" in long.text and not short.finished
 
 
+@pytest.mark.parametrize("start", ["default", "pissa"])
+def test_the_base_beside_a_fresh_run_is_the_untouched_base_model(quick, chats, tiny_model, start):
+    run = train(replace(quick, init_lora_weights=start, r=4, max_steps=3, eval_strategy="no"), Splits(chats[:12], [], chats[12:16]), say=lambda line: None)
+    base = evaluate(*load_model(tiny_model, torch.float32, use_cpu=True, say=lambda line: None), run.test, max_new_tokens=8)
+    compared = evaluate_run(run)
+    assert compared.base.loss == pytest.approx(base.loss, abs=1e-4) and compared.tuned.loss != pytest.approx(base.loss, abs=1e-4)
+
+
 def test_generation_leaves_the_mode_as_it_was(embedded):
     model, tokenizer = embedded
     model.train()

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = "config choices reading rows formats sources chats duplicates data_report personal answers quality data planted turns masks chat_template models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks training metrics evaluation jobs runs chat export controls data_view train_view compare_view runs_view panel cli".split()
+ORDER = "config choices reading rows formats sources chats duplicates data_report personal answers quality data planted turns masks chat_template models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks training metrics evaluation jobs runs chat forgetting ways baselines export controls data_view train_view compare_view runs_view panel cli".split()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert {"finetune_nb/py.typed", "finetune_nb/tutorials/finetune.ipynb", "finetune_nb/training.py"} <= set(names)
+    assert {"finetune_nb/py.typed", "finetune_nb/tutorials/finetune.ipynb", "finetune_nb/training.py", "finetune_nb/forgetting.jsonl"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
     assert f"Version: {settings['version']}" in metadata
     required = {re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
