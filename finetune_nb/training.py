@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'Stop',
            'FinetuneTrainer', 'training_arguments', 'Picture', 'inlined', 'Run', 'plot_history', 'peak_memory_gib',
-           'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets', 'choose_packing', 'make_trainer',
-           'read_history', 'load_run']
+           'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets', 'check_base', 'choose_packing',
+           'make_trainer', 'read_history', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -54,10 +54,11 @@ from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
-from .models import cache_folder, dtype_of, hardware, load_model, release_memory, suit_machine
+from .models import cache_folder, dtype_of, hardware, load_model, release_memory, size_of, suit_machine
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from finetune_nb.planning import (
     Probe,
+    base_shape,
     blocks_to_recompute,
     estimate,
     forget_peak,
@@ -381,9 +382,10 @@ class Picture(Figure):
 
 def inlined(
     png: bytes,  # a picture of loss curves
+    alt: str = "loss curves",  # or of something else
 ) -> str:
     "The picture as HTML that needs no file."
-    return f'<img alt="loss curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 # %% ../nbs/08_training.ipynb #d913426a
 @dataclass
@@ -503,6 +505,7 @@ def train(
     callbacks: list[TrainerCallback] | None = None,  # more of transformers' callbacks
     stop: Stop | None = None,  # ends the run in good order when something else sets it
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,  # loaded already, to be shared by several runs; `remove_lora` takes the adapter off it afterwards
 ) -> Run:
     "Trains an adapter and returns the run; raises `ChatError`, `TemplateError`, `ModelError`, `AdapterError` or `TrainingError` before anything is written."
     config = config or FinetuneConfig()
@@ -510,7 +513,7 @@ def train(
     if first:
         _check_run_name(config)
     given, splits = splits is not None, splits or load_splits(config)
-    ready = _prepare(config, splits, say)
+    ready = _prepare(config, splits, say, base)
     with _run_folder(config) as folder:
         if first:
             save_config(config, folder / "config.yaml")
@@ -528,6 +531,7 @@ def resume(
     callbacks: list[TrainerCallback] | None = None,  # more of transformers' callbacks
     stop: Stop | None = None,  # ends the run in good order when something else sets it
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,  # loaded already, to be shared by several runs; None: loaded here
 ) -> Run:
     "Goes on with a run from its last checkpoint, to the same weights as if it had never stopped; raises `TrainingError` when it can't."
     folder = Path(folder)
@@ -544,7 +548,7 @@ def resume(
     for name, chats in splits._asdict().items():
         if fingerprint(chats) != started["data"][name]["sha256"]:
             raise TrainingError(f"The {name} chats are not those that {folder} began with. Bring the old file back, or pass the chats as resume(folder, splits).")
-    return _run(config, folder, _prepare(config, splits, say), started, callbacks or [], stop or Stop(), say, checkpoint)
+    return _run(config, folder, _prepare(config, splits, say, base), started, callbacks or [], stop or Stop(), say, checkpoint)
 
 
 def why_not_on(
@@ -582,7 +586,7 @@ class _Ready(NamedTuple):
     leaks: list[str]
 
 
-def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None]) -> _Ready:
+def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], base: tuple[Any, Any] | None = None) -> _Ready:
     "The model with its adapter, the tokenized chats, and what the checks say."
     for change in suit_machine(config.use_cpu):
         _tell(say, f"{change}.")
@@ -590,7 +594,7 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None])
         raise TrainingError("There are no training chats.")
     if config.eval_strategy != "no" and not splits.validation:
         raise TrainingError('There are no validation chats. Set validation_size or validation_file, or eval_strategy to "no".')
-    model, tokenizer = load_base(config, say)
+    model, tokenizer = load_base(config, say) if base is None else check_base(config, base)
     leaks = leak_report(splits)
     if PartialState().is_main_process:
         _show_checks(config, splits, model, tokenizer, leaks, say)
@@ -600,6 +604,22 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None])
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     _tell(say, str(trainable_parameters(tuned)))
     return _Ready(tuned, tokenizer, rows, leaks)
+
+
+def check_base(
+    config: FinetuneConfig,  # of the run that will use it
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase],  # loaded already
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "`base` as it is; raises `TrainingError` when it is not the one that `config` names, or would not be the same after the run."
+    model, shape, packed = base[0], base_shape(config), any(hasattr(p, "quant_state") for p in base[0].parameters())
+    if hasattr(model, "peft_config"):
+        raise TrainingError("The base model that was handed over still has an adapter. Take it off with remove_lora(model).")
+    if (model.dtype, packed) != (dtype_of(config), config.load_in_4bit) or sum(map(size_of, model.parameters())) != sum(map(size_of, shape.parameters())):
+        raise TrainingError("The base model that was handed over is not the one that the configuration names. Load it with load_base(config).")
+    if config.init_lora_weights == "pissa" or config.bias != "none":
+        setting = 'init_lora_weights="pissa"' if config.init_lora_weights == "pissa" else f'bias="{config.bias}"'
+        raise TrainingError(f"{setting} changes the base weights, so that no other run could share them. Let this run load its own base model (base=None).")
+    return base
 
 
 def _tell(say: Callable[[str], None], text: str) -> None:
