@@ -6,7 +6,7 @@
 __all__ = ['Base', 'FIXED', 'OUT_OF_MEMORY', 'make_bare', 'smoothed_losses', 'has_diverged', 'RangeTest', 'lr_range_test',
            'can_vary', 'Combination', 'combinations', 'chat_losses', 'Sweep', 'plot_sweep', 'sweep', 'load_sweep']
 
-# %% ../nbs/08b_sweep.ipynb #b6f82473
+# %% ../nbs/08b_sweep.ipynb #aa3a0733
 import hashlib
 import itertools
 import json
@@ -29,7 +29,17 @@ from matplotlib.patches import Rectangle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .chat_template import tokenize_chats
-from .config import ConfigError, FinetuneConfig, FinetuneError, check_value, field_groups, load_config, replacing, save_config, yaml_value
+from finetune_nb.config import (
+    ConfigError,
+    FinetuneConfig,
+    FinetuneError,
+    check_value,
+    field_groups,
+    load_config,
+    replacing,
+    save_config,
+    yaml_value,
+)
 from .data import Splits, fingerprint
 from .lora import load_adapter, remove_lora
 from .losses import mixed_precision, recompute_blocks, token_losses
@@ -53,7 +63,7 @@ from finetune_nb.training import (
     train,
 )
 
-# %% ../nbs/08b_sweep.ipynb #fd3068c8
+# %% ../nbs/08b_sweep.ipynb #ef519142
 Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -66,10 +76,10 @@ def make_bare(
     release_memory()
     return base
 
-# %% ../nbs/08b_sweep.ipynb #506f1bb3
+# %% ../nbs/08b_sweep.ipynb #c69afcfb
 def smoothed_losses(
     losses: Sequence[float],  # one for each step
-    weight: float = 0.9,  # of the past
+    weight: float = 0.85,  # of the past
 ) -> list[float]:
     "The exponential mean up to each step, without a pull towards zero at the start."
     out, mean = [], 0.0
@@ -82,9 +92,9 @@ def smoothed_losses(
 def has_diverged(
     smooth: Sequence[float],  # smoothed losses
 ) -> bool:
-    "Whether the loss has given back half of its fall, or lies a quarter above where it began."
-    start, best = smooth[0], min(smooth)
-    return smooth[-1] > best + max((start - best) / 2, 0.25 * start)
+    "Whether the loss has risen again by a third of its fall, and by a tenth of where it began; not within the first ten steps."
+    start, best = smooth[min(4, len(smooth) - 1)], min(smooth)
+    return len(smooth) > 10 and smooth[-1] > best + max((start - best) / 3, start / 10)
 
 
 class _Raise(TrainerCallback):
@@ -105,7 +115,7 @@ class _Raise(TrainerCallback):
             self.losses.append(logs["loss"])
             control.should_training_stop |= has_diverged(smoothed_losses(self.losses))
 
-# %% ../nbs/08b_sweep.ipynb #627d1a97
+# %% ../nbs/08b_sweep.ipynb #29b593be
 @dataclass(frozen=True)
 class RangeTest:
     "The loss over a rising learning rate, and what it suggests."
@@ -170,7 +180,7 @@ class RangeTest:
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.reason)}</p>{inlined(self.plot()._repr_png_(), 'loss over the learning rate')}"
 
-# %% ../nbs/08b_sweep.ipynb #edfd627c
+# %% ../nbs/08b_sweep.ipynb #2233d61e
 def lr_range_test(
     config: FinetuneConfig,  # every choice of the run to come; its learning rate, warm-up and number of steps play no part
     splits: Splits | None = None,  # chats to use in place of those that the configuration names
@@ -199,7 +209,7 @@ def lr_range_test(
     ended = "the user" if stop.wanted else "the plan" if len(watch.losses) == steps and not has_diverged(smoothed_losses(watch.losses)) else "divergence"
     return RangeTest(watch.rates[: len(watch.losses)], watch.losses, ended)
 
-# %% ../nbs/08b_sweep.ipynb #4f10e32e
+# %% ../nbs/08b_sweep.ipynb #26bf0e12
 FIXED = ("bias", "eval_strategy", "report_to", "output_dir", "run_name", "use_cpu", "per_device_eval_batch_size")  # one for all runs of a sweep
 
 
@@ -269,7 +279,7 @@ def _run_name(settings: dict[str, Any]) -> str:
     plain = re.sub(r"[^\w.=+-]+", "-", text)
     return plain if plain == text and len(text) <= 100 else f"{plain[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-# %% ../nbs/08b_sweep.ipynb #c4a498fd
+# %% ../nbs/08b_sweep.ipynb #b4a024a2
 def combinations(
     config: FinetuneConfig,  # what they have in common
     grid: dict[str, Sequence[Any]],  # by setting, the values to try
@@ -300,7 +310,7 @@ def _checked_values(setting: str, values: Sequence[Any]) -> list[Any]:
         raise ConfigError(f"{setting}: a value stands twice in {checked}.")
     return checked
 
-# %% ../nbs/08b_sweep.ipynb #d6bd3683
+# %% ../nbs/08b_sweep.ipynb #e870f2da
 @torch.no_grad()
 def chat_losses(
     model: torch.nn.Module,  # a causal language model, with or without adapter
@@ -322,7 +332,7 @@ def chat_losses(
                 count.index_add_(0, chat, torch.ones_like(chat))
     return (total / count.clamp(min=1)).tolist(), count.tolist()
 
-# %% ../nbs/08b_sweep.ipynb #96b8770f
+# %% ../nbs/08b_sweep.ipynb #3976dccf
 @dataclass(frozen=True)
 class Sweep:
     "Runs that differ in a few settings; shows itself as a table, a heat map and a verdict."
@@ -439,7 +449,7 @@ def _size(one: Combination) -> str:
 def _read_losses(one: Combination) -> list[float]:
     return json.loads((one.folder / "validation_losses.json").read_text(encoding="utf-8"))["losses"]
 
-# %% ../nbs/08b_sweep.ipynb #3efc16f4
+# %% ../nbs/08b_sweep.ipynb #f73aef76
 def plot_sweep(
     result: Sweep,
 ) -> Picture:
@@ -465,7 +475,7 @@ def plot_sweep(
     axes.title.set_size(9)
     return figure
 
-# %% ../nbs/08b_sweep.ipynb #528e4a7c
+# %% ../nbs/08b_sweep.ipynb #be120887
 def sweep(
     config: FinetuneConfig,  # what all runs have in common
     grid: dict[str, Sequence[Any]],  # by setting, the values to try, as in {"r": [8, 16], "learning_rate": [1e-4, 2e-4]}
@@ -474,6 +484,7 @@ def sweep(
     rungs: Sequence[int] = (),  # steps at which the worse ones are stopped; none: every combination to its end
     keep: float = 0.5,  # share that goes on from each rung
     base: Base | None = None,  # loaded already; it is the same afterwards
+    callbacks: list[TrainerCallback] | None = None,  # more of transformers' callbacks, the same for every run
     stop: Stop | None = None,  # ends the sweep in good order when something else sets it
     retry: bool = False,  # try again what failed in an earlier call
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
@@ -488,7 +499,7 @@ def sweep(
     splits = splits or load_splits(config)
     for one in plan:
         _check_kept(one, splits)
-    bench = _Bench(config, splits, plan[0].folder.parent, base, stop or Stop(), say, retry)
+    bench = _Bench(config, splits, plan[0].folder.parent, base, callbacks or [], stop or Stop(), say, retry)
     bench.note(grid={setting: list(values) for setting, values in grid.items()})
     save_config(config, bench.folder / "sweep.yaml")
     bench.work(plan, list(rungs), keep)
@@ -518,7 +529,7 @@ def _check_kept(one: Combination, splits: Splits) -> None:
     if any(fingerprint(chats) != started["data"][name]["sha256"] for name, chats in splits._asdict().items() if name != "test"):
         raise TrainingError(f"{one.folder} holds a run on other chats. Give this sweep another name, or bring the old chats back.")
 
-# %% ../nbs/08b_sweep.ipynb #3687641b
+# %% ../nbs/08b_sweep.ipynb #40bfab39
 class _Until(Stop):
     "Stops at the first checkpoint from a number of steps on, or when the sweep is stopped."
 
@@ -542,15 +553,18 @@ def _loss_at(one: Combination, rung: int) -> float | None:
     there = [row["eval_loss"] for row in looks if row["step"] >= rung]
     return there[0] if there else looks[-1]["eval_loss"] if one.state == "finished" else None
 
-# %% ../nbs/08b_sweep.ipynb #75c23525
+# %% ../nbs/08b_sweep.ipynb #d72f75a3
 OUT_OF_MEMORY = "There was not enough memory. Lower max_tokens_at_once for all runs, or leave this combination out."
 
 
 class _Bench:
     "One base model, the chats, and what failed; runs combinations one after the other."
 
-    def __init__(self, config: FinetuneConfig, splits: Splits, folder: Path, base: Base | None, stop: Stop, say: Callable[[str], None], retry: bool) -> None:
+    def __init__(
+        self, config: FinetuneConfig, splits: Splits, folder: Path, base: Base | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], retry: bool
+    ) -> None:
         self.config, self.splits, self.folder, self.stop, self.say, self.said = config, splits, folder, stop, say, set()
+        self.callbacks = callbacks
         self.given = None if base is None else check_base(config, base)
         self.kept, about = _read_notes(folder), f"{config.model_name_or_path}, {config.bf16}, {config.load_in_4bit}, {fingerprint(splits.validation)}"
         if self.kept.get("about") != about:  # the losses of the base model are those of another sweep
@@ -623,12 +637,12 @@ class _Bench:
 
     def run(self, one: Combination, stop: Stop) -> None:
         if last_checkpoint(one.folder) is not None:
-            resume(one.folder, self.splits, stop=stop, say=self.tell, base=self.base)
+            resume(one.folder, self.splits, self.callbacks, stop=stop, say=self.tell, base=self.base)
             return
         if one.folder.exists():
             self.tell(f"{one.folder} had no checkpoint to go on from, and begins anew.")
             shutil.rmtree(one.folder)
-        train(one.config, self.splits, stop=stop, say=self.tell, base=self.base)
+        train(one.config, self.splits, self.callbacks, stop=stop, say=self.tell, base=self.base)
 
     def result(self, plan: list[Combination]) -> Sweep:
         "The sweep as it stands, with the losses of every validation chat."
@@ -663,7 +677,7 @@ def _as_noted(folder: Path, kept: dict[str, Any], plan: list[Combination]) -> Sw
     known = [replace(one, failure=kept["failed"].get(one.name, "")) for one in plan]
     return Sweep(folder, kept["grid"], known, kept.get("base_losses", []), kept.get("tokens", []))
 
-# %% ../nbs/08b_sweep.ipynb #cedf24a3
+# %% ../nbs/08b_sweep.ipynb #8b29d5a3
 def load_sweep(
     folder: str | Path,  # that `sweep` made
 ) -> Sweep:
