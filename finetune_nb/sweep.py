@@ -379,7 +379,8 @@ class Sweep:
     def _about_the_best(self) -> list[str]:
         if self.best is None:
             return ["No run has come to its end, so there is nothing to compare."]
-        said = [f"{self.best} is the best of {len(self.finished)}: validation loss {self.best.loss:.4f}, base model {np.average(self.base_losses, weights=self.tokens):.4f}."]
+        rank = f"the best of {len(self.finished)}" if len(self.finished) > 1 else "the only one that came to its end"
+        said = [f"{self.best} is {rank}: validation loss {self.best.loss:.4f}, base model {np.average(self.base_losses, weights=self.tokens):.4f}."]
         gain = self._against(self.base_losses, self.best)
         if gain.verdict != "better":
             return [*said, f"That is not better than the base model, as far as {gain.n} validation chats can tell: none of these settings is worth training."]
@@ -410,7 +411,7 @@ class Sweep:
 
     def _line(self, one: Combination) -> list[str]:
         facts, gap = one.facts, self.differences.get(one.name)
-        state = f"failed: {one.failure}" if one.state == "failed" else f"stopped after {facts['steps']} steps" if one.state == "stopped" else one.state
+        state = f"stopped after {facts['steps']} steps" if one.state == "stopped" else one.state
         unsure = ", can't tell" if gap and gap.verdict == "can't tell" else ""
         against = "best" if one is self.best else f"{gap.mean:.2g} ({gap.low:.2g} to {gap.high:.2g}){unsure}" if gap else ""
         return [
@@ -422,6 +423,11 @@ class Sweep:
             clock_time(facts["seconds"]) if facts else "",
         ]
 
+    @property
+    def failures(self) -> list[str]:
+        "What failed, and why."
+        return [f"{one} failed: {one.failure}" for one in self.combinations if one.state == "failed"]
+
     def plot(self) -> Picture:
         "The validation losses as a heat map."
         return plot_sweep(self)
@@ -430,16 +436,17 @@ class Sweep:
         head, lines = self.cells()
         widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
         table = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)]
-        return "\n".join([*table, "", self.verdict])
+        return "\n".join([*table, *self.failures, "", self.verdict])
 
     def _repr_html_(self) -> str:
         head, lines = self.cells()
+        failures = "".join(f"<p>{escape(line)}</p>" for line in self.failures)
         top = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in head)
         body = "".join(
             f"<tr{' style=font-weight:bold' if one is self.advice else ''}>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>"
             for one, line in zip(self.combinations, lines, strict=True)
         )
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table><p>{escape(self.verdict)}</p>{inlined(self.plot()._repr_png_(), 'validation loss of every combination')}"
+        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{failures}<p>{escape(self.verdict)}</p>{inlined(self.plot()._repr_png_(), 'validation loss of every combination')}"
 
 
 def _size(one: Combination) -> str:
