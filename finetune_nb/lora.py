@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'AdapterError', 'find_target_modules', 'add_lora', 'ParameterCount', 'trainable_parameters',
-           'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights']
+           'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights', 'remove_lora']
 
 # %% ../nbs/04_lora.ipynb #5a7d9b68
 import json
@@ -25,6 +25,8 @@ from peft import (
     initialize_lora_eva_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -263,3 +265,18 @@ def set_adapter_weights(
     if faults:
         raise AdapterError(f"{source} does not fit this model: {'; '.join(faults)}. Load the base model that it was trained on.")
     set_peft_model_state_dict(model, weights, adapter_name=name)
+
+# %% ../nbs/04_lora.ipynb #6b09f89e
+def remove_lora(
+    model: PeftModel | PreTrainedModel,  # with an adapter, whole or half added, or without one
+) -> PreTrainedModel:
+    "The base model alone, its weights frozen and the very ones of before; what `bias` or PiSSA changed in them stays changed."
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    restore_blocks(base)
+    while found := next((place for place in base.named_modules() if isinstance(place[1], (BaseTunerLayer, AuxiliaryTrainingWrapper))), None):
+        path, module = found
+        parent, _, name = path.rpartition(".")
+        setattr(base.get_submodule(parent), name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base

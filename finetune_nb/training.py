@@ -6,7 +6,7 @@
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'StoppedEarly',
            'Stop', 'FinetuneTrainer', 'training_arguments', 'Picture', 'inlined', 'Run', 'plot_history',
            'peak_memory_gib', 'is_training', 'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets',
-           'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'load_run']
+           'check_base', 'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -55,10 +55,11 @@ from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chat
 from .locks import LockError, hold
 from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
-from .models import cache_folder, dtype_of, hardware, load_model, release_memory, suit_machine
+from .models import cache_folder, dtype_of, hardware, load_model, release_memory, size_of, suit_machine
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from finetune_nb.planning import (
     Probe,
+    base_shape,
     blocks_to_recompute,
     estimate,
     forget_peak,
@@ -399,9 +400,10 @@ class Picture(Figure):
 
 def inlined(
     png: bytes,  # a picture of loss curves
+    alt: str = "loss curves",  # or of something else
 ) -> str:
     "The picture as HTML that needs no file."
-    return f'<img alt="loss curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 # %% ../nbs/08_training.ipynb #d913426a
 @dataclass
@@ -558,18 +560,19 @@ def train(
     callbacks: list[TrainerCallback] | None = None,  # more of transformers' callbacks
     stop: Stop | None = None,  # ends the run in good order when something else sets it
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,  # loaded already, to be shared by several runs; `remove_lora` takes the adapter off it afterwards
 ) -> Run:
     "Trains an adapter and returns the run; raises `ChatError`, `TemplateError`, `ModelError`, `AdapterError` or `TrainingError` before anything is written."
     with _alone():
-        return _train(config or FinetuneConfig(), splits, callbacks or [], stop or Stop(), say)
+        return _train(config or FinetuneConfig(), splits, callbacks or [], stop or Stop(), say, base)
 
 
-def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None]) -> Run:
+def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None) -> Run:
     first = PartialState(cpu=config.use_cpu).is_main_process  # joins the other processes, when torchrun or accelerate has started several
     if first:
         _check_run_name(config)
     given, splits = splits is not None, splits or load_splits(config)
-    ready = _prepare(config, splits, say, stop.check)
+    ready = _prepare(config, splits, say, stop.check, base)
     with _run_folder(config) as folder:
         if first:
             save_config(config, folder / "config.yaml")
@@ -587,6 +590,7 @@ def resume(
     callbacks: list[TrainerCallback] | None = None,  # more of transformers' callbacks
     stop: Stop | None = None,  # ends the run in good order when something else sets it
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,  # loaded already, to be shared by several runs; None: loaded here
 ) -> Run:
     "Goes on with a run from its last checkpoint, to the same weights as if it had never stopped; raises `TrainingError` when it can't."
     folder = Path(folder)
@@ -595,10 +599,12 @@ def resume(
     config = load_config(folder / "config.yaml")
     PartialState(cpu=config.use_cpu)
     with _alone(), _held(folder):
-        return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say)
+        return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say, base)
 
 
-def _go_on(config: FinetuneConfig, folder: Path, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None]) -> Run:
+def _go_on(
+    config: FinetuneConfig, folder: Path, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None
+) -> Run:
     started = json.loads((folder / "started.json").read_text(encoding="utf-8"))
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -609,7 +615,7 @@ def _go_on(config: FinetuneConfig, folder: Path, splits: Splits | None, callback
     for name, chats in splits._asdict().items():
         if fingerprint(chats) != started["data"][name]["sha256"]:
             raise TrainingError(f"The {name} chats are not those that {folder} began with. Bring the old file back, or pass the chats as resume(folder, splits).")
-    ready = _prepare(config, splits, say, partial(stop.check, goes_on=True))
+    ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
     return _run(config, folder, ready, started, callbacks, stop, say, checkpoint)
 
 
@@ -648,7 +654,7 @@ class _Ready(NamedTuple):
     leaks: list[str]
 
 
-def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], check: Callable[[], None]) -> _Ready:
+def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], check: Callable[[], None], base: tuple[Any, Any] | None = None) -> _Ready:
     "The model with its adapter, the tokenized chats, and what the checks say; `check` may end it between two stages."
     check()
     for change in suit_machine(config.use_cpu):
@@ -657,7 +663,7 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
         raise TrainingError("There are no training chats.")
     if config.eval_strategy != "no" and not splits.validation:
         raise TrainingError('There are no validation chats. Set validation_size or validation_file, or eval_strategy to "no".')
-    model, tokenizer = load_base(config, say)
+    model, tokenizer = load_base(config, say) if base is None else check_base(config, base)
     check()
     leaks = leak_report(splits)
     if PartialState().is_main_process:
@@ -671,6 +677,22 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     _tell(say, str(trainable_parameters(tuned)))
     check()
     return _Ready(tuned, tokenizer, rows, leaks)
+
+
+def check_base(
+    config: FinetuneConfig,  # of the run that will use it
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase],  # loaded already
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "`base` as it is; raises `TrainingError` when it is not the one that `config` names, or would not be the same after the run."
+    model, shape, packed = base[0], base_shape(config), any(hasattr(p, "quant_state") for p in base[0].parameters())
+    if hasattr(model, "peft_config"):
+        raise TrainingError("The base model that was handed over still has an adapter. Take it off with remove_lora(model).")
+    if (model.dtype, packed) != (dtype_of(config), config.load_in_4bit) or sum(map(size_of, model.parameters())) != sum(map(size_of, shape.parameters())):
+        raise TrainingError("The base model that was handed over is not the one that the configuration names. Load it with load_base(config).")
+    if config.init_lora_weights == "pissa" or config.bias != "none":
+        setting = 'init_lora_weights="pissa"' if config.init_lora_weights == "pissa" else f'bias="{config.bias}"'
+        raise TrainingError(f"{setting} changes the base weights, so that no other run could share them. Let this run load its own base model (base=None).")
+    return base
 
 
 def _tell(say: Callable[[str], None], text: str) -> None:

@@ -130,3 +130,41 @@ def test_a_failing_notebook_is_kept_and_named(tmp_path):
     with pytest.raises(FinetuneError, match="ZeroDivisionError"):
         run_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"n": 7})
     assert "7\n" in (tmp_path / "b.ipynb").read_text().encode().decode("unicode_escape")
+
+
+def test_sweep_and_range_test(quick, chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick.train_file, quick.output_dir, quick.num_train_epochs = str(save_chats(chats, tmp_path / "chats.jsonl")), "runs", 1
+    save_config(quick, tmp_path / "config.yaml")
+    assert main(["sweep", "config.yaml", "--r", "2,4", "--lr", "1e-3", "--name", "ranks", "--set", "lora_dropout=0"]) == 0
+    said = capsys.readouterr().out
+    assert "is the best of 2" in said and "Runs:     runs/ranks" in said and (tmp_path / "runs/ranks/sweep.png").is_file()
+    saved = load_config("runs/ranks/r=2_learning_rate=0.001/config.yaml")
+    assert (saved.r, saved.learning_rate, saved.lora_dropout) == (2, 1e-3, 0)
+    assert main(["sweep", "config.yaml", "--r", "2,4", "--lr", "1e-3", "--name", "ranks", "--set", "lora_dropout=0"]) == 0
+    assert "training" not in capsys.readouterr().out, "what is finished is read"
+    assert main(["range-test", "config.yaml", "--low", "1e-4", "--steps", "10", "--save", "curve.png"]) == 0
+    assert "The loss" in capsys.readouterr().out and (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep", "config.yaml"], "at least one setting"),
+        (["sweep", "config.yaml", "--r", "8,fast"], "r: expected an integer"),
+        (["sweep", "config.yaml", "--r", "8,,16"], "r: expected an integer"),
+        (["sweep", "config.yaml", "--r", "8,8"], "a value stands twice"),
+        (["sweep", "config.yaml", "--max_length", "512,1024"], "max_length can't be varied"),
+        (["sweep", "config.yaml", "--r", "8", "--rungs", "5,often"], "rungs are numbers of steps"),
+        (["sweep", "config.yaml", "--r", "8", "--keep", "2"], "keep is the share"),
+        (["sweep", "nowhere.yaml", "--r", "8"], "nowhere.yaml"),
+        (["range-test", "config.yaml", "--low", "1", "--high", "0.1"], "from low to a higher high"),
+        (["range-test", "config.yaml", "--set", "rank=8"], "did you mean 'r'"),
+    ],
+)
+def test_bad_words_of_a_sweep_are_one_error(words, said, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_config(quick, tmp_path / "config.yaml")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("finetune_nb: ") and said in error and "Traceback" not in error
