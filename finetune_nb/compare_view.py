@@ -120,7 +120,7 @@ def comparison_html(
     rows = [(*row, _verdict(found[row[0]], row[0] in shares) if row[0] in found else "") for row in comparison.table() if "nan" not in row[1:]]
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="fnb-scroll"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="fnb-scroll" style="width:0;min-width:100%"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _verdict(difference: Difference, share: bool) -> str:
@@ -149,7 +149,7 @@ def said(
     text: str,  # of whomever; it is escaped
 ) -> str:
     "What somebody said, in the letters of the page and cut between words."
-    return f"<pre style='font-family:inherit;word-break:normal;overflow-wrap:break-word'>{escape(text)}</pre>"
+    return f"<pre style='font-family:inherit;word-break:normal;overflow-wrap:anywhere'>{escape(text)}</pre>"
 
 
 def pair_html(
@@ -160,7 +160,7 @@ def pair_html(
     base, tuned = marked(pair.base, pair.tuned)
     rows = (("expected", escape(pair.expected)), ("base", base), ("tuned", tuned))
     table = "".join(f"<tr><th>{name}</th><td style='white-space:pre-wrap'>{text}</td></tr>" for name, text in rows)
-    return f"<div class='fnb-scroll'><b>{pair.kind(check)}</b>{said(pair.question)}<table>{table}</table></div>"
+    return f"<div class='fnb-scroll' style='width:0;min-width:100%'><b>{pair.kind(check)}</b>{said(pair.question)}<table>{table}</table></div>"
 
 # %% ../nbs/10e_compare_view.ipynb #a1485ad6
 class CompareView(View):

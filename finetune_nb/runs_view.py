@@ -60,7 +60,7 @@ class RunsView(View):
     def refresh(self) -> None:
         "Reads the folder anew."
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
-        self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
+        self.table.value = f'<div class="fnb-scroll" style="width:0;min-width:100%">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
         self.trashed.options = [path.name for path in sorted((Path(self.output_dir()) / TRASH).glob("*"))]
         self.trashed.value = self.trashed.options[0] if self.trashed.options else None
