@@ -262,7 +262,8 @@ class Page:
         try:
             return self.page.wait_for_function(condition, arg=argument, timeout=1000 * (seconds or self.seconds)).json_value()
         except TimeoutError:
-            shown = self.page.locator("body").inner_text()[-1500:]
+            notes = self.page.locator("[role=status], .fnb-note").locator("visible=true").all_inner_texts()  # a long page ends far from them
+            shown = "\n".join([*notes, self.page.locator("body").inner_text()[-1500:]])
             raise AssertionError(f"waited {seconds or self.seconds} s until {what}; console: {self.console}; the page shows:\n{shown}") from None
 
     def see(self, pattern: str, seconds: float | None = None) -> str:

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
 
+SLOW = 300  # seconds that what trains or answers may take where the machine has other things to do
 BAD = "<img src=x onerror=window.hacked=1>"
 PICTURE = "() => [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetParent)[0]?.src"
 CARD = """name => [...document.querySelectorAll('.fnb-card')].filter(card => card.offsetParent)
@@ -60,7 +61,7 @@ def card(page, name):
     return page.wait(CARD, f"there is a figure {name!r}", name)
 
 
-def until_card(page, name, pattern, seconds=120):
+def until_card(page, name, pattern, seconds=SLOW):
     "Waits until the figure with this label is as the pattern says."
     condition = f"([name, pattern]) => new RegExp(pattern).test(({CARD})(name) ?? '')"
     page.wait(condition, f"{name} is like {pattern!r}", [name, pattern], seconds)
@@ -90,9 +91,9 @@ def put_answered_run(page):
 
 def test_the_tutorial_by_hand(lab):
     lab.open(put_tutorial(lab))
-    lab.run_all(180)
+    lab.run_all(SLOW)
     choose(lab, "Settings")
-    lab.see("Fits: ", 60)
+    lab.see("Fits: ", SLOW)
     # the plan follows the sliders
     before = card(lab, "trained parameters")
     assert lab.move_slider("r", 2) == "64"
@@ -110,22 +111,22 @@ def test_the_tutorial_by_hand(lab):
     assert answer.text == "42" and answer.seconds < 0.5, answer
     lab.wait(f"before => ({PICTURE})() !== before", "the curve has grown", picture)
     press(lab, "Stop")
-    lab.see("Stopped and saved", 60)
+    lab.see("Stopped and saved", SLOW)
     step = card(lab, "step")
     press(lab, "Continue")
-    lab.see("Finished. run-001", 120)
+    lab.see("Finished. run-001", SLOW)
     assert int(card(lab, "step").split()[0]) == 12 >= int(step.split()[0])
     # compared and asked
     choose(lab, "Compare")
     press(lab, "Answer the test set")
-    lab.see("4 test questions", 120)
+    lab.see("4 test questions", SLOW)
     lab.fill("show", "changed")
     lab.see(r"\d of \d shown, 4 in all")
     choose(lab, "Chat")
     lab.fill("question", "Which code for a cough? Entry: cough: R05 (Cough)")
     lab.move_slider("tokens", 120, "ArrowLeft")
     press(lab, "Ask")
-    lab.wait("() => [...document.querySelectorAll('[aria-live] pre')].filter(e => e.offsetParent && e.innerText.trim() !== '…').length === 2", "both have answered", seconds=90)
+    lab.wait("() => [...document.querySelectorAll('[aria-live] pre')].filter(e => e.offsetParent && e.innerText.trim() !== '…').length === 2", "both have answered", seconds=SLOW)
     # found again
     lab.save()
     lab.reload()
@@ -178,7 +179,7 @@ def open_panel(lab):
     lab.open(lab.write("alone.ipynb", FEW))
     lab.run_all()
     choose(lab, "Settings")
-    lab.see("Fits: ", 60)
+    lab.see("Fits: ", SLOW)
 
 
 def test_everything_has_a_name(lab):
@@ -256,14 +257,14 @@ def test_the_panel_in_notebook_7(notebook7):
     notebook7.run_all()
     for moved, rank in (("before", "64"), ("after", "4")):
         choose(notebook7, "Settings")
-        notebook7.see("Fits: ", 60)
+        notebook7.see("Fits: ", SLOW)
         count = card(notebook7, "trained parameters")
         assert notebook7.press_slider("r", (int(rank).bit_length() - 1) / 8) == rank
         notebook7.wait(f"before => ({CARD})('trained parameters') !== before", f"the plan has followed {moved} the run", count)
         choose(notebook7, "Train")
         if moved == "before":
             press(notebook7, "Train")
-        notebook7.see("Finished. run-001", 120)
+        notebook7.see("Finished. run-001", SLOW)
         notebook7.save()
         notebook7.reload()
     assert notebook7.errors() == []
@@ -278,11 +279,11 @@ def test_the_panel_alone_in_voila(voila):
     )
     (voila.folder / "panel.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     voila.open("panel.ipynb")
-    voila.see("Fits: ", 90)
+    voila.see("Fits: ", SLOW)
     before = card(voila, "trained parameters")
     voila.move_slider("r", 1)
     voila.wait(f"before => ({CARD})('trained parameters') !== before", "the plan has followed", before)
     choose(voila, "Train")
     press(voila, "Train")
-    voila.see("Finished. run-001", 120)
+    voila.see("Finished. run-001", SLOW)
     assert voila.errors() == []
