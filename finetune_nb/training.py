@@ -219,7 +219,7 @@ class Stop(TrainerCallback):
     "Ends the training in good order, after the current step, once `wanted` is set; also from another thread."
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.wanted, self.stopped_at, self.looks = False, None, False
 
     def check(self, goes_on: bool = False) -> None:
         "Between the stages of getting ready: raises `StoppedEarly` when the run is not wanted any more."
@@ -236,8 +236,15 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.wanted:
-            look = args.eval_strategy != "no"
-            control.should_training_stop, control.should_evaluate, control.should_save = True, look, True
+            self.stopped_at, self.looks = state.global_step, control.should_evaluate
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        "A look at what was reached comes after the checkpoint, which is to hold no more than that of a run that goes on: its best look, and how long there was none."
+        between = abs(state.epoch - round(state.epoch)) > 1e-6 or args.eval_strategy == "steps"  # at the end of an epoch, a run by epochs looks and saves anyway
+        if self.stopped_at == state.global_step and between:
+            control.should_evaluate, control.should_save = args.eval_strategy != "no" and not self.looks, False
         return control
 
     @contextmanager
@@ -330,7 +337,8 @@ class FinetuneTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.state.best_global_step != self.state.global_step:  # else it is at hand
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -811,13 +819,12 @@ def _fit(
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the wrapper would stay around forward
     release_memory()
     state = trainer.state
-    best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else f"-{state.global_step}"
     return started | {
         "steps": state.global_step,
         "ended_by": "the plan" if state.global_step >= state.max_steps else "the user" if stop.wanted else "early stopping",
         "seconds": round(before + time.monotonic() - begun, 1),
         "peak_memory_gib": round(peak_memory_gib(), 3),
-        "best_step": int(best.rpartition("-")[2]),
+        "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
     }
 

@@ -346,9 +346,29 @@ def test_a_stopped_run_goes_on_to_the_same_weights(quick, splits, changes):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     losses = [[row["loss"] for row in run.history if "loss" in row] for run in (whole, again)]
     assert losses[0] == losses[1]
-    if whole.facts["best_step"] == again.facts["best_step"]:
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert whole.facts["best_step"] == again.facts["best_step"] and whole.facts["best_eval_loss"] == again.facts["best_eval_loss"]
+    assert all(torch.equal(one[key], other[key]) for key in one)
     assert load_run(again.folder).history == again.history
+
+
+@pytest.mark.parametrize(("step", "changes"), [(7, {}), (8, {}), (7, {"eval_strategy": "steps", "eval_steps": 4}), (8, {"eval_strategy": "steps", "eval_steps": 4}), (7, {"eval_strategy": "no"})])
+def test_a_stop_leaves_no_trace_in_what_is_gone_on_from(step, changes, quick, splits):
+    "The checkpoint knows what a run without a stop would know there: its best look, and for how long none was better."
+    config = replace(quick, early_stopping_patience=1, per_device_train_batch_size=len(splits.train) // 4, num_train_epochs=4, **changes)
+    stop = Stop()
+    run = train(config, splits, [StopAt(stop, step)], stop)
+    state = json.loads((run.folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    looks = [row["step"] for row in run.history if "eval_loss" in row]
+    if config.eval_strategy == "no":
+        assert looks == [] and run.facts["best_step"] == step
+        return
+    counted = [row["eval_loss"] for row in run.history if "eval_loss" in row and 0 < row["step"] and row["step"] % 4 == 0]
+    assert looks == sorted({0, 4, 8 if step == 8 else 7}), "one look at each"
+    assert state["best_global_step"] == 4 * (1 + counted.index(min(counted))) and state["best_metric"] == min(counted)
+    assert state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == len(counted) - 1 - counted.index(min(counted))
+    kept = load_file(run.folder / f"checkpoint-{run.facts['best_step']}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in adapter_of(run).items())
+    assert run.facts["best_eval_loss"] == min(row["eval_loss"] for row in run.history if row.get("step") and "eval_loss" in row)
 
 
 def test_a_run_whose_process_ended_goes_on(quick, splits):
