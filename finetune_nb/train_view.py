@@ -6,6 +6,7 @@
 __all__ = ['STATES', 'FOREGROUND', 'job_figures', 'samples_html', 'job_words', 'TrainView']
 
 # %% ../nbs/10d_train_view.ipynb #e2c520a9
+import threading
 import time
 from collections.abc import Callable
 from html import escape
@@ -17,7 +18,19 @@ import ipywidgets as widgets
 from .config import FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, chooser, note, offer, picture
 from .data import Splits
-from .jobs import WATCHERS, Job, Watched, best_look, continue_job, find_job, job_in, patience_left, seconds_left, start_job
+from finetune_nb.jobs import (
+    WATCHERS,
+    Job,
+    Watched,
+    best_look,
+    continue_job,
+    find_job,
+    in_words,
+    job_in,
+    patience_left,
+    seconds_left,
+    start_job,
+)
 from .runs import list_runs, plot_runs
 from .training import clock_time, inlined, last_checkpoint
 
@@ -145,7 +158,7 @@ class TrainView(_TrainLayout):
         self.cost = 0.0  # seconds that the view has taken from the run
         self._told = self._drawn = self._took = 0.0
         self._state, self._look = "", None  # what was shown last
-        self._offering = False
+        self._offering, self._one = False, threading.RLock()  # one thread at a time, or what it has read before could be shown after
         super().__init__(self._lay_out())
         form.on_change(lambda config: self._show_buttons())
         WATCHERS.append(self._started)
@@ -236,24 +249,25 @@ class TrainView(_TrainLayout):
             if job is not self.job:  # it has been attached before it began
                 self.attach(job)
             self.show()
-        except FinetuneError as error:
-            self.status.value = note(str(error), "error")
+        except Exception as error:  # what a button's function raises is seen nowhere else
+            self.status.value = note(in_words(error), "error")
 
     def _changed(self) -> None:
-        "Called by the job in its own thread: shows no more often than is worth it, all views of the job together."
-        began, state = time.perf_counter(), self.job.state
-        last = self.job.history[-1] if self.job.history else {}
-        look = last if "eval_loss" in last else self._look
-        turned = state != self._state or look is not self._look
-        ended = state != self._state and not self.job.active
-        if turned or began - self._told > max(0.5, 50 * self._took * len(self.job.listeners)):
-            self._state, self._look, self._told = state, look, began
-            self._show_words()
-            if turned or began - self._drawn > 2:
-                self.draw()
-                self._drawn = began
-            self._took = time.perf_counter() - began
-            self.cost += self._took
+        "Called by the job in its own thread, and by who asks for a stop: shows no more often than is worth it, all views of the job together."
+        with self._one:
+            began, state = time.perf_counter(), self.job.state
+            last = self.job.history[-1] if self.job.history else {}
+            look = last if "eval_loss" in last else self._look
+            turned = state != self._state or look is not self._look
+            ended = state != self._state and not self.job.active
+            if turned or began - self._told > max(0.5, 50 * self._took * len(self.job.listeners)):
+                self._state, self._look, self._told = state, look, began
+                self._show_words()
+                if turned or began - self._drawn > 2:
+                    self.draw()
+                    self._drawn = began
+                self._took = time.perf_counter() - began
+                self.cost += self._took
         if ended:
             self.refresh_runs()
             for listener in self.listeners:
@@ -262,8 +276,9 @@ class TrainView(_TrainLayout):
 
     def show(self) -> None:
         "Shows everything as it is now."
-        self._show_words()
-        self.draw()
+        with self._one:
+            self._show_words()
+            self.draw()
 
     def _show_words(self) -> None:
         self._show_buttons()
@@ -287,6 +302,10 @@ class TrainView(_TrainLayout):
 
     def refresh_runs(self) -> None:
         "Offers the runs of the folder for comparison."
+        with self._one:
+            self._offer_runs()
+
+    def _offer_runs(self) -> None:
         mine = self.job.folder.name if self.job is not None and self.job.folder else None
         here = [row.name for row in list_runs(self.form.config.output_dir).rows]
         names = [name for name in here if name != mine]
