@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Score', 'OTHER', 'exact_match', 'normalised', 'normalised_match', 'token_f1', 'follows_pattern', 'follows_schema',
-           'Classification', 'classification_report', 'closed_set', 'wilson_interval', 'bootstrap_interval',
-           'Difference', 'paired_difference']
+           'Classification', 'classification_report', 'closed_set', 'wilson_interval', 'bootstrap_interval', 'Estimate',
+           'estimate_share', 'estimate_mean', 'Difference', 'paired_difference']
 
 # %% ../nbs/08a_metrics.ipynb #b6273f76
 import json
@@ -71,7 +71,7 @@ def follows_pattern(
         regex = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}. Escape special characters with a backslash.") from None
-    return lambda answer, expected: float(regex.fullmatch(answer.strip()) is not None)
+    return lambda answer, expected: regex.fullmatch(answer.strip()) is not None
 
 
 def follows_schema(
@@ -88,11 +88,11 @@ def follows_schema(
     except jsonschema.SchemaError as error:
         raise ConfigError(f"This is no JSON schema: {error.message}.") from None
 
-    def score(answer: str, expected: str) -> float:
+    def score(answer: str, expected: str) -> bool:
         try:
-            return float(kind(schema).is_valid(json.loads(answer)))
-        except ValueError:
-            return 0.0
+            return kind(schema).is_valid(json.loads(answer))
+        except (ValueError, RecursionError):
+            return False
 
     return score
 
@@ -126,10 +126,37 @@ class Classification:
         "The mean F1 of the labels, each counting the same."
         return float(np.mean([f1 for _, _, f1, _ in self.table().values()]))
 
+    def confused(
+        self,
+        n: int = 5,  # at most
+    ) -> list[tuple[str, str, int]]:
+        "Who was taken for whom most often: the right label, what was said, and how often."
+        names, wrong = [*self.labels, OTHER], self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        order = np.argsort(-wrong, axis=None, kind="stable")[:n]
+        return [(self.labels[i], names[j], int(wrong[i, j])) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+
+    def confusion_rows(self) -> tuple[list[str], list[list[str]]]:
+        "The confusion matrix as texts: its head, and a line for each right label."
+        head = ["right, then what was said", *self.labels, OTHER]
+        return head, [[label, *map(str, line)] for label, line in zip(self.labels, self.confusion.tolist(), strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        "As plain values for JSON."
+        table = {label: dict(zip(("precision", "recall", "f1", "support"), map(float, rates), strict=True)) for label, rates in self.table().items()}
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "labels": self.labels, "by_label": table, "confusion": self.confusion.tolist()}
+
     def _repr_markdown_(self) -> str:
         rows = [f"| {_cell(label)} | {p:.2f} | {r:.2f} | {f:.2f} | {n} |" for label, (p, r, f, n) in self.table().items()]
         head = f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.2f}\n\n| label | precision | recall | F1 | test chats |\n| --- | --- | --- | --- | --- |\n"
-        return head + "\n".join(rows)
+        return head + "\n".join(rows) + "\n\n" + self._confusion()
+
+    def _confusion(self, most: int = 12) -> str:
+        "The confusion matrix as Markdown; where it would be too wide, the confusions that came most often."
+        if len(self.labels) > most:
+            return "\n".join(["Taken for another most often:", *(f"- {_cell(right)} for {_cell(said)}: {n}" for right, said, n in self.confused())])
+        head, lines = self.confusion_rows()
+        return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _cell(text: str) -> str:
@@ -198,6 +225,37 @@ def _student(freedom: int, level: float) -> float:
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
 
+# %% ../nbs/08a_metrics.ipynb #44ae2332
+@dataclass(frozen=True)
+class Estimate:
+    "A figure with its 95 % interval."
+
+    value: float
+    low: float  # nan where a single value says nothing of how sure it is
+    high: float
+    n: int  # test chats that it rests on
+    share: bool = False  # a share of the chats, from 0 to 1
+
+    def __str__(self) -> str:
+        one, bound = (".1%", ".0%") if self.share else (".4g", ".4g")
+        return f"{self.value:{one}}" + (f" ({self.low:{bound}} to {self.high:{bound}})" if math.isfinite(self.low) else "")
+
+
+def estimate_share(
+    passed: Sequence[bool],  # one for each test chat
+) -> Estimate:
+    "The share that passed, with Wilson's interval."
+    n = len(passed)
+    return Estimate(sum(passed) / n, *wilson_interval(sum(passed), n), n, True)
+
+
+def estimate_mean(
+    values: Sequence[float],  # one for each test chat
+    weights: Sequence[float] | None = None,  # such as the tokens of each chat; None: all alike
+) -> Estimate:
+    "The (weighted) mean, with a bootstrap interval over chats."
+    return Estimate(float(np.average(values, weights=weights)), *bootstrap_interval(values, weights), len(values))
+
 # %% ../nbs/08a_metrics.ipynb #2fedf022
 @dataclass(frozen=True)
 class Difference:
@@ -216,6 +274,10 @@ class Difference:
         if not (self.low > 0 or self.high < 0):
             return "can't tell"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        "As plain values for JSON."
+        return {**vars(self), "verdict": self.verdict}
 
     def __str__(self) -> str:
         more = f"; a difference of this size shows with about {self.needed:,} test chats" if self.needed else ""
