@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'generate', 'greedy', 'evaluate', 'drawn', 'seeded', 'Comparison', 'compare', 'plot_comparison', 'html_page',
-           'comparison_parts', 'to_html', 'evaluate_run']
+           'comparison_parts', 'to_html', 'evaluate_run', 'asked_chats', 'packing_of', 'load_comparison']
 
 # %% ../nbs/09_evaluation.ipynb #728943c5
 import hashlib
@@ -410,12 +410,7 @@ def evaluate_run(
 ) -> Comparison:
     "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder."
     config, everything = run.config, run.test if chats is None else chats
-    sample = everything
-    if config.max_eval_samples and config.max_eval_samples < len(everything):
-        sample = random.Random(config.seed).sample(everything, config.max_eval_samples)
-    if config.control_tokens == "neutralise":
-        sample = [neutralise(chat, run.tokenizer) for chat in sample]
-    packing = PackingCollator(run.facts.get("packing", "padded"), run.facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id, run.facts.get("attention", "tree"))
+    sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []
     for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
         with switch():
@@ -430,6 +425,37 @@ def evaluate_run(
     comparison = compare(*reports, facts=facts)
     _save_report(comparison, run.folder)
     return comparison
+
+
+def asked_chats(
+    run: Run,  # whose settings say how many are drawn, and what becomes of control tokens
+    chats: list[Chat] | None = None,  # None: the run's own test set
+) -> list[Chat]:
+    "The chats that `evaluate_run` asks."
+    config, everything = run.config, run.test if chats is None else chats
+    most = config.max_eval_samples
+    sample = random.Random(config.seed).sample(everything, most) if most and most < len(everything) else everything
+    return [neutralise(chat, run.tokenizer) for chat in sample] if config.control_tokens == "neutralise" else sample
+
+
+def packing_of(
+    run: Run,  # a finished run
+) -> PackingCollator:
+    "How the run computed its chats together."
+    facts = run.facts
+    return PackingCollator(facts.get("packing", "padded"), facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id, facts.get("attention", "tree"))
+
+
+def load_comparison(
+    folder: str | Path,  # of a run
+) -> Comparison | None:
+    "What `evaluate_run` found, as report.json has it; None before the run was evaluated. Raises `ConfigError` for a file that can't be read."
+    path = Path(folder) / "report.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("comparison") if path.is_file() else None
+        return said and Comparison.from_dict(said)
+    except (AttributeError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read: {error} Evaluate the run again.") from None
 
 
 def _run_facts(run: Run, answered: int, held_out: int) -> dict[str, str]:
