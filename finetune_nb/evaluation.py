@@ -25,10 +25,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_chats
 from .config import replacing
 from .data import Chat
-from .losses import mixed_precision, token_losses
+from .losses import mixed_precision
 from .metrics import wilson_interval
 from .models import release_memory
-from .packing import PackingCollator
+from .packing import PackingCollator, chat_losses
 from .training import Picture, Progress, Run, TrainingError, clock_time, inlined
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
@@ -173,36 +173,18 @@ def evaluate(
     "Answers and scores `chats`. An exact match compares after stripping; `ended by itself` is the share that stopped before the limit."
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
-    losses = _losses(model, tokenizer, chats, collator or PackingCollator("padded"), chat_template_kwargs)
+    tokenized = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))  # nothing is cut, whatever its length
+    losses = chat_losses(model, tokenized, collator, len(tokenized))
     answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}", chat_template_kwargs)
     rows = []
-    for chat, answer, (loss, tokens) in zip(chats, answers, losses, strict=True):
+    for chat, answer, loss, tokens in zip(chats, answers, *losses, strict=True):
         passed = {"exact match": answer.text == chat.answer.strip()}
         for label, check in (checks or {}).items():
             ok = re.fullmatch(check, answer.text, re.DOTALL) if isinstance(check, str) else check(answer.text, chat)
             passed[label] = bool(ok)
         passed["ended by itself"] = answer.finished
-        rows.append(EvalRow(chat.where, chat.prompt[-1]["content"], chat.answer, answer.text, passed, loss, tokens))
+        rows.append(EvalRow(chat.where, chat.prompt[-1]["content"], chat.answer, answer.text, passed, loss * tokens, tokens))
     return EvalReport(name, rows)
-
-
-@torch.no_grad()
-def _losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], collator: PackingCollator, chat_template_kwargs: dict[str, Any] | None
-) -> list[tuple[float, int]]:
-    "For each chat the summed loss of its last answer and the number of its tokens; nothing is cut, whatever its length."
-    rows = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))
-    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    training = model.training
-    model.eval()
-    with collator.attention(model):
-        for batch in collator.batches(rows):
-            with mixed_precision(model):
-                losses = token_losses(model, batch.to(model.device))
-            total.index_add_(0, batch.chat, losses.double().cpu())
-            count.index_add_(0, batch.chat, torch.ones_like(batch.chat))
-    model.train(training)
-    return list(zip(total.tolist(), count.tolist(), strict=True))
 
 # %% ../nbs/09_evaluation.ipynb #b162c255
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'REMEDIES', 'JOBS', 'WATCHERS', 'Task', 'in_words', 'Sample', 'read_samples', 'Pace', 'Job', 'best_look',
-           'patience_left', 'smoothed', 'seconds_left', 'JobError', 'start_job', 'continue_job', 'job_in', 'active_job',
-           'find_job', 'front_end', 'in_background', 'Watched']
+           'patience_left', 'seconds_left', 'JobError', 'start_job', 'continue_job', 'job_in', 'active_job', 'find_job',
+           'front_end', 'in_background', 'Watched']
 
 # %% ../nbs/09a_jobs.ipynb #8db69319
 import json
@@ -357,18 +357,6 @@ def patience_left(
         since = 0 if best is None or loss < best else since + 1
         best = min(math.inf if best is None else best, loss)  # a loss that is no number never is the best
     return max(patience - since, 0)
-
-
-def smoothed(
-    values: Sequence[float],  # in their order
-    weight: float = 0.8,  # of the past: 0 leaves them as they are
-) -> list[float]:
-    "The exponential moving average of `values`, corrected for its beginning (Kingma and Ba 2015, section 3)."
-    average, out = 0.0, []
-    for n, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**n) if weight else value)
-    return out
 
 
 def seconds_left(

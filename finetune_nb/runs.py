@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, yaml_value
-from .jobs import active_job, best_look, smoothed
+from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
+from .losses import smoothed
 from .training import Picture, clock_time, last_checkpoint, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2

@@ -32,9 +32,9 @@ from finetune_nb.jobs import (
     patience_left,
     read_samples,
     seconds_left,
-    smoothed,
     start_job,
 )
+from finetune_nb.losses import smoothed
 from finetune_nb.runs import read_run, trash_run
 from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
 
