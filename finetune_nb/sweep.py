@@ -51,11 +51,13 @@ from finetune_nb.training import (
     TrainingError,
     check_base,
     clock_time,
+    how_it_ended,
     inlined,
     last_checkpoint,
     load_base,
     load_splits,
     progress_to,
+    read_facts,
     read_history,
     resume,
     train,
@@ -94,18 +96,14 @@ class Combination:
     @property
     def facts(self) -> dict[str, Any]:
         "What the run ended with, or nothing yet."
-        path = self.folder / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_facts(self.folder)
 
     @property
     def state(self) -> str:
         "`finished`, `stopped`, `failed`, `broken off` or `not begun`."
         if self.failure:
             return "failed"
-        ended = self.facts.get("ended_by")
-        if ended is None:
-            return "broken off" if self.folder.exists() else "not begun"
-        return "stopped" if ended == "the user" else "finished"
+        return how_it_ended(self.facts) if self.folder.exists() else "not begun"
 
     @property
     def loss(self) -> float | None:
