@@ -7,7 +7,6 @@ __all__ = ['SORTS', 'PALETTE', 'TRASH', 'RunRow', 'read_run', 'differences', 'Ru
            'trashed_runs', 'restore_run']
 
 # %% ../nbs/09b_runs.ipynb #4d09587d
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, yaml_value
-from .jobs import active_job, best_look, smoothed
+from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
-from .training import Picture, clock_time, last_checkpoint, read_history
+from .losses import smoothed
+from .training import Picture, clock_time, how_it_ended, last_checkpoint, read_facts, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2
 @dataclass(frozen=True)
@@ -54,28 +54,25 @@ def read_run(
 ) -> RunRow:
     "What `folder` says, however the run ended; never raises for a file that is missing or broken."
     folder = Path(folder)
-    facts: dict[str, Any] = {}
     try:
         config, history = load_config(folder / "config.yaml"), read_history(folder)
-        for name in ("started.json", "run.json"):
-            if (folder / name).is_file():
-                facts |= _checked_facts(json.loads((folder / name).read_text(encoding="utf-8")))
+        facts = _checked_facts(read_facts(folder, began=True))
         for row in history:
             _checked_point(row)
     except (ConfigError, ValueError, OSError, RecursionError):
         return RunRow(folder, "unreadable", None, {}, [])
-    ended, job = facts.get("ended_by"), active_job()
+    job = active_job()
     if job is not None and job.folder is not None and job.folder.resolve() == folder.resolve():
         return RunRow(folder, "at work", config, facts, history)
     if held_elsewhere(folder):
         return RunRow(folder, "at work elsewhere", config, facts, history)
-    return RunRow(folder, "broken off" if ended is None else "stopped" if ended == "the user" else "finished", config, facts, history)
+    return RunRow(folder, how_it_ended(facts), config, facts, history)
 
 
-def _checked_facts(facts: Any) -> dict[str, Any]:
+def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
     "Facts as the table needs them; raises `ValueError` for others, of which a folder from elsewhere may be full."
     kinds = {"started": str, "ended_by": str, "steps": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
-    if not isinstance(facts, dict) or not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
+    if not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
         raise ValueError("not the facts of a run")
     return facts
 

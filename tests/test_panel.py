@@ -1042,7 +1042,7 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     check_view(view)
     other.communicate()
     view.renew.click()
-    assert view.job.state == "broken" and "Broken off" in view.status.value
+    assert view.job.state == "broken off" and "Broken off" in view.status.value
 
 
 def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
