@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError, FinetuneConfig
 from .data import Chat, Splits, check_leaks
-from .evaluation import Answer, Check, generate, pattern_checks
+from .evaluation import Answer, Check, generate, pattern_checks, room_of
 from finetune_nb.metrics import (
     Difference,
     bootstrap_interval,
@@ -45,7 +45,6 @@ from finetune_nb.ways import (
     make_prompts,
     plain,
     read_documents,
-    room_of,
     takes_system,
     with_retrieval,
     with_system,

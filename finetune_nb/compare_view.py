@@ -18,11 +18,11 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from .chat import BASE, Shelf, Stopped, askable, check_free, fits_beside, let_go, start_alone, stoppable, system_doubt
+from .chat import BASE, Shelf, Stopped, askable, fits_beside, stoppable, system_doubt
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer
 from .evaluation import Comparison, EvalReport, EvalRow, compare, evaluate_run
-from .jobs import Task, in_background
+from .jobs import Task, check_free, in_background, let_go, start_alone
 from .runs import RunTable, list_runs
 from .training import Run, load_run
 
@@ -372,12 +372,6 @@ class ChatView(View):
         if not self._at_work:
             self.answers, self.talks, self.stopped, self.status.value, self.box.value = {}, {}, set(), "", ""
             self.keep_picture()
-
-    def put_away(self) -> None:
-        "Lets go of the models, so that a run has the memory. Raises `FinetuneError` while something else is at work."
-        check_free()
-        if self.shelf is not None:
-            self.shelf.release()
 
     def _ask_all(self, say: Callable[[str], None]) -> dict[str, str]:
         config, system = self.config(), self.system.value.strip()

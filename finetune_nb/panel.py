@@ -127,7 +127,6 @@ class Panel(View):
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
         self.data.listeners.append(self._data_read)
-        self.train.before.append(self.chat.put_away)
         self.train.listeners.append(self._runs_changed)
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir

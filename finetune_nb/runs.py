@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SORTS', 'PALETTE', 'TRASH', 'RunRow', 'read_run', 'differences', 'RunTable', 'list_runs', 'plot_runs', 'trash_run',
-           'restore_run']
+           'trashed_runs', 'restore_run']
 
 # %% ../nbs/09b_runs.ipynb #4d09587d
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, FinetuneConfig, FinetuneError, load_config, yaml_value
-from .jobs import active_job, best_look, smoothed
+from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
-from .training import Picture, clock_time, last_checkpoint, read_history
+from .losses import smoothed
+from .training import Picture, clock_time, how_it_ended, last_checkpoint, read_facts, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2
 @dataclass(frozen=True)
@@ -54,28 +54,25 @@ def read_run(
 ) -> RunRow:
     "What `folder` says, however the run ended; never raises for a file that is missing or broken."
     folder = Path(folder)
-    facts: dict[str, Any] = {}
     try:
         config, history = load_config(folder / "config.yaml"), read_history(folder)
-        for name in ("started.json", "run.json"):
-            if (folder / name).is_file():
-                facts |= _checked_facts(json.loads((folder / name).read_text(encoding="utf-8")))
+        facts = _checked_facts(read_facts(folder, began=True))
         for row in history:
             _checked_point(row)
     except (ConfigError, ValueError, OSError, RecursionError):
         return RunRow(folder, "unreadable", None, {}, [])
-    ended, job = facts.get("ended_by"), active_job()
+    job = active_job()
     if job is not None and job.folder is not None and job.folder.resolve() == folder.resolve():
         return RunRow(folder, "at work", config, facts, history)
     if held_elsewhere(folder):
         return RunRow(folder, "at work elsewhere", config, facts, history)
-    return RunRow(folder, "broken off" if ended is None else "stopped" if ended == "the user" else "finished", config, facts, history)
+    return RunRow(folder, how_it_ended(facts), config, facts, history)
 
 
-def _checked_facts(facts: Any) -> dict[str, Any]:
+def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
     "Facts as the table needs them; raises `ValueError` for others, of which a folder from elsewhere may be full."
     kinds = {"started": str, "ended_by": str, "steps": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
-    if not isinstance(facts, dict) or not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
+    if not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
         raise ValueError("not the facts of a run")
     return facts
 
@@ -150,6 +147,14 @@ class RunTable:
         return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *lines))
 
 
+def _can_be(folder: Path) -> bool:
+    "Whether there is such a folder; no name that is typed is too odd to ask."
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def list_runs(
     output_dir: str | Path = "runs",  # the folder of all runs
     sort: str = "newest first",  # of `SORTS`
@@ -158,6 +163,8 @@ def list_runs(
     if sort not in SORTS:
         raise FinetuneError(f"there is no order {sort!r}; there are {', '.join(SORTS)}")
     folder = Path(output_dir)
+    if not _can_be(folder):
+        return RunTable([])
     found = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml")) if not path.parent.name.startswith(".")]
     return RunTable(sorted(found, key=SORTS[sort], reverse=True) if SORTS[sort] else found)
 
@@ -243,6 +250,14 @@ def trash_run(
         target = trash / f"{folder.name} ({n})"
     os.rename(folder, target)
     return target
+
+
+def trashed_runs(
+    output_dir: str | Path = "runs",  # the folder of all runs
+) -> list[str]:
+    "The names of the runs in its trash."
+    trash = Path(output_dir) / TRASH
+    return sorted(path.name for path in trash.iterdir()) if _can_be(trash) else []
 
 
 def restore_run(

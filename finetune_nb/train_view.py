@@ -45,7 +45,7 @@ STATES = {
     "finished": "Finished.",
     "failed": "It ended with an error.",
     "elsewhere": "At work elsewhere, to look at only. Refresh shows how far it is.",
-    "broken": "Broken off: its process ended in the middle.",
+    "broken off": "Broken off: its process ended in the middle.",
 }
 FOREGROUND = "It runs in the foreground: interrupt the cell to stop; it is saved and can go on."
 
@@ -104,7 +104,7 @@ def job_words(
         return f'<div role="status">{note(job.error, "tight")}</div>'
     if job.state == "elsewhere":
         where += f", {job.where}"
-    kind = {"finished": "good", "stopped": "tight", "broken": "tight"}.get(job.state, "")
+    kind = {"finished": "good", "stopped": "tight", "broken off": "tight"}.get(job.state, "")
     ended = f" Ended by {job.result.facts['ended_by']}." if job.state == "finished" and job.result is not None else ""
     foreground = note(FOREGROUND) if job.active and job.foreground else ""
     return f'<div role="status">{note(STATES[job.state] + where + ended, kind)}</div>{foreground}{bar}'
@@ -154,7 +154,6 @@ class TrainView(_TrainLayout):
     ) -> None:
         self.form, self.splits, self.background, self.job = form, splits, background, None
         self.listeners: list[Callable[[], None]] = []  # called when a run has ended
-        self.before: list[Callable[[], None]] = []  # called before a run begins or goes on
         self.cost = 0.0  # seconds that the view has taken from the run
         self._told = self._drawn = self._took = 0.0
         self._state, self._look = "", None  # what was shown last
@@ -243,8 +242,6 @@ class TrainView(_TrainLayout):
 
     def _act(self, act: Callable[[], Job]) -> None:
         try:
-            for prepare in self.before:
-                prepare()
             job = act()
             if job is not self.job:  # it has been attached before it began
                 self.attach(job)
@@ -284,6 +281,7 @@ class TrainView(_TrainLayout):
         self._show_buttons()
         if self.job is None:
             self.status.value = note(STATES["waiting"])
+            self.figures.value = self.samples.value = self.log_lines.value = ""
             return
         self.status.value, self.figures.value = job_words(self.job, True, self.form.config.output_dir), cards(job_figures(self.job))
         self.samples.value = samples_html(self.job)
@@ -297,7 +295,7 @@ class TrainView(_TrainLayout):
         reason = "a run is at work" if active else f"{errors[0].name}: {errors[0].message}" if errors else ""
         self.start.tooltip = reason or "start a new run with these settings"
         self.stop.disabled = not active or self.job.state == "stopping"
-        can = self.job is not None and self.job.state in ("stopped", "failed", "broken") and self.job.folder is not None
+        can = self.job is not None and self.job.state in ("stopped", "failed", "broken off") and self.job.folder is not None
         self.go_on.disabled = not (can and last_checkpoint(self.job.folder))
 
     def refresh_runs(self) -> None:
@@ -329,7 +327,9 @@ class TrainView(_TrainLayout):
         "Draws the curves."
         histories = self.histories()
         self.curves.layout.display = None if histories else "none"
-        if histories:
+        if not histories:
+            self.curves.value = b""
+        else:
             self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour="#888888")._repr_png_()
 
     def still(self) -> str:

@@ -19,6 +19,7 @@ from finetune_nb.data import Chat, save_chats
 from finetune_nb.jobs import (
     ACTIVE,
     JOBS,
+    SHELVES,
     WATCHERS,
     JobError,
     Pace,
@@ -32,9 +33,10 @@ from finetune_nb.jobs import (
     patience_left,
     read_samples,
     seconds_left,
-    smoothed,
+    start_alone,
     start_job,
 )
+from finetune_nb.losses import smoothed
 from finetune_nb.runs import read_run, trash_run
 from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
 
@@ -402,7 +404,7 @@ def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, t
         other.send_signal(signal.SIGKILL)
         other.wait()
     seen.refresh()
-    assert seen.state == "broken" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
+    assert seen.state == "broken off" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
     assert continue_job(folder, False).state == "finished"
 
 
@@ -551,3 +553,19 @@ def test_a_task_keeps_what_it_says_and_what_went_wrong():
     with pytest.raises(FinetuneError, match="ZeroDivisionError: division by zero"):
         failed.wait()
     assert Task(lambda say: (_ for _ in ()).throw(SystemExit(1))).start().start(False).state == "failed"
+
+
+def test_a_run_waits_for_no_heavy_task_and_takes_the_memory_of_shelves(steady, splits):
+    "Also from a cell, where no panel looks on."
+    began, goes_on = threading.Event(), threading.Event()
+    task = Task(lambda say: began.set() or goes_on.wait(60), "A question is being answered")
+    start_alone(task)
+    assert began.wait(60)
+    with pytest.raises(JobError, match="A question is being answered. Stop that first"):
+        start_job(steady, splits, False)
+    assert JOBS == []
+    goes_on.set()
+    task.wait(60)
+    shelf = type("Shelf", (), {"released": 0, "release": lambda self: setattr(self, "released", self.released + 1)})()
+    SHELVES.add(shelf)
+    assert start_job(replace(steady, max_steps=1, num_train_epochs=1, eval_strategy="no"), splits, False, questions=0).state == "finished" and shelf.released == 1
