@@ -32,8 +32,8 @@ from finetune_nb.metrics import (
 def plain_cell(
     text: str,  # of whomever
 ) -> str:
-    "Text that stays inside one cell of a Markdown table, and is no HTML."
-    return " ".join(escape(text, quote=False).split()).replace("|", "\\|")
+    "Text that stays inside one cell of a Markdown table, and means nothing but itself: no HTML, no link, no picture."
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(escape(text, quote=False).split()))
 
 
 def markdown_table(
