@@ -251,6 +251,9 @@ class Comparison:
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
+    def _repr_html_(self) -> str:
+        return "".join(comparison_parts(self, 3))
+
     def to_markdown(self, n: int = 3) -> str:
         "The report as Markdown; whatever a model or a user wrote stands in code fences, as it is."
         return _to_markdown(self, n)

@@ -286,7 +286,7 @@ class Recitation:
 # %% ../nbs/09g_fitting.ipynb #e8255ab9
 def measure_recitation(
     run: Run,  # a finished run
-    limit: int = 60,  # altered questions; each from another training chat
+    limit: int = 60,  # altered questions; each from another training chat while there are enough
     seed: int = 0,  # of the draw and of what is invented
     max_new_tokens: int | None = None,  # the longest answer; None: as the run's configuration says
 ) -> Recitation:
@@ -298,8 +298,9 @@ def measure_recitation(
     usable = [i for i in range(len(chats)) if learned.unique(i)]
     told = f"{len(usable)} of {len(chats)} training chats have an answer of their own"
     made, particular = [], Particular(chats, seed)
-    for i in random.Random(seed).sample(usable, len(usable)):
-        rule = RULES[len(made) % len(RULES)]
+    order = random.Random(seed).sample(usable, len(usable))
+    for at, i in [(at + turn, i) for turn in range(len(RULES)) for at, i in enumerate(order)]:  # where chats are few, each is altered in all three ways
+        rule = RULES[at % len(RULES)]
         if len(made) < limit and (altered := particular.alter(chats[i], rule)):
             made.append((neutralise(altered, run.tokenizer) if config.control_tokens == "neutralise" else altered, rule, i))
     said = []

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARN_AT', 'FEWEST', 'HEAD', 'forgetting_items', 'category_of', 'says', 'item_check', 'token_drift', 'ItemDrift',
-           'Share', 'DriftFigures', 'drift_figures', 'Forgetting', 'measure_forgetting', 'plot_forgetting']
+           'Share', 'DriftFigures', 'drift_figures', 'Forgetting', 'save_forgetting', 'load_forgetting',
+           'measure_forgetting', 'plot_forgetting']
 
 # %% ../nbs/09d_forgetting.ipynb #81a17db4
 import json
@@ -29,12 +30,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import neutralise, tokenize_chats
-from .config import ConfigError, FinetuneError
+from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, load_chats, question
 from .evaluation import generate
 from .losses import Batch, mixed_precision, supervised_states
 from .metrics import Difference, bootstrap_interval, follows_pattern, paired_difference, wilson_interval
 from .packing import PackingCollator
+from .scores import markdown_table, plain_cell
 from .training import Picture, Progress, Run
 
 # %% ../nbs/09d_forgetting.ipynb #236e406f
@@ -290,6 +292,21 @@ class Forgetting:
         said = {"name": self.name, "items": self.items, "verdict": self.verdict, "reason": self.reason, "warn_at": self.warn_at}
         return _finite({**said, "figures": figures, "rows": [asdict(row) for row in self.rows]})
 
+    def to_markdown(self) -> str:
+        "The report as Markdown."
+        return _to_markdown(self)
+
+    @classmethod
+    def from_dict(
+        cls,
+        said: dict[str, Any],  # as `to_dict` gave it
+    ) -> "Forgetting":
+        "The report again; its figures are made anew from the rows. Raises `ConfigError` for what is none."
+        try:
+            return cls(said["name"], said["items"], [ItemDrift(**row) for row in said["rows"]], said["warn_at"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"This is no report of forgetting: {error!r}. Measure it again.") from None
+
 
 def _finite(value: Any) -> Any:
     "The same with None for what JSON has no number for."
@@ -342,6 +359,39 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = line("".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in head))
     return f"<table>{top}{''.join(line(''.join(f'<td style=text-align:left>{escape(cell)}</td>' for cell in row)) for row in rows)}</table>"
 
+# %% ../nbs/09d_forgetting.ipynb #b80eefb6
+def _to_markdown(report: Forgetting) -> str:
+    parts = [f"**{report.verdict.capitalize()}** · {plain_cell(report.name)}, {plain_cell(report.items)}: {plain_cell(report.reason)}", markdown_table(HEAD, report.table())]
+    if lost := report.lost():
+        parts.append(markdown_table(("right before, wrong now", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
+    return "\n\n".join(parts) + "\n"
+
+
+def save_forgetting(
+    report: Forgetting,  # of a run
+    folder: str | Path,  # of the run
+) -> Path:
+    "Keeps the report beside the run: forgetting.json, or forgetting-NAME.json for items of one's own; the one of before gives way."
+    own = re.search(r"items of ([^,]+)|given items", report.items)
+    name = re.sub(r"[^\w.-]+", "_", Path(own[1] or "given").stem) if own else ""
+    path = Path(folder) / (f"forgetting-{name}.json" if name else "forgetting.json")
+    with replacing(path) as file:
+        json.dump(report.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
+    return path
+
+
+def load_forgetting(
+    folder: str | Path,  # of a run
+) -> list[Forgetting]:
+    "What `measure_forgetting` found for a run: that on the items of the package first, then on others. Raises `ConfigError` for a file that can't be read."
+    found = []
+    for path in sorted(Path(folder).glob("forgetting*.json"), key=lambda path: (path.stem != "forgetting", path.name)):
+        try:
+            found.append(Forgetting.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, OSError, RecursionError) as error:
+            raise ConfigError(f"{path} can't be read: {error} Measure it again.") from None
+    return found
+
 # %% ../nbs/09d_forgetting.ipynb #98eea1e5
 def measure_forgetting(
     run_or_model: Run | PeftModel,  # a finished run, or a model with its adapter
@@ -357,7 +407,7 @@ def measure_forgetting(
     warn_at: float = WARN_AT,  # the rise of perplexity that is too much
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template; None: those of the run
 ) -> Forgetting:
-    "Base against tuned on general questions, or on one's own. Raises `ConfigError` for items that can't be used, `FinetuneError` where the base model can't be had by switching the adapter off."
+    "Base against tuned on general questions, or on one's own; that of a run is kept in its folder. Raises `ConfigError` for items that can't be used, `FinetuneError` where the base model can't be had by switching the adapter off."
     chats, told = _chosen(items, categories, limit, seed)
     model, tokenizer, name, kwargs, chats = _model_of(run_or_model, tokenizer, chats, chat_template_kwargs)
     checks = [item_check(chat) for chat in chats]
@@ -375,7 +425,10 @@ def measure_forgetting(
         )
         for chat, check, drift, n, before, after in zip(chats, checks, sums, counts, *said, strict=True)
     ]  # fmt: skip
-    return Forgetting(name, told, rows, warn_at)
+    report = Forgetting(name, told, rows, warn_at)
+    if isinstance(run_or_model, Run):
+        save_forgetting(report, run_or_model.folder)
+    return report
 
 
 def _chosen(items: str | Path | Sequence[Chat] | None, categories: Sequence[str] | None, limit: int | None, seed: int) -> tuple[list[Chat], str]:
