@@ -19,6 +19,9 @@ _WHERE = {
     "runs": "list_runs",
     "forgetting": "measure_forgetting",
     "baselines": "should_you_finetune",
+    "several": "compare_runs",
+    "fitting": "measure_fitting",
+    "report": "write_report",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)

@@ -297,11 +297,13 @@ def measure_recitation(
     learned = Learned([chat.answer for chat in chats])
     usable = [i for i in range(len(chats)) if learned.unique(i)]
     told = f"{len(usable)} of {len(chats)} training chats have an answer of their own"
-    made, particular = [], Particular(chats, seed)
+    made, particular, seen = [], Particular(chats, seed), set()
     order = random.Random(seed).sample(usable, len(usable))
     for at, i in [(at + turn, i) for turn in range(len(RULES)) for at, i in enumerate(order)]:  # where chats are few, each is altered in all three ways
         rule = RULES[at % len(RULES)]
-        if len(made) < limit and (altered := particular.alter(chats[i], rule)):
+        altered = particular.alter(chats[i], rule) if len(made) < limit else None
+        if altered and (key := normalise(question(altered))) not in seen:  # the same question twice would tell nothing more
+            seen.add(key)
             made.append((neutralise(altered, run.tokenizer) if config.control_tokens == "neutralise" else altered, rule, i))
     said = []
     for who, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):

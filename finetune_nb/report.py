@@ -20,7 +20,8 @@ from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, load_forgetting, measure_forgetting, plot_forgetting
 from .metrics import Difference, paired_difference
 from .scores import difference_text, finite, html_table, markdown_table, plain_cell
-from .training import Run, clock_time, inlined, load_run, plot_history
+from .sweep import load_sweep
+from .training import Run, TrainingError, clock_time, inlined, load_run, plot_history
 
 # %% ../nbs/09h_report.ipynb #b009d765
 class Section(Protocol):
@@ -215,7 +216,7 @@ def _pictures(section: Section) -> list[str]:
     return [inlined(plot_forgetting(section)._repr_png_(), "perplexity after over before, by category")] if isinstance(section, Forgetting) else []
 
 # %% ../nbs/09h_report.ipynb #26f3d82c
-TITLES = {"comparison": "Base and tuned, side by side", "forgetting": "What was forgotten", "baselines": "Other ways of asking", "fitting": "Learned, or by heart", "training": "How it was made"}
+TITLES = {"comparison": "Base and tuned, side by side", "forgetting": "What was forgotten", "baselines": "Other ways of asking", "fitting": "Learned, or by heart", "sweep": "The sweep that it belongs to", "training": "How it was made"}
 
 
 def write_report(
@@ -232,7 +233,7 @@ def write_report(
     forgetting = {TITLES["forgetting"] + (f": {report.items}" if n else ""): report for n, report in enumerate(found.forgetting)}
     own = {TITLES["comparison"]: found.comparison, **forgetting, TITLES["baselines"]: found.baselines, TITLES["fitting"]: found.fitting}
     shown = {title: part for title, part in own.items() if part is not None}
-    shown |= {title: part for title, part in given.items() if not any(part is x for x in own.values())}
+    shown |= {title: part for title, part in (given | _sweep_of(run)).items() if not any(part is x for x in own.values())}
     report = RunReport(run.folder.name, found, answers_to(found, run), shown | {TITLES["training"]: Trained(run)})
     report.save(run.folder)
     return report
@@ -257,6 +258,14 @@ def _findings(run: Run, given: dict[str, Section]) -> Findings:
     return Findings(
         one(Comparison) or load_comparison(run.folder), [*forgetting, *kept], one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
     )  # fmt: skip
+
+
+def _sweep_of(run: Run) -> dict[str, Section]:
+    "The sweep in whose folder the run lies; nothing where there is none, or it is not through."
+    try:
+        return {TITLES["sweep"]: load_sweep(run.folder.parent)} if (run.folder.parent / "sweep.json").is_file() else {}
+    except (TrainingError, ConfigError):
+        return {}
 
 
 def _measure_missing(run: Run) -> None:

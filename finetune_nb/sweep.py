@@ -266,6 +266,19 @@ class Sweep:
         table = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)]
         return "\n".join([*table, *self.failures, "", self.verdict])
 
+    def to_markdown(self) -> str:
+        "Verdict and table as Markdown."
+        head, lines = self.cells()
+        plain = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "\\|")  # noqa: E731
+        table = [f"| {' | '.join(map(plain, line))} |" for line in (head, ["---"] * len(head), *lines)]
+        return "\n".join([plain(self.verdict), "", *table, "", *map(plain, self.failures)]).strip() + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        "Everything as plain values for JSON."
+        gaps = {name: {**vars(gap), "verdict": gap.verdict} for name, gap in self.differences.items()}
+        runs = [{"name": one.name, "settings": one.settings, "state": one.state, "loss": one.loss, "against_best": gaps.get(one.name), "failure": one.failure} for one in self.combinations]
+        return {"folder": self.folder.name, "grid": self.grid, "verdict": self.verdict, "advice": self.advice and self.advice.name, "runs": runs}
+
     def _repr_html_(self) -> str:
         head, lines = self.cells()
         failures = "".join(f"<p>{escape(line)}</p>" for line in self.failures)
