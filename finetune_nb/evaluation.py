@@ -42,6 +42,7 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
+    plain_cell,
     wins,
 )
 from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, peak_memory_gib
@@ -278,12 +279,12 @@ class Comparison:
 
 
 def _to_markdown(comparison: Comparison, n: int) -> str:
-    row = lambda cells: f"| {' | '.join(map(_cell, cells))} |"  # noqa: E731
-    lines = [f"**{comparison.verdict.capitalize()}**: {_cell(comparison.reason)}", "", row(comparison.head), row(["---"] * 4), *map(row, comparison.lines())]
+    row = lambda cells: f"| {' | '.join(map(plain_cell, cells))} |"  # noqa: E731
+    lines = [f"**{comparison.verdict.capitalize()}**: {plain_cell(comparison.reason)}", "", row(comparison.head), row(["---"] * 4), *map(row, comparison.lines())]
     lines += ["", row(("better, worse, alike", "wins", "losses", "ties")), row(["---"] * 4), *map(row, comparison.wins())]
     for report in (comparison.base, comparison.tuned):
         if report.classification:
-            lines += ["", f"**Labels, {_cell(report.name)}**: {report.classification._repr_markdown_()}"]
+            lines += ["", f"**Labels, {plain_cell(report.name)}**: {report.classification._repr_markdown_()}"]
     for kind, pairs in comparison.examples(n=n).items():
         lines += ["", f"**{kind.capitalize()}**" + ("" if pairs else ": none")]
         for before, after in pairs:
@@ -292,11 +293,6 @@ def _to_markdown(comparison: Comparison, n: int) -> str:
     if comparison.facts:
         lines += ["", "| | |", "| --- | --- |", *map(row, comparison.facts.items())]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    "Text that stays inside one cell of a Markdown table."
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _fenced(text: str) -> str:
@@ -446,9 +442,9 @@ def load_comparison(
     "What `evaluate_run` found, as report.json has it; None before the run was evaluated. Raises `ConfigError` for a file that can't be read."
     path = Path(folder) / "report.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("comparison") if path.is_file() else None
-        return said and Comparison.from_dict(said)
-    except (AttributeError, ValueError, OSError, RecursionError) as error:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return Comparison.from_dict(said["comparison"]) if "comparison" in said else None
+    except (TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error} Evaluate the run again.") from None
 
 

@@ -86,6 +86,8 @@ class Findings:
             return "can't tell"
         if self.comparison.verdict == "worse" or (self.baselines and _asking_does(self)):
             return "no"
+        if self.against_asking is not None and self.against_asking.verdict != "better":
+            return "can't tell"
         paid = any(report.verdict == "forgot" for report in self.forgetting) or (self.fitting and self.fitting.verdict == "learned by heart")
         return "yes, at a price" if paid else "yes"
 
@@ -95,6 +97,8 @@ class Findings:
             return "Not judged yet: the test set was not answered. Let evaluate_run do that."
         if self.worth_it == "no":
             return "No: it got worse." if self.comparison.verdict == "worse" else "No: it got better, but asking the base model better does as well."
+        if self.worth_it == "can't tell" and self.comparison.verdict == "better":
+            return f"Can't tell: it got better than the base model asked plainly, but whether it is better than {self.baselines.best.name!r} these test chats can't say."
         if self.worth_it == "can't tell":
             return f"Can't tell: {len(self.comparison.base.rows)} test chats show no difference that is more than chance."
         lost = [word for word, hit in (("something was forgotten", any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_nb.checks import against_expected, judge, make_checks
 from finetune_nb.chat_template import tokenize_chats
+from finetune_nb.checks import against_expected, judge, make_checks
 from finetune_nb.config import ConfigError
 from finetune_nb.data import Chat
 from finetune_nb.evaluation import Comparison, compare, drawn, evaluate, greedy, seeded

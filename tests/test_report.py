@@ -1,0 +1,175 @@
+"""One page about a run: the verdict first, nothing from outside, nothing that somebody wrote becomes markup."""
+
+import json
+from dataclasses import dataclass, replace
+
+import html5lib
+import numpy as np
+import pytest
+from test_scores import report as scored
+
+from finetune_nb.baselines import TUNED, BaselineReport, WayResult, load_baselines
+from finetune_nb.cli import main
+from finetune_nb.config import ConfigError
+from finetune_nb.data import Chat, Splits
+from finetune_nb.evaluation import Answer, Comparison, EvalReport, EvalRow, evaluate_run, load_comparison
+from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, measure_fitting
+from finetune_nb.forgetting import Forgetting, ItemDrift, load_forgetting, measure_forgetting, save_forgetting
+from finetune_nb.report import Findings, RunReport, answers_to, write_report
+from finetune_nb.sweep import sweep
+from finetune_nb.training import TrainingError, train
+from finetune_nb.ways import Prompts
+
+EVIL = ["<img src=x onerror=alert(1)>", "</td></table><script>alert(1)</script>", "```\n<svg onload=x>", "[a](javascript:alert(1)) | ![b](http://evil/x.png)", "\"><iframe src='//evil'>", "</style><b onclick=x>"]
+
+
+def compared(right_base=10, right_tuned=36, name="tuned", text=""):
+    rows = lambda right, loss: [EvalRow("x", f"{text}q{i}", f"{text}e", f"{text}{i}", {"exact match": i < right, "ended by itself": True}, loss + i % 3, 4, {"token F1": float(i < right)}, 3) for i in range(40)]  # noqa: E731
+    return Comparison(EvalReport("base", rows(right_base, 8.0), seconds=1.0), EvalReport(name, rows(right_tuned, 4.0), seconds=1.0), {name: text})
+
+
+def forgot(gain, text="x", n=40):
+    rng = np.random.default_rng(0)
+    return Forgetting(text, f"made up {text}", [ItemDrift(text, text, text, text, 8, 1.0, 1.0 + rng.normal(gain, 0.02), abs(gain), text, text, True, gain < 0.05) for _ in range(n)])
+
+
+def asked(best, tuned=None, text="", n=40):
+    chats = [Chat([{"role": "user", "content": f"{text}q{i}"}, {"role": "assistant", "content": f"{text}e"}], "x") for i in range(n)]
+    prompts = Prompts(chats, [10] * n, [0] * n)
+    way = lambda name, right: WayResult(name, prompts, [Answer(text, True)] * n, {"exact match": [float(i < right) for i in range(n)], "ended by itself": [1.0] * n}, [1] * n, 1.0)  # noqa: E731
+    results = [way("plain", 2), way(f"{text}better prompt", best), *([way(TUNED, tuned)] if tuned is not None else [])]
+    return BaselineReport(text or "m", results, "exact match", "it is made up", f"{n} questions", [True] * n, [text] * bool(text), target=0.8, train_chats=800)
+
+
+def fitted(recited=0, text="x"):
+    rows = [Recall(text, RULES[i % 2], f"{text}{i}", text, text, text, False, i < recited) for i in range(40)]
+    history = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    return Fitting(text, gap_of(history), None, 2, Recitation(rows, text))
+
+
+@pytest.mark.parametrize(("found", "worth", "words"), [
+    (Findings(), "can't tell", "Not judged yet"),
+    (Findings(compared()), "yes", "Yes: it got better."),
+    (Findings(compared(), [forgot(0.0)]), "yes", "nothing much was forgotten"),
+    (Findings(compared(), [forgot(0.5)]), "yes, at a price", "something was forgotten"),
+    (Findings(compared(), fitting=fitted(20)), "yes, at a price", "training answers are recited"),
+    (Findings(compared(36, 10)), "no", "it got worse"),
+    (Findings(compared(20, 21)), "can't tell", "no difference that is more than chance"),
+    (Findings(compared(), baselines=asked(40)), "no", "asking the base model better does as well"),
+    (Findings(compared(), baselines=asked(5)), "yes", "Yes"),
+    (Findings(compared(), baselines=asked(38, 39)), "can't tell", "whether it is better than 'better prompt'"),
+    (Findings(compared(), baselines=asked(5, 39)), "yes", "Yes"),
+])  # fmt: skip
+def test_was_it_worth_it(found, worth, words):
+    assert found.worth_it == worth and words in found.headline()
+    answers = dict(answers_to(found))
+    assert list(answers) == ["Did it get better?", "At what price?", "Should one have?", "Learned, or by heart?"] and all(answers.values())
+
+
+def test_the_tuned_model_is_held_against_the_best_way_of_asking():
+    found = Findings(compared(), baselines=asked(20))
+    assert found.against_asking.verdict == "better" and found.against_asking.n == 40 and "better prompt" in dict(answers_to(found))["Should one have?"]
+    assert Findings(compared(text="other "), baselines=asked(20)).against_asking is None, "not the same questions"
+
+
+@pytest.fixture
+def run(quick, chats):
+    return train(replace(quick, r=4), Splits(chats[:24], chats[24:30], chats[30:]), say=lambda line: None)
+
+
+def nodes(page):
+    return html5lib.parse(page, treebuilder="etree", namespaceHTMLElements=False)
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_no_text_becomes_markup(text, run):
+    @dataclass
+    class Own:
+        title: str
+
+        def to_dict(self):
+            return {"title": self.title}
+
+        to_markdown = _repr_html_ = lambda self: "fine"
+
+    found = Findings(compared(name=text, text=text), [forgot(0.5, text)], asked(20, text=text), fitted(20, text))
+    parts = dict(enumerate((found.comparison, *found.forgetting, found.baselines, found.fitting)))
+    report = RunReport(text, found, answers_to(found, run), {f"{text}{i}": part for i, part in parts.items()} | {text: Own(text)})
+    tree = nodes(report.to_html())
+    tags = {node.tag for node in tree.iter() if isinstance(node.tag, str)}
+    assert not tags & {"script", "iframe", "svg", "object", "embed", "link", "a", "form", "base"}, tags
+    assert not [name for node in tree.iter() for name in node.attrib if name.startswith("on")]
+    assert all(node.attrib["src"].startswith("data:image/png;base64,") for node in tree.iter("img"))
+    assert "default-src 'none'" in next(node.attrib["content"] for node in tree.iter("meta") if node.attrib.get("http-equiv") == "Content-Security-Policy")
+    assert "color-scheme:light dark" in report.to_html() and text in "".join(tree.itertext()).replace("\xa0", " ")
+    outside = "".join(report.to_markdown().split("```")[::2]) if "```" not in text else ""
+    assert not any(mark in outside for mark in ("<img", "<script", "<iframe", "<svg", "](javascript", "](http"))
+    json.dumps(report.to_dict(), allow_nan=False, default=str)
+
+
+def test_the_folder_of_a_run_holds_all_that_was_measured(run):
+    assert "Not judged yet" in write_report(run).found.headline()
+    comparison, forgetting, fitting = evaluate_run(run), measure_forgetting(run, limit=12, max_new_tokens=4), measure_fitting(run, limit=6, max_new_tokens=4)
+    mine = measure_forgetting(run, items=[Chat([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}], "mine")], answers=False)
+    asked(20).save(run.folder)
+    report = write_report(run.folder)
+    assert report.found.comparison.to_dict() == comparison.to_dict() and report.found.fitting == fitting
+    assert [r.items for r in load_forgetting(run.folder)] == [forgetting.items, mine.items] and load_baselines(run.folder).verdict == asked(20).verdict
+    page = (run.folder / "report.html").read_text()
+    assert page.count("data:image/png") == 5 and "http://" not in page and "https://" not in page
+    assert page.index("was it worth it?") < page.index(report.answers[0][1][:20]) < page.index("<h2>")
+    said = json.loads((run.folder / "report.json").read_text())
+    assert said["headline"] == report.found.headline() and Comparison.from_dict(said["comparison"]).lines() == comparison.lines()
+    assert [Forgetting.from_dict(x).verdict for x in said["forgetting"]] == [forgetting.verdict, mine.verdict]
+    assert BaselineReport.from_dict(said["baselines"]).table() == asked(20).table() and Fitting.from_dict(said["fitting"]) == fitting
+    assert load_comparison(run.folder).to_dict() == comparison.to_dict(), "the comparison is still found after the report was written"
+    assert "## What was forgotten" in (run.folder / "report.md").read_text()
+
+
+def test_sections_of_ones_own(run):
+    @dataclass
+    class Note:
+        def to_dict(self):
+            return {"a": 1}
+
+        def to_markdown(self):
+            return "a note"
+
+        def _repr_html_(self):
+            return "<p>a note</p>"
+
+    report = write_report(run, [Note(), Note()])
+    assert list(report.sections)[:2] == ["Note", "Note (2)"] and report.to_dict()["sections"]["Note"] == {"a": 1} and "<p>a note</p>" in report.to_html()
+    assert write_report(run, {"Mine": asked(40), "Other": scored("x") and Note()}).found.baselines.verdict == "do not fine-tune"
+    for wrong in ({"x": "text"}, ["text"], [None]):
+        with pytest.raises(ConfigError, match="no section of a report"):
+            write_report(run, wrong)
+
+
+def test_a_sweep_is_part_of_the_report(quick, chats):
+    made = sweep(replace(quick, max_steps=2), {"r": [2, 4]}, Splits(chats[:12], chats[12:24], chats[24:30]), say=lambda line: None)
+    report = write_report(made.combinations[0].folder)
+    assert "The sweep that it belongs to" in report.sections and report.to_dict()["sections"]["The sweep that it belongs to"]["verdict"] == made.verdict
+    assert "| r |" in made.to_markdown() and json.dumps(made.to_dict(), allow_nan=False)
+
+
+def test_from_the_command_line(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(run.folder.parent)
+    assert main(["report", run.folder.name]) == 0
+    said = capsys.readouterr().out
+    assert "Not judged yet" in said and "run-001/report.html" in said
+    evaluate_run(run)
+    assert main(["compare", "run-001", "run-001"]) == 0 and "run-001 (2)" in capsys.readouterr().out
+    assert main(["report", "nowhere"]) == 2 and "not the folder of a finished run" in capsys.readouterr().err
+
+
+def test_broken_files_are_named(run):
+    for name, load in (("report.json", load_comparison), ("forgetting.json", load_forgetting), ("baselines.json", load_baselines)):
+        for text in ("{", "[]" if name != "report.json" else '{"comparison": 1}', '{"comparison": {}}' if name == "report.json" else "{}"):
+            (run.folder / name).write_text(text)
+            with pytest.raises(ConfigError):
+                load(run.folder)
+        (run.folder / name).unlink()
+    with pytest.raises(TrainingError):
+        write_report(run.folder / "none")
+    assert save_forgetting(forgot(0.0), run.folder).name == "forgetting.json"
