@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIVE', 'REMEDIES', 'JOBS', 'WATCHERS', 'TASKS', 'SHELVES', 'Task', 'in_words', 'Sample', 'read_samples', 'Pace',
            'Job', 'best_look', 'patience_left', 'seconds_left', 'JobError', 'start_job', 'continue_job', 'job_in',
-           'active_job', 'find_job', 'front_end', 'in_background', 'check_free', 'start_alone', 'let_go', 'Watched']
+           'active_job', 'find_job', 'last_job', 'front_end', 'in_background', 'check_free', 'start_alone', 'let_go',
+           'Watched']
 
 # %% ../nbs/09a_jobs.ipynb #8db69319
 import json
@@ -64,6 +65,7 @@ class Task:
         self.error, self.trace = "", ""
         self.listeners: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
+        self._turning = threading.Lock()  # a stop may be asked for in the moment in which the work ends
 
     def start(
         self,
@@ -104,9 +106,12 @@ class Task:
         try:
             with progress_to(self._moved):
                 self.result = self.work(self.say)
-            self.state = self._ended()
+            with self._turning:
+                self.state = self._ended()
         except BaseException as error:  # also an interrupt: the state has to say so
-            self.error, self.trace, self.state = in_words(error), traceback.format_exc(), "failed"
+            self.error, self.trace = in_words(error), traceback.format_exc()
+            with self._turning:
+                self.state = "failed"
         self._changed()
 
     def _ended(self) -> str:
@@ -125,10 +130,9 @@ class Task:
         for listener in list(self.listeners):
             try:
                 listener()
-            except Exception:  # who looks on must not break what he looks at
-                if listener in self.listeners:
-                    self.listeners.remove(listener)
-                self.lines.append("A view of this run has failed and was taken off:\n" + traceback.format_exc())
+            except Exception as error:  # who looks on must not break what he looks at; a next look may go well again
+                if (said := f"A view could not show this: {type(error).__name__}: {error}") not in self.lines:
+                    self.lines.append(said)
 
 
 ACTIVE = ("running", "preparing", "training", "stopping")
@@ -269,17 +273,25 @@ class Job(Task):
         self.history: list[dict[str, float]] = read_history(folder) if folder else []
         self.samples: list[Sample] = read_samples(folder) if folder else []
         self.ask = list(ask) or list(dict.fromkeys(sample.question for sample in self.samples if not sample.expected))
-        self.step, self.steps = 0, 0
+        self.step, self.steps, self.epoch = 0, 0, 0.0
         self._stop, self.pace = Stop(), Pace()
 
     def stop(self) -> None:
         "Asks for a stop after this step; the run is saved and can go on."
-        if self.active:
-            self._stop.wanted, self.state = True, "stopping"
+        with self._turning:
+            active = self.active
+            if active:
+                self._stop.wanted, self.state = True, "stopping"
+        if active:
             self._changed()
 
+    def _turn(self, state: str) -> None:
+        "Comes to another state, unless a stop was asked for."
+        with self._turning:
+            self.state = "stopping" if self._stop.wanted else state
+
     def _train(self, say: Callable[[str], None]) -> Run:
-        self.state = "stopping" if self._stop.wanted else "preparing"
+        self._turn("preparing")
         if self.splits is None:
             self.splits = kept_sets(self.folder, self.config) if self.folder else load_splits(self.config)
         listener = [_Listener(self), *self.callbacks]
@@ -302,11 +314,11 @@ class Job(Task):
         self.folder, self.step, self.steps = folder, state.global_step, state.max_steps
         self.history, self.pace = read_history(folder), Pace()
         self.samples = read_samples(folder)  # without what came after, which is computed again
-        self.state = "stopping" if self._stop.wanted else "training"
+        self._turn("training")
         self._changed()
 
     def _stepped(self, state: Any) -> None:
-        self.step, self.steps = state.global_step, state.max_steps
+        self.step, self.steps, self.epoch = state.global_step, state.max_steps, state.epoch or 0.0
         self._changed()
 
     def _logged(self, row: dict[str, float]) -> None:
@@ -366,15 +378,18 @@ def seconds_left(
     job: "Job",  # at work
 ) -> float:
     "How long the rest takes, at the speed of the steps and of the looks so far; NaN before the first step."
-    return job.pace.left(job.steps - job.step, _looks_between(job.config, job.step, job.steps))
+    return job.pace.left(job.steps - job.step, _looks_between(job.config, job.step, job.steps, job.epoch))
 
 
-def _looks_between(config: FinetuneConfig, step: int, steps: int) -> int:
-    "How many looks at the validation set come after a step."
+def _looks_between(config: FinetuneConfig, step: int, steps: int, epoch: float = 0.0) -> int:
+    "How many looks at the validation set come after a step, at which so many epochs have gone by."
     if config.eval_strategy == "no" or not steps:
         return 0
-    every = (config.eval_steps or config.logging_steps) if config.eval_strategy == "steps" else max(steps / config.num_train_epochs, 1)
-    return int(steps / every + 1e-9) - int(step / every + 1e-9)
+    if config.eval_strategy == "steps":
+        every = config.eval_steps or config.logging_steps
+        return steps // every - step // every
+    every = step / epoch if epoch else steps if config.max_steps > 0 else max(steps / config.num_train_epochs, 1)
+    return math.ceil(steps / every - 1e-9) - int(step / every + 1e-9)  # an epoch that is cut short is looked at too
 
 # %% ../nbs/09a_jobs.ipynb #42083350
 class JobError(FinetuneError, RuntimeError):
@@ -405,10 +420,12 @@ def continue_job(
 ) -> Job:
     "Goes on with a stopped run from its last checkpoint."
     check_free()
+    if not isinstance(job, Job) and not (Path(job) / "config.yaml").is_file():
+        raise JobError(f"{job} is no run any more, so there is nothing to go on with. Bring it back from the trash, or start it anew.")
     if not isinstance(job, Job):
         job = job_in(Path(job)) or Job(load_config(Path(job) / "config.yaml"), folder=Path(job))
     if job.folder is None or not job.folder.is_dir():
-        raise JobError("This run never began, or its folder is gone, so there is nothing to go on with. Start it anew.")
+        raise JobError("This run never began, or its folder is gone, so there is nothing to go on with. Bring it back from the trash, or start it anew.")
     if where := held_elsewhere(job.folder):
         raise JobError(f"{job.folder} is at work {where}. Stop it there, or wait until it has ended.")
     if job.state == "finished":
@@ -446,8 +463,15 @@ def find_job(
     "The job that is at work in this kernel, wherever its run stands; else the last one in that folder."
     if (job := active_job()) is not None:
         return job
-    there = [job for job in JOBS if (job.folder.parent if job.folder else Path(job.config.output_dir)).resolve() == Path(output_dir).resolve()]
+    gone = [job for job in JOBS if job.folder is not None and not job.folder.is_dir()]
+    there = [job for job in JOBS if job not in gone and (job.folder.parent if job.folder else Path(job.config.output_dir)).resolve() == Path(output_dir).resolve()]
     return there[-1] if there else None
+
+
+def last_job() -> Job | None:
+    "The job that is at work in this kernel, else the one that began last and still has its folder."
+    there = [job for job in JOBS if job.folder is not None and job.folder.is_dir()]
+    return active_job() or (there[-1] if there else None)
 
 
 def front_end() -> str:

@@ -18,7 +18,7 @@ from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
-from .jobs import JOBS, find_job
+from .jobs import JOBS, find_job, last_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView
@@ -120,7 +120,7 @@ class Panel(View):
         splits: Splits | None = None,  # chats in place of those that it names
         read: bool = True,  # whether to read the chats at once
     ) -> None:
-        job = find_job(config.output_dir if config else FinetuneConfig().output_dir)
+        job = find_job(config.output_dir) if config else last_job()
         self.form = config_form(config or (job.config if job else None))
         self.data = data_view(self.form, splits)
         self.plan, self.train = plan_view(self.form, self.data), train_view(self.form, self.data)
@@ -169,7 +169,7 @@ class Panel(View):
         if config.output_dir != self._folder:
             self._folder = config.output_dir
             if self.train.job is None or not self.train.job.active:
-                self.train.attach(find_job(config.output_dir))
+                self.train.find()
             self._runs_changed()
 
     def _runs_changed(self) -> None:

@@ -7,10 +7,11 @@ __all__ = ['SORTS', 'PALETTE', 'TRASH', 'RunRow', 'read_run', 'differences', 'Ru
            'trashed_runs', 'restore_run']
 
 # %% ../nbs/09b_runs.ipynb #4d09587d
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,7 @@ def read_run(
     "What `folder` says, however the run ended; never raises for a file that is missing or broken."
     folder = Path(folder)
     try:
-        config, history = load_config(folder / "config.yaml"), read_history(folder)
-        facts = _checked_facts(read_facts(folder, began=True))
-        for row in history:
-            _checked_point(row)
+        config, facts, history = _kept(folder)
     except (ConfigError, ValueError, OSError, RecursionError):
         return RunRow(folder, "unreadable", None, {}, [])
     job = active_job()
@@ -69,10 +67,28 @@ def read_run(
     return RunRow(folder, how_it_ended(facts), config, facts, history)
 
 
+_READ: dict[Path, tuple[Any, tuple[FinetuneConfig, dict[str, Any], list[dict[str, float]]]]] = {}
+
+
+def _kept(folder: Path) -> tuple[FinetuneConfig, dict[str, Any], list[dict[str, float]]]:
+    "Configuration, facts and history of a run; read again only when one of its files has changed, since views ask often."
+    files = [folder / name for name in ("config.yaml", "started.json", "run.json", "history.jsonl")]
+    state = [(file.stat().st_mtime_ns, file.stat().st_size, file.stat().st_ino) if file.is_file() else None for file in files]
+    place = folder.resolve()
+    if place not in _READ or _READ[place][0] != state:
+        history = read_history(folder)
+        for row in history:
+            _checked_point(row)
+        _READ[place] = state, (load_config(folder / "config.yaml"), _checked_facts(read_facts(folder, began=True)), history)
+    config, facts, history = _READ[place][1]
+    return replace(config), dict(facts), list(history)
+
+
 def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
     "Facts as the table needs them; raises `ValueError` for others, of which a folder from elsewhere may be full."
     kinds = {"started": str, "ended_by": str, "steps": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
-    if not all(isinstance(facts[name], kind) for name, kind in kinds.items() if name in facts):
+    there = {name: facts[name] for name in kinds if name in facts}
+    if not all(isinstance(value, kinds[name]) and not (isinstance(value, (int, float)) and not 0 <= value < 1e15) for name, value in there.items()):
         raise ValueError("not the facts of a run")
     return facts
 
@@ -80,7 +96,7 @@ def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
 def _checked_point(row: Any) -> None:
     "Raises `ValueError` for what is no point of a curve."
     drawn = [row[name] for name in ("step", "loss", "eval_loss", "learning_rate") if name in row] if isinstance(row, dict) else []
-    if not drawn or "step" not in row or not all(isinstance(value, (int, float)) for value in drawn):
+    if not drawn or "step" not in row or not all(isinstance(value, (int, float)) for value in drawn) or not 0 <= row["step"] < 1e15:
         raise ValueError("not the history of a run")
 
 # %% ../nbs/09b_runs.ipynb #b91415bd
@@ -90,7 +106,7 @@ def differences(
     "The settings that are not the same in all of `configs`, in their order."
     known = [asdict(config) for config in configs if config is not None]
     names = [name for name in (known[0] if known else ()) if name not in ("output_dir", "run_name")]
-    return [name for name in names if len({yaml_value(config[name]) for config in known}) > 1]
+    return [name for name in names if len({repr(config[name]) for config in known}) > 1]
 
 
 SORTS = {
@@ -114,10 +130,11 @@ class RunTable:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         "The head of the table and its lines, as texts."
-        head = ["run", "state", "steps", "best validation loss", "time", "peak memory", *self.columns]
-        return head, [self._line(row) for row in self.rows]
+        columns = self.columns
+        head = ["run", "state", "steps", "best validation loss", "time", "peak memory", *columns]
+        return head, [self._line(row, columns) for row in self.rows]
 
-    def _line(self, row: RunRow) -> list[str]:
+    def _line(self, row: RunRow, columns: Sequence[str]) -> list[str]:
         facts = row.facts
         return [
             row.name,
@@ -126,7 +143,7 @@ class RunTable:
             f"{row.best:.4f}" if row.best is not None else "",
             clock_time(facts["seconds"]) if "seconds" in facts else "",
             f"{facts['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in facts else "",
-            *(yaml_value(getattr(row.config, name)) if row.config else "" for name in self.columns),
+            *(yaml_value(getattr(row.config, name)) if row.config else "" for name in columns),
         ]
 
     def _repr_html_(self) -> str:
@@ -188,7 +205,7 @@ def plot_runs(
     rates = axes.twinx() if learning_rate else None
     for number, (name, history) in enumerate(histories.items()):
         _draw(axes, rates, name, history, PALETTE[number % len(PALETTE)], smooth, many=len(histories) > 1)
-    losses = [row[key] for history in histories.values() for row in history for key in ("loss", "eval_loss") if key in row]
+    losses = [_drawable(row[key]) for history in histories.values() for row in history for key in ("loss", "eval_loss") if key in row]
     scale = "log" if log and any(loss > 0 for loss in losses) else "linear"
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale=scale)
     axes.grid(alpha=0.25, which="both")
@@ -205,8 +222,8 @@ def _draw(axes: Any, rates: Any, name: str, history: Sequence[dict[str, float]],
     "The curves of one run."
     shown = name.replace("$", r"\$")
     shown = f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves names with a stroke in front out of the legend
-    points = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    looks = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
+    points = [(row["step"], _drawable(row["loss"])) for row in history if "loss" in row]
+    looks = [(row["step"], _drawable(row["eval_loss"])) for row in history if "eval_loss" in row]
     if points:
         steps, losses = zip(*points, strict=True)
         if smooth:
@@ -217,6 +234,11 @@ def _draw(axes: Any, rates: Any, name: str, history: Sequence[dict[str, float]],
         axes.plot(*zip(*looks, strict=True), "o--", color=other, markersize=5, label=shown if many else "validation")
     if rates is not None and (rows := [(row["step"], row["learning_rate"]) for row in history if "learning_rate" in row]):
         rates.plot(*zip(*rows, strict=True), ":", color=colour if many else "#888888", linewidth=1.2)
+
+
+def _drawable(loss: float) -> float:
+    "The loss, or a gap in the curve where it is beyond what an axis can hold."
+    return loss if abs(loss) < 1e30 else math.nan
 
 
 def _in_colour(axes: Any, colour: str) -> None:

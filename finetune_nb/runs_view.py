@@ -31,14 +31,14 @@ class RunsView(View):
         self,
         output_dir: Callable[[], str] = lambda: "runs",  # the folder of all runs
         open_config: Callable[[FinetuneConfig], None] = lambda config: None,  # takes the settings of a run that is opened
-        go_on: Callable[[Path], None] | None = None,  # goes on with the run in a folder
+        go_on: Callable[[Path], str] | None = None,  # goes on with the run in a folder, and returns why it can't
     ) -> None:
-        self.output_dir, self.open_config = output_dir, open_config
+        self.output_dir, self.open_config, self.go_on = output_dir, open_config, go_on
         self.listeners: list[Callable[[], None]] = []  # called when runs have come or gone
         self.sort = chooser("order", SORTS, "60px")
         self.chosen = widgets.SelectMultiple(options=[], description="runs", rows=5, style={"description_width": "60px"})
         self.open = button("Use its settings", self.take_settings, "move the controls to the settings of the chosen run")
-        self.continue_ = button("Continue", lambda: self._act(lambda: go_on(self._to_go_on())), "go on with a run that was stopped or broken off", "primary")
+        self.continue_ = button("Continue", self.resume, "go on with a run that was stopped or broken off", "primary")
         self.delete = button("Delete", self.trash, "move the chosen runs to the trash", "danger")
         self.trashed = chooser("trash", width="60px")
         self.restore = button("Bring back", self.bring_back, "out of the trash")
@@ -83,6 +83,17 @@ class RunsView(View):
         if not read_run(folder).can_go_on:
             raise FinetuneError(f"{folder.name} can't go on: it is {self.rows[0].state}, or no checkpoint of it was saved.")
         return folder
+
+    def resume(self) -> None:
+        "Goes on with the chosen run."
+
+        def act() -> str:
+            folder = self._to_go_on()
+            if problem := self.go_on(folder):
+                raise FinetuneError(problem)
+            return f"{folder.name} goes on: see it under Train."
+
+        self._act(act)
 
     def _act(self, act: Callable[[], object]) -> None:
         try:

@@ -34,7 +34,7 @@ from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
-from finetune_nb.runs import TRASH, list_runs, read_run
+from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
 from finetune_nb.training import load_run, load_splits, train
@@ -699,8 +699,9 @@ def test_start_is_off_with_the_reason(quick, splits, chats, tmp_path):
     for name, bad, good in (("eval_steps", "often", ""), ("answer_pattern", "(", ""), ("run_name", "../x", ""), ("model_name_or_path", " ", quick.model_name_or_path)):
         form.controls[name].value = bad
         assert view.start.disabled and view.start.tooltip.startswith(f"{name}: ") and "fnb-error" in form.notes[name].value
+        assert f"Settings, {form.specs[name].group}, {name}: " in view.why_not.value, "also for those who see no tooltip"
         form.controls[name].value = good
-        assert not view.start.disabled and view.start.tooltip == "start a new run with these settings"
+        assert not view.why_not.value and not view.start.disabled and view.start.tooltip == "start a new run with these settings"
     form.controls["validation_size"].value = 0.0
     assert view.start.disabled and "no validation chats" in view.start.tooltip
 
@@ -898,6 +899,53 @@ def test_a_folder_that_can_not_be_leaves_the_page_whole(place, quick):
     assert not (room.train.figures.value or room.train.samples.value or room.train.log_lines.value or room.train.curves.value)
 
 
+def test_a_run_that_can_not_be_read_leaves_the_one_that_is_shown(quick):
+    lay(Path(quick.output_dir), "good", quick)
+    lay(Path(quick.output_dir), "odd", quick, history=[{"step": None, "loss": 1.0}])
+    lay(Path(quick.output_dir), "odder", quick, started={"planned": 3})
+    view = TrainView(ConfigForm(quick))
+    view.look_at.value = "good"
+    for name in ("odd", "odder"):
+        view.look_at.value = name
+        assert f"{name} can&#x27;t be read" in view.status.value and view.job.folder.name == "good"
+        view.refresh()
+        assert "be read" not in view.status.value and "Broken off" in view.status.value
+
+
+def test_a_run_that_was_deleted_is_shown_no_more(quick):
+    lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    room = Panel(quick, read=False)
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert not room.train.go_on.disabled
+    room.runs.chosen.value = ["one"]
+    room.runs.delete.click()
+    assert room.train.job is None and room.train.go_on.disabled and "Nothing has been started" in room.train.status.value
+
+
+def test_going_on_from_the_table_says_what_came_of_it(quick):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    (folder / "started.json").unlink()
+    room = Panel(quick, read=False)
+    room.train.background = False
+    room.runs.chosen.value = ["one"]
+    room.runs.continue_.click()
+    assert "fnb-error" in room.runs.status.value and "fnb-error" in room.train.status.value
+    assert "What was saved can go on" not in room.train.status.value
+    room.runs.go_on = lambda folder: ""
+    room.runs.continue_.click()
+    assert "one goes on: see it under Train" in room.runs.status.value
+
+
+def test_runs_of_one_name_in_two_folders(quick, tmp_path):
+    lay(Path(quick.output_dir), "one", quick)
+    other = lay(tmp_path / "elsewhere", "one", quick)
+    view = TrainView(ConfigForm(quick))
+    view.watch(other)
+    assert view.look_at.value is None and view.overlay.options == ("one",)
+    view.overlay.value = ["one"]
+    assert list(view.histories()) == [str(other), "one"]
+
+
 def test_a_listener_that_fails_keeps_nobody_from_hearing(form):
     heard = []
     form.on_change(lambda config: 1 / 0)
@@ -1056,6 +1104,25 @@ def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
     room.form.controls["r"].value = 32
     assert kept.wait(10)
     room.close()
+
+
+@pytest.mark.trains
+def test_a_picture_that_fails_once_costs_nothing_else(steady, splits, monkeypatch):
+    view = TrainView(ConfigForm(steady), lambda: splits, background=False)
+    calls, ended, looked = [], [], []
+
+    def fails_at_first(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise RuntimeError("no picture today")
+        return plot_runs(*args, **kwargs)
+
+    monkeypatch.setattr("finetune_nb.train_view.plot_runs", fails_at_first)
+    view.listeners.append(lambda: ended.append(view.job.state))
+    WATCHERS.append(lambda job: job.listeners.append(lambda: looked.append((job.state, view.look_at.value, job.folder and job.folder.name))))
+    view.begin()
+    assert len(calls) > 2 and ended == ["finished"] and "Finished" in view.status.value and view.curves.value
+    assert all(shown == name for state, shown, name in looked if state == "training"), "what is looked at is the run at work"
 
 
 @pytest.mark.trains
