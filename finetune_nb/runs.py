@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SORTS', 'PALETTE', 'GREY', 'TRASH', 'RunRow', 'read_run', 'differences', 'RunTable', 'list_runs', 'plot_runs',
-           'trash_run', 'restore_run']
+           'trash_run', 'trashed_runs', 'restore_run']
 
 # %% ../nbs/09b_runs.ipynb #4d09587d
 import os
@@ -140,6 +140,14 @@ class RunTable:
         return "\n".join(text_table(*self.cells()))
 
 
+def _can_be(folder: Path) -> bool:
+    "Whether there is such a folder; no name that is typed is too odd to ask."
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def list_runs(
     output_dir: str | Path = "runs",  # the folder of all runs
     sort: str = "newest first",  # of `SORTS`
@@ -148,6 +156,8 @@ def list_runs(
     if sort not in SORTS:
         raise FinetuneError(f"there is no order {sort!r}; there are {', '.join(SORTS)}")
     folder = Path(output_dir)
+    if not _can_be(folder):
+        return RunTable([])
     found = [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml")) if not path.parent.name.startswith(".")]
     return RunTable(sorted(found, key=SORTS[sort], reverse=True) if SORTS[sort] else found)
 
@@ -234,6 +244,14 @@ def trash_run(
         target = trash / f"{folder.name} ({n})"
     os.rename(folder, target)
     return target
+
+
+def trashed_runs(
+    output_dir: str | Path = "runs",  # the folder of all runs
+) -> list[str]:
+    "The names of the runs in its trash."
+    trash = Path(output_dir) / TRASH
+    return sorted(path.name for path in trash.iterdir()) if _can_be(trash) else []
 
 
 def restore_run(

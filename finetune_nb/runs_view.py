@@ -19,7 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
-from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
+from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
 class RunsView(View):
@@ -62,7 +62,7 @@ class RunsView(View):
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
         self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
-        self.trashed.options = [path.name for path in sorted((Path(self.output_dir()) / TRASH).glob("*"))]
+        self.trashed.options = trashed_runs(self.output_dir())
         self.trashed.value = self.trashed.options[0] if self.trashed.options else None
         self.draw()
 

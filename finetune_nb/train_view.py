@@ -281,6 +281,7 @@ class TrainView(_TrainLayout):
         self._show_buttons()
         if self.job is None:
             self.status.value = note(STATES["waiting"])
+            self.figures.value = self.samples.value = self.log_lines.value = ""
             return
         self.status.value, self.figures.value = job_words(self.job, True, self.form.config.output_dir), cards(job_figures(self.job))
         self.samples.value = samples_html(self.job)
@@ -326,7 +327,9 @@ class TrainView(_TrainLayout):
         "Draws the curves."
         histories = self.histories()
         self.curves.layout.display = None if histories else "none"
-        if histories:
+        if not histories:
+            self.curves.value = b""
+        else:
             self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour=GREY)._repr_png_()
 
     def still(self) -> str:

@@ -51,7 +51,7 @@ from transformers import (
 )
 
 from .chat_template import NO_LOSS, check_template, tokenize_chats
-from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
+from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config, why_not_named
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, notebook_shell
 from .locks import LockError, hold
@@ -954,8 +954,8 @@ def _check_run_name(config: FinetuneConfig) -> None:
     "Raises `TrainingError` when the run's folder is taken or its name is more than a name."
     if config.run_name is None:
         return
-    if Path(config.run_name).name != config.run_name or config.run_name in (".", ".."):
-        raise TrainingError(f"run_name must be a plain name, got {config.run_name!r}. Put the folder into output_dir.")
+    if problem := why_not_named(config.run_name):
+        raise TrainingError(f"run_name {config.run_name!r}: {problem}")
     if (Path(config.output_dir) / config.run_name).exists():
         raise TrainingError(
             f"{Path(config.output_dir) / config.run_name} exists and is not overwritten. "

@@ -175,7 +175,8 @@ def test_a_slider_has_its_usual_range_again(form):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296")],
+    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296"),
+     ("layers_to_transform", "--1"), ("layers_to_transform", "²"), ("columns", "[" * 3000), ("layers_to_transform", "[" * 3000), ("chat_template_kwargs", "{a: .inf}"), ("chat_template_kwargs", "{a: 2026-01-01}")],
 )
 def test_a_bad_value_keeps_the_last_good_one_and_says_why(name, text, form):
     before, heard = form.config, []
@@ -203,8 +204,12 @@ def test_alpha_follows_the_rank(form):
     form.controls["r"].value = 1  # would be less than there may be
     assert form.config.lora_alpha == 0.01
     form.config = FinetuneConfig(r=1, lora_alpha=4096)
+    assert "stays 4.1e+03 × r" in form.notes["lora_alpha"].value
     form.controls["r"].value = 256
     assert form.config.lora_alpha == 4096
+    form.controls["r"].value = 1
+    form.controls["r"].value = 16
+    assert form.config.lora_alpha == 4096, "what could not be had is not forgotten"
     form.tie.value = False
     form.controls["r"].value = 8
     assert form.config.lora_alpha == 4096
@@ -878,6 +883,28 @@ def test_runs_of_the_folder_that_is_named_now(quick, tmp_path):
     assert not (tmp_path / "there" / "two").exists() and not room.train.overlay.options
     room.runs.restore.click()
     assert (tmp_path / "there" / "two").is_dir() and list(room.train.overlay.options) == ["two"]
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "a\0b", "/dev/null/runs"])
+def test_a_folder_that_can_not_be_leaves_the_page_whole(place, quick):
+    lay(Path(quick.output_dir), "one", quick)
+    room, heard = Panel(quick, read=False), []
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert room.train.figures.value and room.train.curves.value
+    room.form.on_change(lambda config: heard.append(config.output_dir))
+    room.form.controls["output_dir"].value = place
+    assert heard == [place] and room.train.start.disabled and "fnb-error" in room.form.notes["output_dir"].value
+    assert not room.runs.chosen.options and not room.form.file_note.value
+    assert not (room.train.figures.value or room.train.samples.value or room.train.log_lines.value or room.train.curves.value)
+
+
+def test_a_listener_that_fails_keeps_nobody_from_hearing(form):
+    heard = []
+    form.on_change(lambda config: 1 / 0)
+    form.on_change(heard.append)
+    form.controls["r"].value = 8
+    assert heard == [FinetuneConfig(r=8)] and "ZeroDivisionError" in form.file_note.value
+    form.file_note.value = ""
 
 
 def test_settings_of_a_run_are_taken_without_its_name(quick, tmp_path):
