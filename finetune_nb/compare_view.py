@@ -25,9 +25,10 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer
 from .display import html_table
 from .evaluation import Comparison, EvalReport, EvalRow, compare, evaluate_run
-from .jobs import Task, check_free, in_background, let_go, start_alone
+from .jobs import check_free, in_background, let_go, start_alone
 from .metrics import Difference, paired_difference
 from .runs import RunTable, list_runs
+from .tasks import Task
 from .training import Run, load_run
 
 # %% ../nbs/10e_compare_view.ipynb #09929704

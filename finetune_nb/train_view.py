@@ -24,13 +24,13 @@ from finetune_nb.jobs import (
     best_look,
     continue_job,
     find_job,
-    in_words,
     job_in,
     patience_left,
     seconds_left,
     start_job,
 )
 from .runs import GREY, list_runs, plot_runs
+from .tasks import in_words
 from .training import clock_time, inlined, last_checkpoint
 
 # %% ../nbs/10d_train_view.ipynb #aad89250

@@ -24,11 +24,12 @@ from finetune_nb.compare_view import ChatView, CompareView, answers_html, compar
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits, save_chats
 from finetune_nb.evaluation import evaluate_run
-from finetune_nb.jobs import JOBS, Task, check_free, start_alone, start_job
+from finetune_nb.jobs import JOBS, check_free, start_alone, start_job
 from finetune_nb.lora import add_lora, load_adapter
 from finetune_nb.models import EMBEDDED_MODEL
 from finetune_nb.panel import Panel
 from finetune_nb.runs_view import loading_code
+from finetune_nb.tasks import Task
 from finetune_nb.training import load_base, load_run, train
 
 

@@ -17,21 +17,18 @@ from finetune_nb import jobs
 from finetune_nb.config import FinetuneConfig, FinetuneError, save_config
 from finetune_nb.data import Chat, save_chats
 from finetune_nb.jobs import (
-    ACTIVE,
     JOBS,
     SHELVES,
     WATCHERS,
     Job,
     JobError,
     Pace,
-    Task,
     Watched,
     _looks_between,
     active_job,
     best_look,
     continue_job,
     find_job,
-    in_words,
     patience_left,
     read_samples,
     seconds_left,
@@ -40,6 +37,7 @@ from finetune_nb.jobs import (
 )
 from finetune_nb.losses import smoothed
 from finetune_nb.runs import read_run, trash_run
+from finetune_nb.tasks import ACTIVE, Task, in_words
 from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
