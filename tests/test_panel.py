@@ -37,7 +37,7 @@ from finetune_nb.panel import Panel, compare_view, config_form, data_view, expor
 from finetune_nb.runs import TRASH, list_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
-from finetune_nb.training import load_run, load_splits, train
+from finetune_nb.training import Picture, load_run, load_splits, train
 
 EVIL = "<img src=x onerror=alert(1)>"
 EVILS = (EVIL, f"""'">{EVIL}</pre></td>{EVIL}""")
@@ -233,6 +233,34 @@ def test_a_preset_button_is_the_preset(name, form):
     assert form.config == wanted and not form.problems
     assert all(value_of(control, form.specs[key]) == getattr(wanted, key) for key, control in form.controls.items())
     assert all(f"<td>{key}</td>" in form.reasons.value for key in PRESETS[name].values)
+
+
+def test_what_a_preset_says_goes_with_its_values(form):
+    form.presets["quick look"].click()
+    form.presets["the guide's"].click()
+    assert "<td>max_steps</td>" in form.reasons.value and "<td>early_stopping_patience</td>" in form.reasons.value, "what was put back is told too"
+    form.controls["r"].value = 64
+    assert "Turned since: r." in form.reasons.value and "<td>r</td>" not in form.reasons.value and "<td>lora_alpha</td>" in form.reasons.value
+    form.controls["r"].value = 16
+    assert "Turned since" not in form.reasons.value and "<td>r</td>" in form.reasons.value
+    form.config = FinetuneConfig(r=5)
+    assert not form.reasons.value, "these settings are of no preset"
+    form.controls["r"].value = 16
+    assert not form.reasons.value
+
+
+def test_where_a_file_can_not_be_written_is_said_in_words(form, tmp_path, monkeypatch):
+    form.path.value = str(tmp_path / "nofolder" / "x.yaml")
+    form.save.click()
+    assert f"there is no folder {tmp_path / 'nofolder'}" in form.file_note.value and "Errno" not in form.file_note.value
+    form.path.value = str(tmp_path / "x.yaml")
+
+    def full(*words):
+        raise OSError(28, "No space left on device", ".x.yaml.123")
+
+    monkeypatch.setattr("finetune_nb.controls.save_config", full)
+    form.save.click()
+    assert "No space left on device" in form.file_note.value and "x.yaml can" in form.file_note.value and ".123" not in form.file_note.value
 
 
 def test_save_load_and_code(form, tmp_path):
@@ -449,6 +477,43 @@ def test_too_long_chats_are_told_beside_the_slider_at_once(data):
     picture = data.picture.value
     data.form.controls["r"].value = 8
     assert data.picture.value is picture, "what has not changed is not drawn again"
+
+
+def test_the_lengths_are_drawn_once_the_slider_rests(data, monkeypatch):
+    order = []
+    data.load()
+    plan = PlanView(data.form, data.ready)
+    monkeypatch.setattr("finetune_nb.data_view.plot_lengths", lambda lengths, most: order.append(most) or Picture(figsize=(1, 1)))
+    monkeypatch.setattr(plan.ready.live, "plan", lambda config: order.append("plan") or 1 / 0)
+    data.form.controls["max_length"].value = 256
+    assert order == ["plan", 256], "in the foreground: after the plan"
+    monkeypatch.setattr("finetune_nb.data_view.REST", 0.05)
+    data.background = True
+    order.clear()
+    for most in (128, 512, 1024):
+        data.form.controls["max_length"].value = most
+    data._timer.join(10)
+    assert order == ["plan"] * 3 + [1024], "in the background: once, at the end"
+
+
+def test_chats_that_were_handed_over_are_told_and_can_be_left(quick, splits, chats, tmp_path):
+    path = save_chats(chats, tmp_path / "mine.jsonl")
+    view = DataView(ConfigForm(replace(quick, train_file=str(path))), splits, background=False)
+    view.load()
+    assert "handed over as my_chats are used" in view.kept.value and view.named.layout.display is None and view.ready.splits == splits
+    view.form.save.click()
+    assert "mine.jsonl, and not the chats that were handed over as my_chats" in view.form.file_note.value
+    view.named.click()
+    assert len(view.ready.splits.train) == 32 and not view.kept.value and view.named.layout.display == "none" and not view.form.given
+    assert DataView(ConfigForm(quick), background=False).named.layout.display == "none"
+
+
+def test_an_upload_under_the_path_that_stands_there_is_read(quick, splits, chats, tmp_path, monkeypatch):
+    content = save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes()
+    view = DataView(ConfigForm(replace(quick, train_file="uploads/mine.jsonl")), splits, background=False)
+    monkeypatch.setattr(view, "upload", type("Upload", (), {"value": ({"name": "mine.jsonl", "content": memoryview(content)},)}))
+    view._uploaded()
+    assert len(view.ready.splits.train) == 16 and "The upload is kept" in view.kept.value and view.form.given == ""
 
 
 def test_other_settings_name_other_data(data, chats, tmp_path):
