@@ -52,7 +52,7 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb summary{{cursor:pointer}}
 .fnb ins{{background:#2e9e4f44;text-decoration:none}}.fnb del{{background:#d6454544;text-decoration:none}}
 .fnb button:focus-visible,.fnb input:focus-visible,.fnb select:focus-visible,.fnb summary:focus-visible{{outline:2px solid #4c78a8;outline-offset:-2px}}
-.fnb-scroll{{overflow:auto;max-width:100%}}
+.fnb-scroll{{overflow:auto;width:0;min-width:100%}}
 .fnb .fnb-tabs>.widget-toggle-buttons{{width:auto;border-bottom:1px solid var(--fnb-line);margin-bottom:12px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button{{width:auto;background:transparent;box-shadow:none;border-bottom:3px solid transparent;padding:0 14px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button.mod-active{{color:var(--fnb-ink);font-weight:600;border-bottom-color:var(--jp-brand-color1,#1976d2)}}

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_chats
 from .config import replacing
 from .data import Chat
+from .display import html_table, md_cell, text_table
 from .losses import inner_model, mixed_precision
 from .metrics import wilson_interval
 from .models import release_memory
@@ -210,23 +211,26 @@ class Comparison:
         kinds = {"got better": (False, True), "got worse": (True, False), "still wrong": (False, False)}
         return {kind: [p for p in pairs if (p[0].passed[check], p[1].passed[check]) == want][:n] for kind, want in kinds.items()}
 
+    @property
+    def head(self) -> tuple[str, str, str]:
+        "The names of the columns."
+        return f"{len(self.base.rows)} test chats", self.base.name, self.tuned.name
+
     def table(self) -> list[tuple[str, str, str]]:
-        "Rows of figure, base, tuned."
+        "Rows of figure, base, tuned, under `head`."
         base, tuned = self.base.figures(), self.tuned.figures()
         return [(name, base[name], tuned[name]) for name in base]
 
     def __str__(self) -> str:
-        rows = [(f"{len(self.base.rows)} test chats", self.base.name, self.tuned.name), *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * (sum(widths) + 4), *lines[1:]])
+        head, *lines = text_table(self.head, self.table())
+        return "\n".join([head, "-" * max(map(len, (head, *lines))), *lines])
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
     def to_markdown(self, n: int = 3) -> str:
         "The report as Markdown; whatever a model or a user wrote stands in code fences, as it is."
-        lines = [f"| {len(self.base.rows)} test chats | {_cell(self.base.name)} | {_cell(self.tuned.name)} |", "| --- | --- | --- |"]
+        lines = [f"| {' | '.join(map(md_cell, self.head))} |", "| --- | --- | --- |"]
         lines += [f"| {name} | {one} | {two} |" for name, one, two in self.table()]
         for kind, pairs in self.examples(n=n).items():
             lines += ["", f"**{kind.capitalize()}**" + ("" if pairs else ": none")]
@@ -234,13 +238,8 @@ class Comparison:
                 text = f"{before.question}\n\nexpected: {after.expected}\nbase:     {before.answer}\ntuned:    {after.answer}"
                 lines += ["", _fenced(text)]
         if self.facts:
-            lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in self.facts.items())]
+            lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {md_cell(value)} |" for name, value in self.facts.items())]
         return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    "Text that stays inside one cell of a Markdown table."
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _fenced(text: str) -> str:
@@ -286,13 +285,6 @@ table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .9em;border-bott
 pre{white-space:pre-wrap;background:#8881;padding:.6em;border-radius:6px}img{max-width:100%;background:white}"""
 
 
-def _table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
-    "An HTML table of escaped texts."
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if head else []
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def to_html(
     comparison: Comparison,  # what to show
     picture: Path | None = None,  # a PNG of the loss curves
@@ -303,7 +295,7 @@ def to_html(
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">',
         f"<title>Fine-tuning report</title><style>{_STYLE}</style></head><body><h1>Did it get better?</h1>",
-        _table(comparison.table(), (f"{len(comparison.base.rows)} test chats", comparison.base.name, comparison.tuned.name)),
+        html_table(comparison.head, comparison.table()),
     ]
     if picture and picture.is_file():
         parts.append(inlined(picture.read_bytes()))
@@ -311,9 +303,9 @@ def to_html(
         parts.append(f"<h2>{kind.capitalize()}</h2>" + ("" if pairs else "<p>None.</p>"))
         for before, after in pairs:
             rows = [("expected", after.expected), ("base", before.answer), ("tuned", after.answer)]
-            parts.append(f"<pre>{escape(before.question)}</pre>{_table(rows)}")
+            parts.append(f"<pre>{escape(before.question)}</pre>{html_table((), rows)}")
     if comparison.facts:
-        parts.append("<h2>How it was made</h2>" + _table(list(comparison.facts.items())))
+        parts.append("<h2>How it was made</h2>" + html_table((), list(comparison.facts.items())))
     return "\n".join(parts) + "</body></html>\n"
 
 # %% ../nbs/09_evaluation.ipynb #e137abca

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from .attention import attention_of
 from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
+from .display import notebook_shell
 from .evaluation import generate
 from .locks import held_elsewhere
 from .losses import inner_model
@@ -454,8 +455,7 @@ def front_end() -> str:
     "`colab`, where pictures from a thread do not show, `notebook`, or `terminal`."
     if "google.colab" in sys.modules:
         return "colab"
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return "notebook" if getattr(shell, "kernel", None) is not None else "terminal"
+    return "terminal" if notebook_shell() is None else "notebook"
 
 
 def in_background(
@@ -517,7 +517,7 @@ class Watched:
     def refresh(self) -> None:
         "Reads history, answers and state as they are now."
         self.history, self.samples, self.where = read_history(self.folder), read_samples(self.folder), held_elsewhere(self.folder)
-        facts = read_facts(self.folder, began=True)
+        facts = read_facts(self.folder, "started.json") | read_facts(self.folder)
         self.step = max((int(row["step"]) for row in self.history), default=0)
         self.steps = facts.get("planned", {}).get("steps", 0)
         self.state = "elsewhere" if self.where else how_it_ended(facts)

@@ -7,7 +7,6 @@ __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view'
            'Panel', 'panel']
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
+from .display import notebook_shell
 from .jobs import JOBS, find_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
@@ -215,7 +215,7 @@ _SHOWN: list[tuple[str, str, Panel]] = []  # the cell, which run of it, and the 
 
 def _this_cell() -> tuple[str, str]:
     "The cell that is being run, and which run of it; empty where the front end doesn't say."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell = notebook_shell()
     parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell = (parent.get("metadata") or {}).get("cellId") or ""
     return str(cell), str((parent.get("header") or {}).get("msg_id", ""))

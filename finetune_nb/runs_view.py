@@ -19,7 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
-from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
+from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
 class RunsView(View):
@@ -60,7 +60,7 @@ class RunsView(View):
     def refresh(self) -> None:
         "Reads the folder anew."
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
-        self.table.value = f'<div class="fnb-scroll" style="width:0;min-width:100%">{self.runs._repr_html_()}</div>'
+        self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
         self.trashed.options = trashed_runs(self.output_dir())
         self.trashed.value = self.trashed.options[0] if self.trashed.options else None
@@ -71,7 +71,7 @@ class RunsView(View):
         histories = {row.name: row.history for row in self.rows if row.history}
         self.curves.layout.display = None if histories else "none"
         if histories:
-            self.curves.value = plot_runs(histories, 0.6, colour="#888888")._repr_png_()
+            self.curves.value = plot_runs(histories, 0.6, colour=GREY)._repr_png_()
 
     def _one(self) -> Path:
         if len(self.rows) != 1:

@@ -31,7 +31,7 @@ from finetune_nb.jobs import (
     seconds_left,
     start_job,
 )
-from .runs import list_runs, plot_runs
+from .runs import GREY, list_runs, plot_runs
 from .training import clock_time, inlined, last_checkpoint
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
@@ -330,7 +330,7 @@ class TrainView(_TrainLayout):
         if not histories:
             self.curves.value = b""
         else:
-            self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour="#888888")._repr_png_()
+            self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour=GREY)._repr_png_()
 
     def still(self) -> str:
         "The state, the figures, the curves and the answers."

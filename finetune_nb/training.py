@@ -53,6 +53,7 @@ from transformers import (
 from .chat_template import NO_LOSS, check_template, tokenize_chats
 from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config, why_not_named
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
+from .display import html_table, notebook_shell
 from .locks import LockError, hold
 from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
@@ -134,8 +135,7 @@ class Progress:
         self.started, self.shown, self.handle = time.monotonic(), 0.0, None
 
     def __enter__(self) -> "Progress":
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if self.listener is None and getattr(shell, "kernel", None) is not None:
+        if self.listener is None and notebook_shell() is not None:
             from IPython.display import display
 
             self.handle = display(self, display_id=True)
@@ -477,8 +477,7 @@ class Run:
         return "\n".join(f"{name + ':':22}{value}" for name, value in self._rows().items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        return f"<table>{rows}</table>{inlined(self.plot()._repr_png_())}"
+        return html_table((), list(self._rows().items())) + inlined(self.plot()._repr_png_())
 
 # %% ../nbs/08_training.ipynb #ce326231
 def plot_history(
@@ -994,15 +993,13 @@ def read_lines(
 
 def read_facts(
     folder: str | Path,  # of a run
-    began: bool = False,  # also what it wrote when it began
+    name: str = "run.json",  # what it wrote when it ended; "started.json": when it began
 ) -> dict[str, Any]:
-    "What a run wrote about itself when it ended; empty as long as it has not. Raises `ValueError` for what are no facts."
-    facts: dict[str, Any] = {}
-    for path in [Path(folder) / name for name in ["started.json"] * began + ["run.json"]]:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} does not hold the facts of a run")
-        facts |= found
+    "What a run wrote about itself; empty as long as it has not. Raises `ValueError` for what are no facts."
+    path = Path(folder) / name
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} does not hold the facts of a run")
     return facts
 
 
