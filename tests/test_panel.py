@@ -9,9 +9,10 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import fields, replace
 from datetime import datetime, timezone
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import html5lib
@@ -442,6 +443,24 @@ def test_doubts_stand_beside_the_control_that_they_are_about(form):
 @pytest.fixture
 def data(quick, splits):
     return DataView(ConfigForm(quick), splits, background=False)
+
+
+def test_the_system_message_under_chat_is_that_of_the_chats_until_somebody_changes_it(quick, splits):
+    def told(system):
+        first = [{"role": "system", "content": system}] * bool(system)
+        return splits._replace(train=[Chat([*first, *chat.messages], chat.where) for chat in splits.train])
+
+    room = Panel(quick, told("Add."))
+    assert room.chat.system.value == "Add."
+    for system in ("Subtract.", "", "Add."):
+        room.data.given = told(system)
+        room.data.load()
+        assert room.chat.system.value == system
+    for mine in ("", "My own."):
+        room.chat.system.value = mine
+        room.data.given = told("Subtract.")
+        room.data.load()
+        assert room.chat.system.value == mine, "also when it was emptied on purpose"
 
 
 def test_data_read_and_looked_at(data, splits):
@@ -921,6 +940,77 @@ def test_pieces_of_html_escape_what_they_are_given():
         for html in (note(text, "error"), answers_html({text: text}), *marked(text, "other"), *marked("other", text), *marked(text, text + text)):
             check_harmless(html)
     assert marked("a b", "a c") == ("a <del>b</del>", "a <ins>c</ins>")
+    assert marked("", "") == ("", "") and marked("a b c", "x y z") == ("<del>a b c</del>", "<ins>x y z</ins>") and marked("so", "so") == ("so", "so")
+
+
+def plain(html):
+    return unescape(re.sub(r"</?(del|ins|b)>", "", html))
+
+
+LOOPS = {
+    "loops": ("the cat " * 1500, "a the dog " * 1000), "one word": ("x " * 3000, "x " * 2999 + "y"), "signs": (".,;" * 2000, ";,." * 2000), "other words": (" ".join(map(str, range(3000))), " ".join(map(str, range(3000, 6000)))),
+    "few words": (" ".join(str(i * i % 17) for i in range(3000)), " ".join(str(i * i * i % 19) for i in range(3000))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_what_changed_is_marked_soon_whatever_was_said(kind):
+    one, two = LOOPS[kind]
+    began = time.thread_time()
+    left, right = marked(one, two)
+    assert time.thread_time() - began < 0.2
+    assert plain(left) == one and plain(right) == two
+    shared = [unescape("".join(re.split(rf"<{tag}>.*?</{tag}>", html, flags=re.S))) for tag, html in (("del", left), ("ins", right))]
+    assert shared[0] == shared[1], "what is not marked is the same in both"
+
+
+def test_of_endless_answers_the_beginning_is_compared_and_it_says_so():
+    began = time.thread_time()
+    left, right = marked("the cat " * 50_000, "the dog " * 60_000 + "<i>")
+    assert time.thread_time() - began < 1 and "what follows is too long to be compared" in left and "<i>" not in right and right.endswith("&lt;i&gt;")
+    assert "<del>" not in left.partition("[what follows")[2] and "<del>cat</del>" in left
+
+
+def test_chat_offers_the_runs_of_the_base_model_that_is_named_now(quick, splits):
+    for name, config in (("a", quick), ("b", replace(quick, model_name_or_path="other/model"))):
+        folder = lay(Path(quick.output_dir), name, config, ended={"ended_by": "the plan"})
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_text("")
+    room = Panel(quick, splits, read=False)
+    assert room.chat.who.options == (BASE, "a") and room.chat.who.value == (BASE, "a")
+    room.form.controls["model_name_or_path"].value = "other/model"
+    assert room.chat.who.options == (BASE, "b") and room.chat.who.value == (BASE, "b")
+    room.form.controls["model_name_or_path"].value = quick.model_name_or_path
+    for name, value in (("bf16", True), ("load_in_4bit", True), ("use_cpu", not quick.use_cpu)):
+        assert room.chat.who.options == (BASE, "a")
+        room.form.controls[name].value = value
+        assert room.chat.who.options == (BASE,)
+        room.form.config = quick
+
+
+def test_what_was_chosen_stays_when_runs_come_and_go(quick, splits):
+    def add(name, root=Path(quick.output_dir)):
+        folder = lay(root, name, quick, ended={"ended_by": "the plan"})
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_text("")
+
+    room = Panel(quick, splits, read=False)
+    assert room.chat.who.value == (BASE,)
+    add("a")
+    room._runs_changed()
+    assert room.chat.who.value == (BASE, "a"), "the first run is asked at once"
+    room.chat.who.value = ["a"]
+    add("b")
+    room._runs_changed()
+    assert room.chat.who.value == ("a",) and set(room.chat.who.options) == {BASE, "a", "b"}
+    for name in ("x", "y"):
+        add(name, Path(quick.output_dir) / TRASH)
+    room.runs.refresh()
+    room.runs.trashed.value = "y"
+    room._runs_changed()
+    assert room.runs.trashed.value == "y"
+    room.runs.restore.click()
+    assert "y is back" in room.runs.status.value and room.runs.trashed.value == "x"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}\n", '{"model": "base"}', '{"model": "base", "question": "", "expected": "", "answer": "", "passed": {}}'])
@@ -1270,6 +1360,38 @@ def test_runs_go_on_are_deleted_brought_back_and_copied(two_runs, tmp_path):
     export.copy.click()
     assert "Name a folder" in export.status.value
     check_view(view, export, shown)
+
+
+def test_what_was_moved_is_said_where_the_rest_can_not_be(quick, monkeypatch):
+    for name in ("a", "b", "c"):
+        lay(Path(quick.output_dir), name, quick)
+    view = RunsView(lambda: quick.output_dir)
+    real = view.trash.__globals__["trash_run"]
+    monkeypatch.setattr("finetune_nb.runs_view.trash_run", lambda folder: real(folder) if folder.name != "b" else real(folder / "none"))
+    view.sort.value = "name"
+    view.chosen.value = ["a", "b", "c"]
+    view.delete.click()
+    assert "is not the folder of a run" in view.status.value and "In the trash now: a; still here: b, c." in view.status.value
+    assert view.chosen.options == ("b", "c") and view.trashed.value == "a"
+
+
+def test_an_adapter_is_not_copied_among_the_runs(quick, monkeypatch):
+    folder = lay(Path(quick.output_dir), "a", quick)
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).write_text("{}")
+    for target in (folder / "adapter" / "in", folder / "x", folder.parent / "x", folder.parent / TRASH / "x"):
+        with pytest.raises(FinetuneError, match="lies among the runs"):
+            copy_adapter(folder, target)
+        assert not target.exists()
+    monkeypatch.chdir(folder.parent)
+    for target in ("a/adapter/in", f"{TRASH}/x"):
+        with pytest.raises(FinetuneError, match="lies among the runs"):
+            copy_adapter(folder, target)
+    view = ExportView(lambda: ".")
+    view.target.value = "mine"
+    view.copy.click()
+    assert "whole" in view.status.value and Path("mine").is_dir() and "where the folder is taken elsewhere" in view.code.value
 
 
 def test_the_parts_stand_alone(quick, splits):
