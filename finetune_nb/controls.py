@@ -40,6 +40,9 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb .widget-label{{color:var(--fnb-ink)}}
 .fnb .widget-html>.widget-html-content{{line-height:1.4;min-width:0}}
 .fnb .fnb-columns{{column-gap:28px}}
+.jp-OutputArea:has(.fnb-columns),.jp-OutputArea-child:has(.fnb-columns),.jp-OutputArea-output:has(.fnb-columns){{overflow:visible}}
+.fnb.jupyter-widgets,.fnb .fnb-tabs.jupyter-widgets,.fnb .fnb-tabs>.jupyter-widgets:has(.fnb-columns),.fnb .fnb-columns.jupyter-widgets{{overflow:visible}}
+@container (min-width:788px){{.fnb .fnb-columns>:last-child{{position:sticky;top:0;align-self:flex-start}}}}
 .fnb table{{margin-top:6px}}
 .fnb-note{{font-size:12px;line-height:1.35;padding:0 8px 4px 8px;color:var(--fnb-dim);overflow-wrap:anywhere}}
 .fnb-error{{color:var(--fnb-bad);font-weight:600}}.fnb-good{{color:var(--fnb-good)}}.fnb-tight{{color:var(--fnb-tight)}}.fnb-bad{{color:var(--fnb-bad)}}

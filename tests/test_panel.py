@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from datetime import datetime, timezone
 from html import escape, unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import html5lib
 import ipywidgets as widgets
@@ -453,13 +454,11 @@ def test_the_system_message_under_chat_is_that_of_the_chats_until_somebody_chang
     room = Panel(quick, told("Add."))
     assert room.chat.system.value == "Add."
     for system in ("Subtract.", "", "Add."):
-        room.data.given = told(system)
-        room.data.load()
+        room._data_read(SimpleNamespace(splits=told(system)))
         assert room.chat.system.value == system
     for mine in ("", "My own."):
         room.chat.system.value = mine
-        room.data.given = told("Subtract.")
-        room.data.load()
+        room._data_read(SimpleNamespace(splits=told("Subtract.")))
         assert room.chat.system.value == mine, "also when it was emptied on purpose"
 
 
