@@ -62,8 +62,7 @@ class RunsView(View):
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
         self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
-        self.trashed.options = trashed_runs(self.output_dir())
-        self.trashed.value = self.trashed.options[0] if self.trashed.options else None
+        offer(self.trashed, trashed_runs(self.output_dir()))
         self.draw()
 
     def draw(self) -> None:
@@ -123,9 +122,15 @@ class RunsView(View):
                 raise FinetuneError("Choose the runs to delete.")
             if at_work := [row.name for row in rows if read_run(row.folder).state == "at work"]:
                 raise FinetuneError(f"{at_work[0]} is at work. Stop it first.")
-            for row in rows:
-                trash_run(row.folder)
-            return f"In the trash: {', '.join(row.name for row in rows)}. They can come back."
+            moved: list[str] = []
+            try:
+                for row in rows:
+                    trash_run(row.folder)
+                    moved.append(row.name)
+            except (FinetuneError, OSError) as error:
+                rest = [row.name for row in rows if row.name not in moved]
+                raise FinetuneError(f"{error} In the trash now: {', '.join(moved) or 'none of them'}; still here: {', '.join(rest)}.") from None
+            return f"In the trash: {', '.join(moved)}. They can come back."
 
         self._act(move)
         self._moved()
@@ -150,12 +155,14 @@ def copy_adapter(
     folder: str | Path,  # of a run
     target: str | Path,  # a folder that does not exist yet
 ) -> Path:
-    "Copies the adapter of a run; raises `FinetuneError` when there is none, or when `target` is there already."
+    "Copies the adapter of a run; raises `FinetuneError` when there is none, and when `target` is there already or lies among the runs."
     source, target = Path(folder) / "adapter", Path(target).expanduser()
     if missing := [name for name in ADAPTER_FILES if not (source / name).is_file()]:
         raise FinetuneError(f"{Path(folder).name} has no adapter yet: {missing[0]} is missing.")
     if target.exists():
         raise FinetuneError(f"{target} exists and is not overwritten. Choose another name.")
+    if _among_runs(Path(folder), target):
+        raise FinetuneError(f"{target} lies among the runs, where it would be taken for a part of them. Choose a folder outside of {Path(folder).parent}.")
     try:
         shutil.copytree(source, target)
     except OSError:
@@ -165,6 +172,15 @@ def copy_adapter(
         shutil.rmtree(target)
         raise FinetuneError(f"The copy of {broken[0]} is not what was copied; is the disk full?")
     return target
+
+
+def _among_runs(run: Path, target: Path) -> bool:
+    "Whether a folder lies in the folder of all runs; where that is the working folder, whether it lies in a run or in the trash."
+    runs, place = run.resolve().parent, target.resolve()
+    if runs not in place.parents:
+        return False
+    first = runs / place.relative_to(runs).parts[0]
+    return runs != Path.cwd().resolve() or first.name == TRASH or (first / "config.yaml").is_file()
 
 
 def loading_code(
@@ -239,7 +255,7 @@ class ExportView(View):
             target = copy_adapter(row.folder, self.target.value)
             size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
             self.status.value = note(f"{target}: {size:.1f} MiB, whole.", "good")
-            code = f"{note('To load it elsewhere:')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
+            code = f"{note('To load it (where the folder is taken elsewhere, put its new place in the line of adapter):')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
             self.code.value = code or note("The settings of this run can't be read, so its base model is not known.", "tight")
         except (FinetuneError, OSError, ValueError, StopIteration) as error:
             self.status.value = note(str(error) or "That run is gone.", "error")
