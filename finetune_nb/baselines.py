@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import ConfigError, FinetuneConfig
 from .data import Chat, Splits, check_leaks
 from .evaluation import Answer, Check, generate, pattern_checks
+from .lora import without_adapter
 from finetune_nb.metrics import (
     Difference,
     bootstrap_interval,
@@ -317,10 +318,10 @@ def should_you_finetune(
     leaks = check_leaks(sample, splits.train)
     room = room_of(model, config.max_new_tokens)
     made = {name: make_prompts(sample, way, 0 if name in ("plain", "better prompt") else k, tokenizer, room, config.control_tokens, config.chat_template_kwargs) for name, way in all_ways.items()}
-    ask = [(name, prompts, run.model.disable_adapter if run else nullcontext) for name, prompts in made.items()]
+    ask = [(name, prompts, without_adapter if run else nullcontext) for name, prompts in made.items()]
     results = []
     for name, prompts, switch in ask + ([(TUNED, made["plain"], nullcontext)] if run else []):
-        with switch():
+        with switch(model):
             results.append(try_way(model, tokenizer, name, prompts, checks, config.max_new_tokens, config.generation_batch_size, config.chat_template_kwargs))
     leaked = {id(leak.chat) for leak in leaks}
     return BaselineReport(

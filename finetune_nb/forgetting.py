@@ -32,6 +32,7 @@ from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, FinetuneError
 from .data import Chat, load_chats, question
 from .evaluation import generate
+from .lora import without_adapter
 from .losses import Batch, mixed_precision, supervised_states
 from .metrics import Difference, bootstrap_interval, follows_pattern, paired_difference, wilson_interval
 from .packing import PackingCollator
@@ -110,7 +111,7 @@ def token_drift(
 ) -> torch.Tensor:
     "At every supervised token, in nats: the loss without the adapter, the loss with it, and KL(without ‖ with); shape (3, supervised)."
     with mixed_precision(model):
-        with model.disable_adapter():
+        with without_adapter(model):
             base = supervised_states(model, batch)
         tuned = supervised_states(model, batch)
         parts = []
@@ -365,8 +366,8 @@ def measure_forgetting(
     said: list[list[str | None]] = [[None] * len(chats)] * 2
     if answers:
         said, told = [], f"{told}, answers of at most {max_new_tokens} tokens"
-        for who, switch in (("base", model.disable_adapter), ("tuned", nullcontext)):
-            with switch():
+        for who, switch in (("base", without_adapter), ("tuned", nullcontext)):
+            with switch(model):
                 said.append([a.text for a in generate(model, tokenizer, chats, max_new_tokens, batch_size, f"Answering: {who}", kwargs)])
     rows = [
         ItemDrift(
@@ -416,11 +417,6 @@ def _model_of(
         raise FinetuneError(f"A {type(model).__name__} has no adapter to switch off. Give a run, or a model as load_adapter returns it; a merged model can't be compared.")
     if tokenizer is None:
         raise FinetuneError("A model needs its tokenizer: measure_forgetting(model, tokenizer).")
-    setting = model.peft_config[model.active_adapters[0]]
-    if getattr(setting, "bias", "none") != "none":
-        raise FinetuneError(f"This adapter was trained with bias={setting.bias!r}: it changes the base model itself, which can't be had by switching the adapter off.")
-    if str(setting.init_lora_weights).lower().startswith(("pissa", "corda", "olora")):
-        raise FinetuneError(f"This adapter began with {setting.init_lora_weights!r}, which moved a part of the base weights into it. Load it from its folder: load_run(folder).")
     return model, tokenizer, name, kwargs, chats
 
 # %% ../nbs/09d_forgetting.ipynb #3f54214d
