@@ -189,8 +189,12 @@ def test_items_that_cannot_be_checked_are_named_before_anything_is_computed(extr
 
 def test_what_cannot_be_measured_says_why(base, tiny_model):
     model, tokenizer = base
-    for wrong in ({"categories": ["maths"]}, {"items": []}, {"limit": 0}):
-        with pytest.raises(ConfigError, match="no category 'maths'|no items|at least one item"):
+    cases = [
+        ({"categories": ["maths"]}, "no category 'maths'"), ({"categories": "maths"}, "no category 'maths'"), ({"items": []}, "no items"), ({"items": ["a"]}, "expected chats"),
+        ({"limit": 0}, "at least one item"), ({"limit": 2.5}, "at least one item"), ({"warn_at": 0.5}, "warn_at=0.5"), ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"batch_size": 0}, "batch_size=0"),
+    ]  # fmt: skip
+    for wrong, said in cases:
+        with pytest.raises(ConfigError, match=said):
             measure_forgetting(model, tokenizer, **wrong)
     with pytest.raises(FinetuneError, match="no adapter to switch off"):
         measure_forgetting(model, tokenizer, limit=1)
@@ -282,3 +286,19 @@ def test_biases_come_back_after_an_error(biased_model):
     with pytest.raises(KeyboardInterrupt), without_adapter(model):
         raise KeyboardInterrupt
     assert all((p == 1).all() for p in weights)
+
+
+def test_an_item_that_the_model_cannot_read_is_named(stirred):
+    long = Chat([{"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "x"}], "mine.jsonl, line 2")
+    with pytest.raises(ConfigError, match=r"mine.jsonl, line 2: 30\d\d tokens, and the model can read 2048"):
+        measure_forgetting(*stirred, [*forgetting_items()[:2], long])
+
+
+def test_an_adapter_of_no_numbers_is_told_and_not_averaged(stirred):
+    model, tokenizer = stirred
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(math.nan)
+    with pytest.raises(FinetuneError, match=r"10 of 10 items have a loss that is no finite number, the first of them .*: the tuned model is broken"):
+        measure_forgetting(model, tokenizer, limit=10)
