@@ -164,8 +164,13 @@ def _manager(harness: Any, folder: str | Path | None, names: Sequence[str | dict
 
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"{folder} is no folder. Name the one that holds your YAML files.")
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    if unknown := [name for name in names if isinstance(name, str) and not manager.match_tasks([name])]:
+    known = [name for name in names if isinstance(name, str)]
+    for everything in (False, True):  # to read what the harness brings along takes many seconds, and one's own tasks do not need it
+        manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=everything)
+        unknown = [name for name in known if not manager.match_tasks([name])]
+        if not unknown:
+            break
+    if unknown:
         raise ConfigError(f"lm-eval {harness.__version__} knows no task {unknown[0]!r}. `lm-eval ls tasks` lists them; tasks of your own are YAML files in folder=…, or dicts.")
     return manager
 
