@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,8 @@ class TaskScore:
 
     task: str
     score: str  # such as "acc" or "exact_match"
-    base: list[float]  # of each question, without the adapter
-    tuned: list[float]  # with it, in the same order
+    base: list[float] = field(repr=False)  # of each question, without the adapter
+    tuned: list[float] = field(repr=False)  # with it, in the same order
     higher_is_better: bool = True
 
     @property
