@@ -73,7 +73,7 @@ def verdicts(before: BaselineReport, after: BaselineReport, comparison: Comparis
         f"Before training: {before.verdict}. {before.reason}",
         f"With the tuned model: {after.verdict}. {after.reason}",
         f"Base → {TUNED}, {len(comparison.base.rows)} held-out chats: {'; '.join(figures)}.",
-        f"Forgotten ({forgotten.items}): {forgotten.verdict}. {forgotten.reason}",
+        f"What was lost ({forgotten.items}): {forgotten.reason}",
         f"Training: {run.facts['steps']} steps in {run.facts['seconds']:.0f} s on {run.facts['hardware']}; {run.facts['parameters']}.",
         *after.notes,
     ]

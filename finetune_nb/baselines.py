@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError, FinetuneConfig
 from .data import Chat, Splits, check_leaks, fingerprint
-from .evaluation import Answer, Check, generate, pattern_checks
+from .display import html_table, text_table
+from .evaluation import Answer, Check, generate, pattern_checks, room_of
 from .lora import without_adapter
 from finetune_nb.metrics import (
     Difference,
@@ -48,7 +49,6 @@ from finetune_nb.ways import (
     make_prompts,
     plain,
     read_documents,
-    room_of,
     takes_system,
     with_retrieval,
     with_system,
@@ -178,16 +178,12 @@ class BaselineReport:
         return "way of asking", self.score, "against plain", "prompt tokens", "new tokens", "seconds", "ended by itself"
 
     def __str__(self) -> str:
-        rows = [self.head, *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.verdict.capitalize()}. {self.reason}", *lines, *self.notes])
+        return "\n".join([f"{self.verdict.capitalize()}. {self.reason}", *text_table(self.head, self.table()), *self.notes])
 
     def _repr_html_(self) -> str:
         colour = {"fine-tune": "#4c78a8", "do not fine-tune": "#2e9e4f", "can't tell": "#e0902f"}[self.verdict]
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag} style='text-align:left'>{escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
         parts = [f"<p><b style='color:{colour}'>{escape(self.verdict.capitalize())}.</b> {escape(self.reason)}</p>"]
-        parts.append("<table>" + row(self.head, "th") + "".join(row(line, "td") for line in self.table()) + "</table>")
+        parts.append(html_table(self.head, self.table()))
         return "".join(parts) + "".join(f"<p><small>{escape(note)}</small></p>" for note in self.notes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def sweep_command(options: argparse.Namespace) -> None:
 def range_test_command(options: argparse.Namespace) -> None:
     "Finds a learning rate by a range test."
     config = _with_changes(load_config(options.config), options.set)
-    from finetune_nb.sweep import lr_range_test
+    from finetune_nb.range_test import lr_range_test
 
     found = lr_range_test(config, low=options.low, high=options.high, steps=options.steps)
     print(f"\n{found}")

@@ -20,13 +20,15 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from .chat import BASE, Shelf, Stopped, askable, check_free, fits_beside, let_go, start_alone, stoppable, system_doubt
+from .chat import BASE, Shelf, Stopped, askable, fits_beside, stoppable, system_doubt
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer
+from .display import html_table
 from .evaluation import Comparison, EvalReport, EvalRow, compare, evaluate_run
-from .jobs import Task, in_background
+from .jobs import check_free, in_background, let_go, start_alone
 from .metrics import Difference, paired_difference
 from .runs import RunTable, list_runs
+from .tasks import Task
 from .training import Run, load_run
 
 # %% ../nbs/10e_compare_view.ipynb #09929704
@@ -115,12 +117,10 @@ def comparison_html(
 ) -> str:
     "The figures of both, and for each whether the difference can be told from chance."
     found = differences_of(comparison)
-    head = (f"{len(comparison.base.rows)} test questions", comparison.base.name, comparison.tuned.name, "difference")
+    head = (f"{len(comparison.base.rows)} test questions", *comparison.head[1:], "difference")
     shares = comparison.base.rows[0].passed
     rows = [(*row, _verdict(found[row[0]], row[0] in shares) if row[0] in found else "") for row in comparison.table() if "nan" not in row[1:]]
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="fnb-scroll" style="width:0;min-width:100%"><table><tr>{top}</tr>{body}</table></div>'
+    return f"<div class='fnb-scroll'>{html_table(head, rows)}</div>"
 
 
 def _verdict(difference: Difference, share: bool) -> str:
@@ -160,10 +160,32 @@ def pair_html(
     base, tuned = marked(pair.base, pair.tuned)
     rows = (("expected", escape(pair.expected)), ("base", base), ("tuned", tuned))
     table = "".join(f"<tr><th>{name}</th><td style='white-space:pre-wrap'>{text}</td></tr>" for name, text in rows)
-    return f"<div class='fnb-scroll' style='width:0;min-width:100%'><b>{pair.kind(check)}</b>{said(pair.question)}<table>{table}</table></div>"
+    return f"<div class='fnb-scroll'><b>{pair.kind(check)}</b>{said(pair.question)}<table>{table}</table></div>"
 
 # %% ../nbs/10e_compare_view.ipynb #a1485ad6
-class CompareView(View):
+class _Stoppable(View):
+    "A view with one heavy task at a time, which can be ended."
+
+    task: Task | None = None
+
+    def _set_up(self, background: bool | None, tooltip: str) -> None:
+        "What has to be there before the parts are laid out."
+        self.background, self._stop = in_background(background), threading.Event()
+        self.stop = button("Stop", self.end, tooltip, "danger")
+        self.stop.disabled = True
+
+    @property
+    def _at_work(self) -> bool:
+        return self.task is not None and self.task.active
+
+    def end(self) -> None:
+        "Ends what is at work; what was there before is kept."
+        if self._at_work:
+            self._stop.set()
+            self.stop.disabled, self.status.value = True, note("Stopping…")
+
+
+class CompareView(_Stoppable):
     "Base against tuned on the test set of a run."
 
     title = "Compare"
@@ -174,13 +196,11 @@ class CompareView(View):
         in_memory: Callable[[], Run | None] = lambda: None,  # a run whose model is loaded already
         background: bool | None = None,  # whether to work in a thread; None: where that can be shown
     ) -> None:
-        self.output_dir, self.in_memory, self.background, self.task = output_dir, in_memory, in_background(background), None
+        self._set_up(background, "end the answering; the answers of before are kept")
+        self.output_dir, self.in_memory = output_dir, in_memory
         self.pairs: list[Pair] = []
         self.run = chooser("run")
-        self._stop = threading.Event()
         self.judge = button("Answer the test set", self.evaluate, "base and tuned answer every test question", "primary")
-        self.stop = button("Stop", self.end, "end the answering; the answers of before are kept", "danger")
-        self.stop.disabled = True
         self.shown, self.check = chooser("show", SHOWN), chooser("judged by", ["exact match"])
         self.at = widgets.IntSlider(min=0, max=0, description="question", continuous_update=True, readout=False)
         self.status, self.table, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -233,12 +253,6 @@ class CompareView(View):
         except FinetuneError as error:
             self.status.value = note(str(error), "error")
 
-    def end(self) -> None:
-        "Ends the answering; what was there before is kept."
-        if self._at_work:
-            self._stop.set()
-            self.stop.disabled, self.status.value = True, note("Stopping…")
-
     def _judged(self, folder: Path, stop: threading.Event) -> Comparison | None:
         "The comparison of a run, or None when it was stopped; whatever was loaded for it is let go again."
         mine = self.in_memory()
@@ -255,10 +269,6 @@ class CompareView(View):
         finally:
             if run is not mine:
                 run.release()
-
-    @property
-    def _at_work(self) -> bool:
-        return self.task is not None and self.task.active
 
     def _working(self, task: Task, folder: Path) -> None:
         if task.active:
@@ -308,7 +318,7 @@ def answers_html(
     return f"<div style='display:flex;flex-wrap:wrap;gap:12px' aria-live='polite'>{''.join(boxes)}</div>"
 
 
-class ChatView(View):
+class ChatView(_Stoppable):
     "A question, answered word by word by the base model and the chosen runs."
 
     title = "Chat"
@@ -319,12 +329,12 @@ class ChatView(View):
         system: str = "",  # the system message at first
         background: bool | None = None,  # whether to work in a thread; None: where that can be shown
     ) -> None:
-        self.config, self.background, self.shelf, self.task = config, in_background(background), None, None
+        self._set_up(background, "end the answer; what was said so far stays")
+        self.config, self.shelf = config, None
         self.answers: dict[str, str] = {}
         self.talks: dict[str, list[dict[str, str]]] = {}  # who to the questions and answers that went before
         self.asked: dict[str, str] = {}  # the last question
         self.stopped: set[str] = set()
-        self._stop = threading.Event()
         wide = {"description_width": "70px"}
         area = {"style": wide, "layout": widgets.Layout(width="100%", max_width="760px", margin="2px 0")}
         self.system = widgets.Textarea(value=system, description="system", rows=2, placeholder="none", **area)
@@ -332,10 +342,8 @@ class ChatView(View):
         self.who = widgets.SelectMultiple(options=[BASE], value=[BASE], description="ask", rows=4, style=wide)
         self.length = widgets.IntSlider(value=128, min=8, max=1024, description="tokens", style=wide)
         self.send = button("Ask", self.ask, "ask everybody that is chosen", "primary")
-        self.stop = button("Stop", self.end, "end the answer; what was said so far stays", "danger")
         self.follow = widgets.Checkbox(description="follow-up", indent=False, layout=widgets.Layout(width="auto", margin="2px 8px", align_self="center"))
         self.clear = button("Clear", self.forget, "forget the conversation and the answers")
-        self.stop.disabled = True
         self.doubts, self.status, self.box = widgets.HTML(), widgets.HTML(), widgets.HTML()
         for control in (self.system, self.who):
             control.observe(lambda change: self.doubt(), names="value")
@@ -393,27 +401,11 @@ class ChatView(View):
         said = self.answers.get(name, "")
         return [*self.talks.get(name, []), *([self.asked, {"role": "assistant", "content": said}] if said else [])]
 
-    @property
-    def _at_work(self) -> bool:
-        return self.task is not None and self.task.active
-
-    def end(self) -> None:
-        "Ends the answer at hand, and does not ask the rest."
-        if self._at_work:
-            self._stop.set()
-            self.stop.disabled, self.status.value = True, note("Stopping…")
-
     def forget(self) -> None:
         "Empties the conversation."
         if not self._at_work:
             self.answers, self.talks, self.stopped, self.status.value, self.box.value = {}, {}, set(), "", ""
             self.keep_picture()
-
-    def put_away(self) -> None:
-        "Lets go of the models, so that a run has the memory. Raises `FinetuneError` while something else is at work."
-        check_free()
-        if self.shelf is not None:
-            self.shelf.release()
 
     def _ask_all(self, say: Callable[[str], None]) -> dict[str, str]:
         config, system = self.config(), self.system.value.strip()

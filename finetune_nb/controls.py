@@ -51,7 +51,7 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb summary{{cursor:pointer}}
 .fnb ins{{background:#2e9e4f44;text-decoration:none}}.fnb del{{background:#d6454544;text-decoration:none}}
 .fnb button:focus-visible,.fnb input:focus-visible,.fnb select:focus-visible,.fnb summary:focus-visible{{outline:2px solid #4c78a8;outline-offset:-2px}}
-.fnb-scroll{{overflow:auto;max-width:100%}}
+.fnb-scroll{{overflow:auto;width:0;min-width:100%}}
 .fnb .fnb-tabs>.widget-toggle-buttons{{width:auto;border-bottom:1px solid var(--fnb-line);margin-bottom:12px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button{{width:auto;background:transparent;box-shadow:none;border-bottom:3px solid transparent;padding:0 14px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button.mod-active{{color:var(--fnb-ink);font-weight:600;border-bottom-color:var(--jp-brand-color1,#1976d2)}}
@@ -334,6 +334,7 @@ class ConfigForm(_FormLayout):
         on_gpu: bool = False,  # whether runs will use a GPU
     ) -> None:
         self._config, self.on_gpu, self._moving = deepcopy(config or FinetuneConfig()), on_gpu, False
+        self._tied = self._config.lora_alpha / self._config.r  # what alpha is to r, while it follows
         self.specs, self.listeners = control_specs(), []
         self.problems: dict[str, str] = {}  # by setting, why what stands in its field can't be had
         self.hints: dict[str, tuple[str, str]] = {}  # by setting, what others say beside it, and its kind
@@ -344,6 +345,7 @@ class ConfigForm(_FormLayout):
         super().__init__(self._lay_out())
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._turned(name), names="value")
+        self.tie.observe(lambda change: self._tie_turned(), names="value")
         self._show_notes()
 
     @property
@@ -354,6 +356,7 @@ class ConfigForm(_FormLayout):
     @config.setter
     def config(self, config: FinetuneConfig) -> None:
         self._config, self.problems, self._moving = deepcopy(config), {}, True
+        self._tied = config.lora_alpha / config.r
         try:
             for name, control in self.controls.items():
                 set_control(control, self.specs[name], getattr(config, name))
@@ -365,7 +368,7 @@ class ConfigForm(_FormLayout):
     def conflicts(self) -> list[Conflict]:
         "What could not be read, and what does not go together, errors first."
         unread = [Conflict(name, "error", message) for name, message in self.problems.items()]
-        return unread + find_conflicts(self._config, self.on_gpu)
+        return unread + find_conflicts(self._config, self.on_gpu and not self._config.use_cpu)
 
     def on_change(
         self,
@@ -454,24 +457,33 @@ class ConfigForm(_FormLayout):
         if self._moving:
             return
         try:
-            value, before = value_of(self.controls[name], self.specs[name]), getattr(self._config, name)
+            value = value_of(self.controls[name], self.specs[name])
             setattr(self._config, name, value)
             self.problems.pop(name, None)
         except ConfigError as error:
             self.problems[name] = str(error)
             return self._changed()  # whoever starts runs has to know
+        if name == "lora_alpha":
+            self._tied = self._config.lora_alpha / self._config.r
         if name == "r" and self.tie.value:
-            self._config.lora_alpha = min(max(self._config.lora_alpha * value / before, 0.01), 4096)
+            self._config.lora_alpha = min(max(self._tied * value, 0.01), 4096)
             self._moving = True
             set_control(self.controls["lora_alpha"], self.specs["lora_alpha"], self._config.lora_alpha)
             self._moving = False
         self._changed()
 
+    def _tie_turned(self) -> None:
+        self._tied = self._config.lora_alpha / self._config.r
+        self._show_notes()
+
     def _changed(self) -> None:
         self._show_notes()
         self._show_code()
         for listener in self.listeners:
-            listener(self.config)
+            try:
+                listener(self.config)
+            except Exception as error:  # the others have to hear of the change all the same
+                self.file_note.value = note(f"{type(error).__name__}: {error}", "error")
 
     def _show_notes(self) -> None:
         "Puts what there is to say beside each control."
@@ -479,6 +491,8 @@ class ConfigForm(_FormLayout):
         together = c.per_device_train_batch_size * c.gradient_accumulation_steps
         said = {"gradient_accumulation_steps": note(f"{together} chats a step ({c.per_device_train_batch_size} × {c.gradient_accumulation_steps})")}
         said["load_in_4bit"] = note("QLoRA: the base model in four bits" if c.load_in_4bit else "LoRA on the whole base model; ticked, it is QLoRA")
+        if self.tie.value:
+            said["lora_alpha"] = note(f"stays {self._tied:.3g} × r")
         beside = [(name, *hint) for name, hint in self.hints.items()]
         beside += [(one.name, one.message, "error" if one.level == "error" else "tight") for one in self.conflicts]
         for name, text, kind in beside:

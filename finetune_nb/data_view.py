@@ -24,11 +24,13 @@ from .chat_template import TemplateError, show_labels, tokenize_chats
 from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, note, picture
 from .data import Chat, Splits, check_chats
-from .jobs import Task, in_background, in_words
+from .jobs import in_background
 from .live_plan import LivePlan, cut_words, verdict
 from .masks import token_rows
 from .models import cache_folder, load_tokenizer
 from .planning import Plan
+from .runs import GREY
+from .tasks import Task, in_words
 from .training import DEMO_SETS, Picture, load_splits
 
 # %% ../nbs/10c_data_view.ipynb #54b8d43d
@@ -48,10 +50,10 @@ def plot_lengths(
     beyond = "" if max(lengths) > max_length / 3 else f", all far below max_length={max_length}"
     axes.set(xlabel=f"tokens in a chat{beyond}", ylabel="chats")
     for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_color("#888")
-    axes.tick_params(colors="#888")
+        part.set_color(GREY)
+    axes.tick_params(colors=GREY)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color("#888")
+    axes.spines[["bottom", "left"]].set_color(GREY)
     return figure
 
 # %% ../nbs/10c_data_view.ipynb #019961b4

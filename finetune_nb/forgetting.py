@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, FinetuneError
 from .data import Chat, load_chats, question
+from .display import html_table, text_table
 from .evaluation import generate
 from .lora import without_adapter
 from .losses import Batch, inner_model, mixed_precision, supervised_states
@@ -278,11 +279,8 @@ class Forgetting:
         return [(name, *figures.cells()) for name, figures in self.figures.items()]
 
     def __str__(self) -> str:
-        rows = [HEAD, *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lost = [f"lost: {row.question!r}: {row.before!r} became {row.after!r}" for row in self.lost()]
-        return "\n".join([f"{self.name}, {self.items}: {self.reason}", *lines, *lost])
+        return "\n".join([f"{self.name}, {self.items}: {self.reason}", *text_table(HEAD, self.table()), *lost])
 
     def _repr_html_(self) -> str:
         return _html(self)
@@ -335,17 +333,11 @@ def _reason(report: Forgetting) -> str:
 def _html(report: Forgetting) -> str:
     colour = {"forgot": "#d62728", "kept": "#2e9e4f", "can't tell": "#e0902f"}[report.verdict]
     parts = [f"<p><b style='color:{colour}'>{escape(report.verdict)}</b> · {escape(report.name)}, {escape(report.items)}<br>{escape(report.reason)}</p>"]
-    parts.append(_html_table(HEAD, report.table()))
+    parts.append(html_table(HEAD, report.table()))
     if lost := report.lost():
         parts.append("<p>Right before, wrong now:</p>")
-        parts.append(_html_table(("question", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
+        parts.append(html_table(("question", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
     return "".join(parts)
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    line = "<tr>{}</tr>".format
-    top = line("".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in head))
-    return f"<table>{top}{''.join(line(''.join(f'<td style=text-align:left>{escape(cell)}</td>' for cell in row)) for row in rows)}</table>"
 
 # %% ../nbs/09d_forgetting.ipynb #98eea1e5
 def measure_forgetting(

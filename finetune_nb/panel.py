@@ -7,7 +7,6 @@ __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view'
            'Panel', 'panel']
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -18,7 +17,8 @@ from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
-from .jobs import JOBS, find_job
+from .display import notebook_shell
+from .jobs import JOBS, find_job, last_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView
@@ -120,14 +120,13 @@ class Panel(View):
         splits: Splits | None = None,  # chats in place of those that it names
         read: bool = True,  # whether to read the chats at once
     ) -> None:
-        job = find_job(config.output_dir if config else FinetuneConfig().output_dir)
+        job = find_job(config.output_dir) if config else last_job()
         self.form = config_form(config or (job.config if job else None))
         self.data = data_view(self.form, splits)
         self.plan, self.train = plan_view(self.form, self.data), train_view(self.form, self.data)
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
         self.data.listeners.append(self._data_read)
-        self.train.before.append(self.chat.put_away)
         self.train.listeners.append(self._runs_changed)
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir
@@ -170,7 +169,7 @@ class Panel(View):
         if config.output_dir != self._folder:
             self._folder = config.output_dir
             if self.train.job is None or not self.train.job.active:
-                self.train.attach(find_job(config.output_dir))
+                self.train.find()
             self._runs_changed()
 
     def _runs_changed(self) -> None:
@@ -216,7 +215,7 @@ _SHOWN: list[tuple[str, str, Panel]] = []  # the cell, which run of it, and the 
 
 def _this_cell() -> tuple[str, str]:
     "The cell that is being run, and which run of it; empty where the front end doesn't say."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell = notebook_shell()
     parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell = (parent.get("metadata") or {}).get("cellId") or ""
     return str(cell), str((parent.get("header") or {}).get("msg_id", ""))

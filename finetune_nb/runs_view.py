@@ -19,7 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
-from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
+from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
 class RunsView(View):
@@ -31,14 +31,14 @@ class RunsView(View):
         self,
         output_dir: Callable[[], str] = lambda: "runs",  # the folder of all runs
         open_config: Callable[[FinetuneConfig], None] = lambda config: None,  # takes the settings of a run that is opened
-        go_on: Callable[[Path], None] | None = None,  # goes on with the run in a folder
+        go_on: Callable[[Path], str] | None = None,  # goes on with the run in a folder, and returns why it can't
     ) -> None:
-        self.output_dir, self.open_config = output_dir, open_config
+        self.output_dir, self.open_config, self.go_on = output_dir, open_config, go_on
         self.listeners: list[Callable[[], None]] = []  # called when runs have come or gone
         self.sort = chooser("order", SORTS, "60px")
         self.chosen = widgets.SelectMultiple(options=[], description="runs", rows=5, style={"description_width": "60px"})
         self.open = button("Use its settings", self.take_settings, "move the controls to the settings of the chosen run")
-        self.continue_ = button("Continue", lambda: self._act(lambda: go_on(self._to_go_on())), "go on with a run that was stopped or broken off", "primary")
+        self.continue_ = button("Continue", self.resume, "go on with a run that was stopped or broken off", "primary")
         self.delete = button("Delete", self.trash, "move the chosen runs to the trash", "danger")
         self.trashed = chooser("trash", width="60px")
         self.restore = button("Bring back", self.bring_back, "out of the trash")
@@ -60,9 +60,9 @@ class RunsView(View):
     def refresh(self) -> None:
         "Reads the folder anew."
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
-        self.table.value = f'<div class="fnb-scroll" style="width:0;min-width:100%">{self.runs._repr_html_()}</div>'
+        self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
-        self.trashed.options = [path.name for path in sorted((Path(self.output_dir()) / TRASH).glob("*"))]
+        self.trashed.options = trashed_runs(self.output_dir())
         self.trashed.value = self.trashed.options[0] if self.trashed.options else None
         self.draw()
 
@@ -71,7 +71,7 @@ class RunsView(View):
         histories = {row.name: row.history for row in self.rows if row.history}
         self.curves.layout.display = None if histories else "none"
         if histories:
-            self.curves.value = plot_runs(histories, 0.6, colour="#888888")._repr_png_()
+            self.curves.value = plot_runs(histories, 0.6, colour=GREY)._repr_png_()
 
     def _one(self) -> Path:
         if len(self.rows) != 1:
@@ -83,6 +83,17 @@ class RunsView(View):
         if not read_run(folder).can_go_on:
             raise FinetuneError(f"{folder.name} can't go on: it is {self.rows[0].state}, or no checkpoint of it was saved.")
         return folder
+
+    def resume(self) -> None:
+        "Goes on with the chosen run."
+
+        def act() -> str:
+            folder = self._to_go_on()
+            if problem := self.go_on(folder):
+                raise FinetuneError(problem)
+            return f"{folder.name} goes on: see it under Train."
+
+        self._act(act)
 
     def _act(self, act: Callable[[], object]) -> None:
         try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOCUMENTS', 'Way', 'NOTES', 'terms', 'Retriever', 'read_documents', 'passages', 'plain', 'with_system',
            'takes_system', 'examples_of', 'few_shot', 'few_shot_similar', 'with_retrieval', 'chats_as_texts', 'Prompts',
-           'make_prompts', 'room_of']
+           'make_prompts']
 
 # %% ../nbs/09ef_ways.ipynb #28816ce1
 import random
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .chat_template import TemplateError, merge_system, neutralise, render_prompt
 from .config import ConfigError
 from .data import Chat, question
 from .duplicates import normalise
-from .losses import inner_model
 from .masks import Controls
 
 # %% ../nbs/09ef_ways.ipynb #4f6bb787
@@ -291,12 +290,3 @@ def _most(ask: Callable[[int], tuple[Chat, int, int]], n: int, room: int | None,
         tried = ask(middle := min(fits + step, (fits + too_many) // 2))
         best, fits, too_many, step = (tried, middle, too_many, 2 * step) if tried[1] <= room else (best, fits, middle, too_many)
     return best
-
-
-def room_of(
-    model: PreTrainedModel,  # knows how many positions it was made for
-    max_new_tokens: int,  # the longest answer
-) -> int | None:
-    "Tokens that a prompt may have beside its answer; None where the model names no limit."
-    positions = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return positions - max_new_tokens if positions else None

@@ -18,17 +18,18 @@ from test_panel import EVILS, check_harmless, check_view
 from test_runs import lay
 
 from finetune_nb import models
-from finetune_nb.chat import BASE, Shelf, answer, check_free, check_room, start_alone, system_doubt, system_messages
+from finetune_nb.chat import BASE, Shelf, answer, check_room, system_doubt, system_messages
 from finetune_nb.chat_template import render_prompt
 from finetune_nb.compare_view import ChatView, CompareView, answers_html, comparison_html, read_comparison, read_pairs
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits, save_chats
 from finetune_nb.evaluation import evaluate_run
-from finetune_nb.jobs import JOBS, Task, start_job
+from finetune_nb.jobs import JOBS, check_free, start_alone, start_job
 from finetune_nb.lora import add_lora, load_adapter
 from finetune_nb.models import EMBEDDED_MODEL
 from finetune_nb.panel import Panel
 from finetune_nb.runs_view import loading_code
+from finetune_nb.tasks import Task
 from finetune_nb.training import load_base, load_run, train
 
 
@@ -308,7 +309,7 @@ def test_who_comes_second_is_told_what_is_at_work(runs, monkeypatch):
     assert started.wait(60)
     for view, act in ((room.compare, room.compare.judge), (room.chat, room.chat.send)):
         act.click()
-        assert "A run is at work (it is being prepared). Stop it under Train" in view.status.value
+        assert "A run is at work (it is being prepared). Stop it first (in a panel under Train)" in view.status.value
     goes_on.set()
     job.wait(120)
     shutil.rmtree(job.folder)

@@ -34,7 +34,7 @@ from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
-from finetune_nb.runs import TRASH, list_runs, read_run
+from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
 from finetune_nb.training import load_run, load_splits, train
@@ -175,7 +175,8 @@ def test_a_slider_has_its_usual_range_again(form):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296")],
+    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296"),
+     ("layers_to_transform", "--1"), ("layers_to_transform", "²"), ("columns", "[" * 3000), ("layers_to_transform", "[" * 3000), ("chat_template_kwargs", "{a: .inf}"), ("chat_template_kwargs", "{a: 2026-01-01}")],
 )
 def test_a_bad_value_keeps_the_last_good_one_and_says_why(name, text, form):
     before, heard = form.config, []
@@ -203,8 +204,12 @@ def test_alpha_follows_the_rank(form):
     form.controls["r"].value = 1  # would be less than there may be
     assert form.config.lora_alpha == 0.01
     form.config = FinetuneConfig(r=1, lora_alpha=4096)
+    assert "stays 4.1e+03 × r" in form.notes["lora_alpha"].value
     form.controls["r"].value = 256
     assert form.config.lora_alpha == 4096
+    form.controls["r"].value = 1
+    form.controls["r"].value = 16
+    assert form.config.lora_alpha == 4096, "what could not be had is not forgotten"
     form.tie.value = False
     form.controls["r"].value = 8
     assert form.config.lora_alpha == 4096
@@ -694,8 +699,9 @@ def test_start_is_off_with_the_reason(quick, splits, chats, tmp_path):
     for name, bad, good in (("eval_steps", "often", ""), ("answer_pattern", "(", ""), ("run_name", "../x", ""), ("model_name_or_path", " ", quick.model_name_or_path)):
         form.controls[name].value = bad
         assert view.start.disabled and view.start.tooltip.startswith(f"{name}: ") and "fnb-error" in form.notes[name].value
+        assert f"Settings, {form.specs[name].group}, {name}: " in view.why_not.value, "also for those who see no tooltip"
         form.controls[name].value = good
-        assert not view.start.disabled and view.start.tooltip == "start a new run with these settings"
+        assert not view.why_not.value and not view.start.disabled and view.start.tooltip == "start a new run with these settings"
     form.controls["validation_size"].value = 0.0
     assert view.start.disabled and "no validation chats" in view.start.tooltip
 
@@ -880,6 +886,75 @@ def test_runs_of_the_folder_that_is_named_now(quick, tmp_path):
     assert (tmp_path / "there" / "two").is_dir() and list(room.train.overlay.options) == ["two"]
 
 
+@pytest.mark.parametrize("place", ["x" * 5000, "a\0b", "/dev/null/runs"])
+def test_a_folder_that_can_not_be_leaves_the_page_whole(place, quick):
+    lay(Path(quick.output_dir), "one", quick)
+    room, heard = Panel(quick, read=False), []
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert room.train.figures.value and room.train.curves.value
+    room.form.on_change(lambda config: heard.append(config.output_dir))
+    room.form.controls["output_dir"].value = place
+    assert heard == [place] and room.train.start.disabled and "fnb-error" in room.form.notes["output_dir"].value
+    assert not room.runs.chosen.options and not room.form.file_note.value
+    assert not (room.train.figures.value or room.train.samples.value or room.train.log_lines.value or room.train.curves.value)
+
+
+def test_a_run_that_can_not_be_read_leaves_the_one_that_is_shown(quick):
+    lay(Path(quick.output_dir), "good", quick)
+    lay(Path(quick.output_dir), "odd", quick, history=[{"step": None, "loss": 1.0}])
+    lay(Path(quick.output_dir), "odder", quick, started={"planned": 3})
+    view = TrainView(ConfigForm(quick))
+    view.look_at.value = "good"
+    for name in ("odd", "odder"):
+        view.look_at.value = name
+        assert f"{name} can&#x27;t be read" in view.status.value and view.job.folder.name == "good"
+        view.refresh()
+        assert "be read" not in view.status.value and "Broken off" in view.status.value
+
+
+def test_a_run_that_was_deleted_is_shown_no_more(quick):
+    lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    room = Panel(quick, read=False)
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert not room.train.go_on.disabled
+    room.runs.chosen.value = ["one"]
+    room.runs.delete.click()
+    assert room.train.job is None and room.train.go_on.disabled and "Nothing has been started" in room.train.status.value
+
+
+def test_going_on_from_the_table_says_what_came_of_it(quick):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    (folder / "started.json").unlink()
+    room = Panel(quick, read=False)
+    room.train.background = False
+    room.runs.chosen.value = ["one"]
+    room.runs.continue_.click()
+    assert "fnb-error" in room.runs.status.value and "fnb-error" in room.train.status.value
+    assert "What was saved can go on" not in room.train.status.value
+    room.runs.go_on = lambda folder: ""
+    room.runs.continue_.click()
+    assert "one goes on: see it under Train" in room.runs.status.value
+
+
+def test_runs_of_one_name_in_two_folders(quick, tmp_path):
+    lay(Path(quick.output_dir), "one", quick)
+    other = lay(tmp_path / "elsewhere", "one", quick)
+    view = TrainView(ConfigForm(quick))
+    view.watch(other)
+    assert view.look_at.value is None and view.overlay.options == ("one",)
+    view.overlay.value = ["one"]
+    assert list(view.histories()) == [str(other), "one"]
+
+
+def test_a_listener_that_fails_keeps_nobody_from_hearing(form):
+    heard = []
+    form.on_change(lambda config: 1 / 0)
+    form.on_change(heard.append)
+    form.controls["r"].value = 8
+    assert heard == [FinetuneConfig(r=8)] and "ZeroDivisionError" in form.file_note.value
+    form.file_note.value = ""
+
+
 def test_settings_of_a_run_are_taken_without_its_name(quick, tmp_path):
     lay(Path(quick.output_dir), "one", replace(quick, r=3, run_name="one"))
     lay(Path(quick.output_dir), "bad", quick)
@@ -1015,7 +1090,7 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     check_view(view)
     other.communicate()
     view.renew.click()
-    assert view.job.state == "broken" and "Broken off" in view.status.value
+    assert view.job.state == "broken off" and "Broken off" in view.status.value
 
 
 def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
@@ -1029,6 +1104,25 @@ def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
     room.form.controls["r"].value = 32
     assert kept.wait(10)
     room.close()
+
+
+@pytest.mark.trains
+def test_a_picture_that_fails_once_costs_nothing_else(steady, splits, monkeypatch):
+    view = TrainView(ConfigForm(steady), lambda: splits, background=False)
+    calls, ended, looked = [], [], []
+
+    def fails_at_first(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise RuntimeError("no picture today")
+        return plot_runs(*args, **kwargs)
+
+    monkeypatch.setattr("finetune_nb.train_view.plot_runs", fails_at_first)
+    view.listeners.append(lambda: ended.append(view.job.state))
+    WATCHERS.append(lambda job: job.listeners.append(lambda: looked.append((job.state, view.look_at.value, job.folder and job.folder.name))))
+    view.begin()
+    assert len(calls) > 2 and ended == ["finished"] and "Finished" in view.status.value and view.curves.value
+    assert all(shown == name for state, shown, name in looked if state == "training"), "what is looked at is the run at work"
 
 
 @pytest.mark.trains
