@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['ADVICE', 'Diagnosis', 'looked_at', 'diagnose']
 
-# %% ../nbs/09e_diagnosis.ipynb #a2e6e2b8
+# %% ../nbs/09e_diagnosis.ipynb #42fdd16a
 import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from .curve_rules import RULES, Rule
 from .record import RunRecord, read_record
-from .rules import RULES, Found, Rule
+from .rules import Found
 from .training import Run
 
-# %% ../nbs/09e_diagnosis.ipynb #b3947306
+# %% ../nbs/09e_diagnosis.ipynb #c8c7c601
 ADVICE = {"answers": "no test answers yet: evaluate_run(run)", "marks": "the base model is not on this machine", "looks": "no look at a validation set", "losses": "no training loss yet"}
 
 
@@ -37,11 +38,15 @@ class Diagnosis:
         "The names of what was found."
         return [rule.name for rule, _ in self.findings]
 
+    def _to_do(self, rule: Rule) -> bool:
+        "Whether its remedy is told: that of a symptom only where no cause was found."
+        return not rule.symptom or self.findings[0][0].symptom
+
     def __repr__(self) -> str:
         lines = [_head(self)]
         for number, (rule, found) in enumerate(self.findings, 1):
             seen = "; ".join(f"{name}: {value}" for name, value in found.evidence.items())
-            lines += ["", f"{number}. {rule.name.upper()}", f"   {found.cause}", f"   Seen: {seen}", f"   To do: {found.remedy}"]
+            lines += ["", f"{number}. {rule.name.upper()}", f"   {found.cause}", f"   Seen: {seen}"] + [f"   To do: {found.remedy}"] * self._to_do(rule)
         return "\n".join([*lines, "", *looked_at(self)])
 
     def to_markdown(self) -> str:
@@ -50,18 +55,18 @@ class Diagnosis:
         for number, (rule, found) in enumerate(self.findings, 1):
             lines += ["", f"{number}. **{rule.name.capitalize()}.** {_plain(found.cause)}"]
             lines += [f"   - {_plain(name)}: {_plain(value)}" for name, value in found.evidence.items()]
-            lines += [f"   - **To do:** {_plain(found.remedy)}"]
+            lines += [f"   - **To do:** {_plain(found.remedy)}"] * self._to_do(rule)
         return "\n".join([*lines, "", *(f"{_plain(line)}  " for line in looked_at(self))]) + "\n"
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{escape(_head(self))}</b></p>"]
         for rule, found in self.findings:
-            rows = {**found.evidence, "To do": found.remedy}
+            rows = found.evidence | ({"To do": found.remedy} if self._to_do(rule) else {})
             cells = "".join(f"<tr><th style='{_CELL}'>{escape(k)}</th><td style='{_CELL}'>{escape(v)}</td></tr>" for k, v in rows.items())
             parts.append(f"<p><b style='color:{'#e0902f' if rule.symptom else '#d62728'}'>{escape(rule.name)}</b>: {escape(found.cause)}</p><table>{cells}</table>")
         return "".join([*parts, *(f"<small>{escape(line)}</small><br>" for line in looked_at(self))])
 
-# %% ../nbs/09e_diagnosis.ipynb #ed151df7
+# %% ../nbs/09e_diagnosis.ipynb #dad69b51
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap"
 
 
@@ -91,7 +96,7 @@ def _plain(text: str) -> str:
     "Text of any origin as one line of Markdown that means nothing but itself."
     return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
-# %% ../nbs/09e_diagnosis.ipynb #53fdcc6a
+# %% ../nbs/09e_diagnosis.ipynb #3dbae357
 def diagnose(
     run: Run | str | Path | BaseException,  # a run, its folder, or the error with which `train` refused it
 ) -> Diagnosis:
