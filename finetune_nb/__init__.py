@@ -18,6 +18,7 @@ _WHERE = {
     "jobs": "start_job continue_job",
     "runs": "list_runs",
     "forgetting": "measure_forgetting",
+    "diagnosis": "diagnose",
     "baselines": "should_you_finetune",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}

@@ -4,7 +4,6 @@ All of them tune a tiny Llama that was taught two ways of answering. It answers 
 run is to teach it the second: so that loss falls, answers change, and it can be seen when they do not.
 """
 
-import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -422,6 +421,3 @@ class Row:
         if not self.rule:
             return "false alarm" if self.names else "silent"
         return "first" if self.names[:1] == [self.rule] else "found, not first" if self.rule in self.names else "missed"
-
-    def to_json(self):
-        return json.dumps(vars(self))
