@@ -40,4 +40,5 @@ if __name__ == "__main__":
     planted, well = [row for row in rows if row.rule], [row for row in rows if not row.rule]
     first, missed = (sum(row.verdict == verdict for row in planted) for verdict in ("first", "missed"))
     alarms = sum(bool(row.names) for row in well)
-    told(f"\n{len(planted) - missed} of {len(planted)} planted faults found, {first} of them first; false alarms on {alarms} of {len(well)} runs that are well.")
+    told(f"\n{len(planted) - missed} of {len(planted)} planted faults found, {first} of them first.")
+    told(f"False alarms on {alarms} of {len(well)} runs that are well.")

@@ -56,7 +56,7 @@ class RunRecord:
     "All that the folder of a run says."
 
     folder: Path
-    config: FinetuneConfig
+    config: FinetuneConfig = field(repr=False)
     state: str  # as `read_run` has it, or "failed" with an error that was kept, or "refused" before there was a folder
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # what was known before the first step and, once ended, how it went
     history: list[dict[str, float]] = field(default_factory=list, repr=False)  # the points of the curves

@@ -22,6 +22,9 @@ class Found(NamedTuple):
     remedy: str  # what to do
     evidence: dict[str, str]  # the figures that it saw, by name
 
+    def __repr__(self) -> str:
+        return "\n".join([self.cause, *(f"  {name}: {value}" for name, value in self.evidence.items()), f"  To do: {self.remedy}"])
+
 # %% ../nbs/09db_rules.ipynb #9bacff19
 NO_MEMORY = ("out of memory", "memoryerror", "not enough memory", "does not fit into the memory", "can't allocate memory", "cannot allocate memory", "bad alloc")
 
@@ -41,8 +44,8 @@ def out_of_memory(record: RunRecord) -> Found | None:
     evidence |= {"in use at most": f"{most:.2f} GiB"} if most is not None else {}
     return Found(
         "The memory of the device was full.",
-        f"In this order: {', '.join(ways)}, close what else uses the device, or take a smaller model. A smaller per_device_train_batch_size "
-        "needs no more steps in memory at once than max_tokens_at_once allows, so that one comes first. estimate(config) says what would fit.",
+        f"In this order: {', '.join(ways)}, close what else uses the device, or take a smaller model. estimate(config) says what "
+        "would fit. A smaller batch saves nothing: a step is computed in pieces of max_tokens_at_once.",
         evidence,
     )
 
