@@ -133,7 +133,7 @@ def still_learning(record: RunRecord) -> Found | None:
     if record.facts.get("ended_by") != "the plan" or len(record.looks) < 3:
         return None
     (_, before), (step, last) = record.looks[-2:]
-    if before - last < max(0.1 * before, 0.05):
+    if before - last < max(0.1 * before, 0.05) or last > record.looks[0][1]:  # where it only comes back, it ran away before
         return None
     return Found(
         "The run ended while it was still learning fast: too few steps, or too low a learning rate.",
