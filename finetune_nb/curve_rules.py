@@ -78,7 +78,7 @@ def rate_too_high(record: RunRecord) -> Found | None:
     gradient = max((norm for norm in record.gradients if math.isfinite(norm)), default=math.nan)
     return Found(
         "The learning rate is too high: the loss rose again instead of falling.",
-        f"Lower learning_rate to a tenth ({top / 10:.1g}), or raise warmup_ratio. {RANGE_TEST}",
+        f"Lower learning_rate to a tenth ({top / 10:.1g}) or less; LoRA seldom bears more than 1e-3. {RANGE_TEST}",
         {"training loss": f"{whole[0]:.3g} at first, {low:.3g} at its lowest, {last:.3g} at the end", "highest learning rate": f"{top:.2g}", "longest gradient": f"{gradient:.3g}"},
     )
 
@@ -117,7 +117,7 @@ def rate_too_low(record: RunRecord) -> Found | None:
 
 def too_few_steps(record: RunRecord) -> Found | None:
     "Fewer than twenty steps, in which the loss fell by less than a quarter."
-    if not record.kept or not record.losses or record.steps >= 20 or _moved(record) > 0.25 or not any(record.gradients):
+    if not record.kept or not record.losses or record.steps >= 20 or abs(_moved(record)) > 0.25 or not any(record.gradients):
         return None
     chats = record.train_data.get("chats")
     per_step = record.config.per_device_train_batch_size * record.config.gradient_accumulation_steps

@@ -83,7 +83,7 @@ def looked_at(
     "What was looked at and for, and what could not be, in a few lines."
     record, data, blind = diagnosis.record, diagnosis.record.train_data, [rule for rule, _ in diagnosis.blind]
     figures = [f"{len(record.losses)} training losses", f"{len(record.looks)} looks at the validation set"]
-    figures += [f"{data['supervised_tokens']:,} supervised tokens"] if "supervised_tokens" in data else []
+    figures += [f"{data['supervised_tokens']:,} supervised tokens"] if isinstance(data.get("supervised_tokens"), int) else []
     figures += [f"an adapter of norm {record.adapter.norm:.3g} in {record.adapter.dtype}" if record.adapter else "no adapter"]
     figures += [f"{len(record.answers)} answers", f"{len(record.samples)} samples"]
     lines = [f"Looked at: {', '.join(figures)}.", f"Looked for: {', '.join(rule.name for rule in RULES if rule not in blind)}."]
@@ -102,16 +102,19 @@ def diagnose(
 ) -> Diagnosis:
     "Names the likely cause of what went wrong in a run, and the remedy, from its own figures; raises `FinetuneError` for a folder that is none of a run."
     record = read_record(run)
-    findings, blind = [], []
-    for rule in RULES:
-        missing = next((need for need in rule.needs if not getattr(record, need) and not (need == "answers" and record.samples and rule.symptom)), None)
+    said = [(rule, _ask(rule, record)) for rule in RULES]
+    findings = sorted(((rule, one) for rule, one in said if isinstance(one, Found)), key=lambda pair: pair[0].symptom)
+    return Diagnosis(record, findings, [(rule, one) for rule, one in said if isinstance(one, str)])
+
+
+def _ask(rule: Rule, record: RunRecord) -> Found | str | None:
+    "What a rule found, or in words why it could not look."
+    try:
+        missing = next((need for need in rule.needs if not getattr(record, need)), None)
+        if rule.symptom and missing == "answers" and record.samples:  # answers of the training do too
+            missing = None
         if missing or not (record.facts or record.failure):
-            blind.append((rule, ADVICE.get(missing, "the run kept no figures of it")))
-            continue
-        try:
-            found = rule.look(record)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # a folder from elsewhere may hold anything
-            blind.append((rule, "the record can't be read"))
-            continue
-        findings += [(rule, found)] if found else []
-    return Diagnosis(record, sorted(findings, key=lambda pair: pair[0].symptom), blind)
+            return ADVICE.get(missing, "the run kept no figures of it")
+        return rule.look(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # a folder from elsewhere may hold anything
+        return "the record can't be read"

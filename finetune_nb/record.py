@@ -60,7 +60,7 @@ class RunRecord:
     state: str  # as `read_run` has it, or "failed" with an error that was kept, or "refused" before there was a folder
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # what was known before the first step and, once ended, how it went
     history: list[dict[str, float]] = field(default_factory=list, repr=False)  # the points of the curves
-    failure: dict[str, Any] = field(default_factory=dict)  # kind, words, cause and step of the error that ended it
+    failure: dict[str, str] = field(default_factory=dict)  # kind, words, cause and step of the error that ended it
     adapter: AdapterRecord | None = field(default=None, repr=False)
     answers: list[dict[str, Any]] = field(default_factory=list, repr=False)  # of the base and of the tuned model to the test questions
     samples: list[Sample] = field(default_factory=list, repr=False)  # answers while it trained
@@ -104,7 +104,8 @@ class RunRecord:
     @property
     def train_data(self) -> dict[str, Any]:
         "Counts of what there was to learn from: chats, tokens, supervised_tokens, …"
-        return self.facts.get("data", {}).get("train", {})
+        train = self.facts.get("data", {}).get("train", {})
+        return train if isinstance(train, dict) else {}
 
     @property
     def kept(self) -> bool:
@@ -124,14 +125,14 @@ def read_record(
 ) -> RunRecord:
     "The record of a run; raises `FinetuneError` for a folder that is none of a run."
     if isinstance(run, BaseException):
-        return RunRecord(Path(), FinetuneConfig(), "refused", failure=_error_facts(run))
+        return RunRecord(Path(), FinetuneConfig(), "refused", failure=_as_failure(_error_facts(run)))
     folder = run.folder if isinstance(run, Run) else Path(run)
     row = read_run(folder)
     if row.config is None:
         raise FinetuneError(f"{folder} is not the folder of a run, or its files can't be read.{_elsewhere(folder)}")
-    failure, answers = _facts_of(folder / "failed.json"), _rows_of(folder / "answers.jsonl")
+    failure, answers = _as_failure(_facts_of(folder / "failed.json")), _rows_of(folder / "answers.jsonl")
     return RunRecord(
-        folder, row.config, "failed" if failure and row.state == "broken off" else row.state, row.facts, row.history, failure,
+        folder, row.config, "failed" if failure and row.state == "broken off" else row.state, _sound(row.facts), row.history, failure,
         read_adapter(folder / "adapter"), answers, read_samples(folder), _marks_now(row.config),
     )  # fmt: skip
 
@@ -147,6 +148,17 @@ def _elsewhere(folder: Path) -> str:
 def _error_facts(error: BaseException) -> dict[str, Any]:
     cause = error.__cause__ or error
     return {"kind": type(error).__name__, "words": str(error)[:2000], "cause": f"{type(cause).__name__}: {str(cause)[:500]}", "step": 0}
+
+
+def _as_failure(facts: dict[str, Any]) -> dict[str, str]:
+    "Why a run failed, each part as text; nothing where nothing was kept."
+    return {name: str(facts.get(name, "")) for name in ("kind", "words", "cause", "step")} if facts else {}
+
+
+def _sound(facts: dict[str, Any]) -> dict[str, Any]:
+    "Those facts that are of the kind which rules expect; a folder from elsewhere may hold anything."
+    kinds = {"data": dict, "planned": dict, "marks": dict, "leaks": list, "template": list, "adapter_norm": (int, float)}
+    return {name: value for name, value in facts.items() if isinstance(value, kinds.get(name, object))}
 
 
 def _facts_of(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def out_of_memory(record: RunRecord) -> Found | None:
     ways = [f"set max_tokens_at_once to {at_once // 2:,}" if at_once else "set max_tokens_at_once, such as 2048"]
     ways += [] if config.gradient_checkpointing else ["set gradient_checkpointing to true"]
     ways += [] if config.load_in_4bit else ["set load_in_4bit to true (QLoRA)"]
-    evidence = {"it ended with": f"{record.failure['kind']}: {record.failure['words'][:300]}", "at step": str(record.failure.get("step", 0))}
+    evidence = {"it ended with": f"{record.failure['kind']}: {record.failure['words'][:300]}", "at step": record.failure.get("step", "0")}
     evidence |= {"planned peak": f"{record.facts['planned']['peak_memory_gib']:.2f} GiB"} if "planned" in record.facts else {}
     evidence |= {"in use at most": f"{most:.2f} GiB"} if most is not None else {}
     return Found(
@@ -59,7 +59,7 @@ def refused(record: RunRecord) -> Found | None:
     remedy = "Do what the message says, and start again." if ours else "This is none of the errors that we know. Its words, and the traceback where it was shown, say where it came from."
     if "no space left" in words.lower():
         remedy = "Make room on the disk, or choose another output_dir; then go on with resume(folder) from the last whole checkpoint."
-    return Found(f"{'The run was refused' if record.state == 'refused' else 'An error ended the run'}: {words[:600]}", remedy, {"kind": kind, "at step": str(record.failure.get("step", 0))})
+    return Found(f"{'The run was refused' if record.state == 'refused' else 'An error ended the run'}: {words[:600]}", remedy, {"kind": kind, "at step": record.failure.get("step", "0")})
 
 
 def broken_off(record: RunRecord) -> Found | None:
