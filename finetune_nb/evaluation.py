@@ -28,6 +28,8 @@ from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_c
 from .checks import Check, judge, make_checks, pattern_checks
 from .config import ConfigError, replacing
 from .data import Chat, fingerprint
+from .display import html_table, text_table
+from .lora import without_adapter
 from .losses import inner_model, mixed_precision
 from .metrics import Difference, wilson_interval
 from .models import release_memory
@@ -244,10 +246,8 @@ class Comparison:
         return [(name, *map(str, counts)) for name, counts in wins(self.base, self.tuned).items()]
 
     def __str__(self) -> str:
-        rows = [self.head, *self.lines()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:], "", f"{self.verdict.capitalize()}: {self.reason}"])
+        head, *lines = text_table(self.head, self.lines())
+        return "\n".join([head, "-" * max(map(len, (head, *lines))), *lines, "", f"{self.verdict.capitalize()}: {self.reason}"])
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
@@ -338,13 +338,6 @@ table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{
 pre{white-space:pre-wrap;background:#8881;padding:.6em;border-radius:6px}img{max-width:100%;background:white}"""
 
 
-def _table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
-    "An HTML table of escaped texts."
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if head else []
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def html_page(
     title: str,  # of the page
     parts: Sequence[str],  # HTML in which whatever others wrote is escaped
@@ -363,21 +356,21 @@ def comparison_parts(
     n: int = 10,  # examples of each kind
 ) -> list[str]:
     "The verdict, the tables and the examples, as pieces of HTML."
-    parts = [f"<p><b>{escape(comparison.verdict.capitalize())}</b>: {escape(comparison.reason)}</p>", _table(comparison.lines(), comparison.head)]
-    parts.append(_table(comparison.wins(), ("tuned against base, chat by chat", "wins", "losses", "ties")))
+    parts = [f"<p><b>{escape(comparison.verdict.capitalize())}</b>: {escape(comparison.reason)}</p>", html_table(comparison.head, comparison.lines())]
+    parts.append(html_table(("tuned against base, chat by chat", "wins", "losses", "ties"), comparison.wins()))
     for report in (comparison.base, comparison.tuned):
         if found := report.classification:
             rates = [(label, *(f"{x:.2f}" for x in (p, r, f)), str(k)) for label, (p, r, f, k) in found.table().items()]
             parts.append(f"<h3>Labels, {escape(report.name)}: accuracy {found.accuracy:.1%}, macro F1 {found.macro_f1:.2f}</h3>")
-            parts.append(_table(rates, ("label", "precision", "recall", "F1", "test chats")))
+            parts.append(html_table(("label", "precision", "recall", "F1", "test chats"), rates))
             head, lines = found.confusion_rows()
-            parts.append(_table(lines, tuple(head)) if len(lines) <= 12 else _table([(a, b, str(k)) for a, b, k in found.confused()], ("right", "said", "how often")))
+            parts.append(html_table(head, lines) if len(lines) <= 12 else html_table(("right", "said", "how often"), [(a, b, str(k)) for a, b, k in found.confused()]))
     for kind, pairs in comparison.examples(n=n).items():
         parts.append(f"<h3>{escape(kind.capitalize())}</h3>" + ("" if pairs else "<p>None.</p>"))
         for before, after in pairs:
             rows = [("expected", after.expected), ("base", before.answer), ("tuned", after.answer)]
-            parts.append(f"<pre>{escape(before.question)}</pre>{_table(rows)}")
-    return parts + ([f"<h3>How it was made</h3>{_table(list(comparison.facts.items()))}"] if comparison.facts else [])
+            parts.append(f"<pre>{escape(before.question)}</pre>{html_table((), rows)}")
+    return parts + ([f"<h3>How it was made</h3>{html_table((), list(comparison.facts.items()))}"] if comparison.facts else [])
 
 
 def to_html(
@@ -402,8 +395,8 @@ def evaluate_run(
     config, everything = run.config, run.test if chats is None else chats
     sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []
-    for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
-        with switch():
+    for name, switch in (("base", without_adapter), ("tuned", nullcontext)):
+        with switch(run.model):
             report = evaluate(
                 run.model, run.tokenizer, sample, checks, name,
                 config.max_new_tokens, packing, config.generation_batch_size, config.chat_template_kwargs,

@@ -28,13 +28,14 @@ from safetensors.torch import load_file
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, replacing
 from .data import Chat, question
+from .display import html_table, text_table
 from .duplicates import normalise
 from .evaluation import generate, packing_of
 from .jobs import best_look
-from .lora import set_adapter_weights
+from .lora import set_adapter_weights, without_adapter
 from .metrics import Difference, estimate_share, paired_difference
 from .packing import chat_losses
-from .scores import finite, html_table, markdown_table, plain_cell, text_table
+from .scores import finite, markdown_table, plain_cell
 from .training import Picture, Run, TrainingError, inlined, kept_sets, last_checkpoint
 
 # %% ../nbs/09g_fitting.ipynb #a25d9f7a
@@ -306,8 +307,8 @@ def measure_recitation(
             seen.add(key)
             made.append((neutralise(altered, run.tokenizer) if config.control_tokens == "neutralise" else altered, rule, i))
     said = []
-    for who, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
-        with switch():
+    for who, switch in (("base", without_adapter), ("tuned", nullcontext)):
+        with switch(run.model):
             said.append(generate(run.model, run.tokenizer, [chat for chat, *_ in made], max_new_tokens or config.max_new_tokens, config.generation_batch_size, f"Altered questions: {who}", config.chat_template_kwargs) if made else [])
     rows = []
     for (chat, rule, i), before, after in zip(made, *said, strict=True):
@@ -357,7 +358,7 @@ class Fitting:
         return ""
 
     def __str__(self) -> str:
-        table = [text_table(HEAD, self.recitation.table())] if self.recitation and self.recitation.rows else []
+        table = text_table(HEAD, self.recitation.table()) if self.recitation and self.recitation.rows else []
         return "\n".join([f"{self.name}: {self.verdict}. {self.reason}", *table])
 
     def recited_most(

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 from .baselines import TUNED, BaselineReport, load_baselines
 from .config import ConfigError, changed_settings, replacing
+from .display import html_table
 from .evaluation import Comparison, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, load_forgetting, measure_forgetting, plot_forgetting
 from .metrics import Difference, paired_difference
-from .scores import difference_text, finite, html_table, markdown_table, plain_cell
+from .scores import difference_text, finite, markdown_table, plain_cell
 from .sweep import load_sweep
 from .training import Run, TrainingError, clock_time, inlined, load_run, plot_history
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
+from .display import html_table, text_table
 from .evaluation import asked_chats, evaluate, evaluate_run, load_comparison, packing_of
 from .metrics import Difference
 from finetune_nb.scores import (
@@ -27,10 +28,8 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
-    html_table,
     markdown_table,
     plain_cell,
-    text_table,
 )
 from .training import Run, kept_sets, load_run
 
@@ -129,7 +128,7 @@ class SeveralRuns:
         return _lines(self)
 
     def __str__(self) -> str:
-        return "\n".join([text_table(self.head, self.table()), "", self.verdict, *self.notes])
+        return "\n".join([*text_table(self.head, self.table()), "", self.verdict, *self.notes])
 
     def to_markdown(self) -> str:
         "The comparison as Markdown."

@@ -39,6 +39,7 @@ from finetune_nb.config import (
     yaml_value,
 )
 from .data import Splits, fingerprint
+from .display import html_table, text_table
 from .lora import load_adapter
 from .metrics import Difference, paired_difference
 from .models import cache_folder
@@ -261,10 +262,7 @@ class Sweep:
         return plot_sweep(self)
 
     def __str__(self) -> str:
-        head, lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)]
-        return "\n".join([*table, *self.failures, "", self.verdict])
+        return "\n".join([*text_table(*self.cells()), *self.failures, "", self.verdict])
 
     def to_markdown(self) -> str:
         "Verdict and table as Markdown."
@@ -282,12 +280,8 @@ class Sweep:
     def _repr_html_(self) -> str:
         head, lines = self.cells()
         failures = "".join(f"<p>{escape(line)}</p>" for line in self.failures)
-        top = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in head)
-        body = "".join(
-            f"<tr{' style=font-weight:bold' if one is self.advice else ''}>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>"
-            for one, line in zip(self.combinations, lines, strict=True)
-        )
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{failures}<p>{escape(self.verdict)}</p>{inlined(self.plot()._repr_png_(), 'validation loss of every combination')}"
+        table = html_table(head, lines, [at for at, one in enumerate(self.combinations) if one is self.advice])
+        return f"{table}{failures}<p>{escape(self.verdict)}</p>{inlined(self.plot()._repr_png_(), 'validation loss of every combination')}"
 
 
 def _size(one: Combination) -> str:
