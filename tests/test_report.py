@@ -102,7 +102,7 @@ def test_no_text_becomes_markup(text, run):
     assert all(node.attrib["src"].startswith("data:image/png;base64,") for node in tree.iter("img"))
     assert "default-src 'none'" in next(node.attrib["content"] for node in tree.iter("meta") if node.attrib.get("http-equiv") == "Content-Security-Policy")
     assert "color-scheme:light dark" in report.to_html() and text in "".join(tree.itertext()).replace("\xa0", " ")
-    outside = "".join(report.to_markdown().split("```")[::2]).replace("\\\\](", "") if "```" not in text else ""
+    outside = "".join(report.to_markdown().split("```")[::2]).replace("\\](", "") if "```" not in text else ""
     assert not any(mark in outside for mark in ("<img", "<script", "<iframe", "<svg", "](javascript", "](http"))
     json.dumps(report.to_dict(), allow_nan=False, default=str)
 
