@@ -22,7 +22,7 @@ from .chat_template import render_prompt
 from .config import FinetuneConfig, FinetuneError
 from .evaluation import greedy, room_of
 from .jobs import SHELVES
-from .lora import load_adapter, put_adapter
+from .lora import load_adapter, put_adapter, without_adapter
 from .losses import inner_model, mixed_precision
 from .models import release_memory
 from .runs import RunRow, read_run
@@ -172,7 +172,7 @@ class Shelf:
             if self.model is None:
                 yield self.base
             else:
-                with self.model.disable_adapter():
+                with without_adapter(self.model):
                     yield self.model
             return
         name = self._adapter(Path(folder))

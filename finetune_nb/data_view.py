@@ -314,7 +314,7 @@ class DataView(View):
         "Says whether other chats are used than those that the settings name."
         name = self.form.given or "chats"
         self.named.layout.display = "none" if self.given is None else None
-        self.kept.value = "" if self.given is None else note(f"The chats that were handed over as {name} are used, and none of those that the settings name.", "tight")
+        self.kept.value = "" if self.given is None else note(f"In use are the chats that were handed over ({name}), not those that the settings name.", "tight")
 
     def _reading(self, task: Task) -> None:
         if task is not self.task:  # something else was asked for since

@@ -26,6 +26,7 @@ from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_c
 from .config import replacing
 from .data import Chat
 from .display import html_table, md_cell, text_table
+from .lora import without_adapter
 from .losses import inner_model, mixed_precision
 from .metrics import wilson_interval
 from .models import release_memory
@@ -324,8 +325,8 @@ def evaluate_run(
     checks = {**(pattern_checks(config.answer_pattern) if config.answer_pattern else {}), **(checks or {})}
     packing = PackingCollator(run.facts.get("packing", "padded"), run.facts.get("max_tokens_at_once", 4096), run.tokenizer.pad_token_id, run.facts.get("attention", "tree"))
     reports = []
-    for name, switch in (("base", run.model.disable_adapter), ("tuned", nullcontext)):
-        with switch():
+    for name, switch in (("base", without_adapter), ("tuned", nullcontext)):
+        with switch(run.model):
             report = evaluate(
                 run.model, run.tokenizer, sample, checks, name,
                 config.max_new_tokens, packing, config.generation_batch_size, config.chat_template_kwargs,

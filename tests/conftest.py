@@ -17,12 +17,21 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def biased_model(tmp_path_factory):
+    "The same with biases in its attention."
+    return save_tiny(tmp_path_factory.mktemp("biased"), attention_bias=True)
+
+
+def save_tiny(folder, **more):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune_nb.models import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,6 +44,7 @@ def tiny_model(tmp_path_factory):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **more,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

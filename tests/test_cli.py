@@ -36,6 +36,10 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
     assert "exact match" in said and "Report:  runs/run-001/report.html" in said
     assert main(["evaluate", "runs/run-001", "--data", "chats.jsonl"]) == 0
     assert "40 test chats" in capsys.readouterr().out
+    assert main(["diagnose", "runs/run-001"]) == 0
+    assert "run-001: finished after" in (said := capsys.readouterr().out) and "Looked for: " in said
+    assert main(["diagnose", "runs/run-001", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("**run-001: finished after")
 
 
 def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
@@ -93,6 +97,7 @@ def test_bad_words_are_one_clear_error(tmp_path, capsys, monkeypatch):
         (["train", "config.yaml", "--set", "model_name_or_path=no/where"], "neither in a package"),
         (["train", "nowhere.yaml"], "does not exist"),
         (["evaluate", "nowhere"], "run.json is missing"),
+        (["diagnose", "nowhere"], "not the folder of a run"),
         (["config", "config.yaml"], "is not overwritten"),
     ):
         assert main(words) == 2

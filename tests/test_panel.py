@@ -518,7 +518,7 @@ def test_chats_that_were_handed_over_are_told_and_can_be_left(quick, splits, cha
     path = save_chats(chats, tmp_path / "mine.jsonl")
     view = DataView(ConfigForm(replace(quick, train_file=str(path))), splits, background=False)
     view.load()
-    assert "handed over as my_chats are used" in view.kept.value and view.named.layout.display is None and view.ready.splits == splits
+    assert "In use are the chats that were handed over (my_chats)" in view.kept.value and view.named.layout.display is None and view.ready.splits == splits
     view.form.save.click()
     assert "mine.jsonl, and not the chats that were handed over as my_chats" in view.form.file_note.value
     view.named.click()
