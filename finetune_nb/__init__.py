@@ -19,6 +19,7 @@ _WHERE = {
     "runs": "list_runs",
     "forgetting": "measure_forgetting",
     "lm_eval_tasks": "lm_eval",
+    "diagnosis": "diagnose",
     "baselines": "should_you_finetune add_tuned",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}

@@ -10,6 +10,7 @@ __all__ = ['DARK', 'DARK_WIDGETS', 'PLAIN_PAGE', 'STYLE', 'WIDE', 'WRAP', 'View'
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -39,6 +40,9 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb .widget-label{{color:var(--fnb-ink)}}
 .fnb .widget-html>.widget-html-content{{line-height:1.4;min-width:0}}
 .fnb .fnb-columns{{column-gap:28px}}
+.jp-OutputArea:has(.fnb-columns),.jp-OutputArea-child:has(.fnb-columns),.jp-OutputArea-output:has(.fnb-columns){{overflow:visible}}
+.fnb.jupyter-widgets,.fnb .fnb-tabs.jupyter-widgets,.fnb .fnb-tabs>.jupyter-widgets:has(.fnb-columns),.fnb .fnb-columns.jupyter-widgets{{overflow:visible}}
+@container (min-width:788px){{.fnb .fnb-columns>:last-child{{position:sticky;top:0;align-self:flex-start}}}}
 .fnb table{{margin-top:6px}}
 .fnb-note{{font-size:12px;line-height:1.35;padding:0 8px 4px 8px;color:var(--fnb-dim);overflow-wrap:anywhere}}
 .fnb-error{{color:var(--fnb-bad);font-weight:600}}.fnb-good{{color:var(--fnb-good)}}.fnb-tight{{color:var(--fnb-tight)}}.fnb-bad{{color:var(--fnb-bad)}}
@@ -335,9 +339,11 @@ class ConfigForm(_FormLayout):
     ) -> None:
         self._config, self.on_gpu, self._moving = deepcopy(config or FinetuneConfig()), on_gpu, False
         self._tied = self._config.lora_alpha / self._config.r  # what alpha is to r, while it follows
-        self.specs, self.listeners = control_specs(), []
+        self.specs, self.listeners, self._late = control_specs(), [], []
         self.problems: dict[str, str] = {}  # by setting, why what stands in its field can't be had
         self.hints: dict[str, tuple[str, str]] = {}  # by setting, what others say beside it, and its kind
+        self._preset: dict[str, str] | None = None  # by setting that a preset has set, why; None: the settings are of no preset
+        self._summary, self._of_preset = "", {}  # what that preset says of itself, and its values
         self.given = ""  # the variable of chats that were handed over, for the code
         self._asked = self._written = ("", "")  # the file that is to be replaced at a second press, and the one that was written last, with their texts
         self.controls = {name: make_control(spec, getattr(self._config, name)) for name, spec in self.specs.items()}
@@ -355,7 +361,7 @@ class ConfigForm(_FormLayout):
 
     @config.setter
     def config(self, config: FinetuneConfig) -> None:
-        self._config, self.problems, self._moving = deepcopy(config), {}, True
+        self._config, self.problems, self._moving, self._preset = deepcopy(config), {}, True, None
         self._tied = config.lora_alpha / config.r
         try:
             for name, control in self.controls.items():
@@ -373,9 +379,10 @@ class ConfigForm(_FormLayout):
     def on_change(
         self,
         listener: Callable[[FinetuneConfig], None],  # is given the configuration
+        last: bool = False,  # after all those that are not, for what takes longer
     ) -> None:
         "Calls `listener` after each change."
-        self.listeners.append(listener)
+        (self._late if last else self.listeners).append(listener)
 
     def hint(
         self,
@@ -393,10 +400,23 @@ class ConfigForm(_FormLayout):
         name: str,  # of `PRESETS`
     ) -> None:
         "Takes a preset's values, and says why it has them."
-        self.config = apply_preset(self._config, name)
-        preset = PRESETS[name]
-        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(to_text(v) or 'automatic')}</td><td>{escape(preset.reasons[k])}</td></tr>" for k, v in preset.values.items())
-        self.reasons.value = f"{note(preset.summary)}<details><summary>what it sets, and why</summary><table>{rows}</table></details>"
+        before, preset = self._config, PRESETS[name]
+        self.config = after = apply_preset(before, name)
+        back = [key for key in self.specs if key not in preset.values and getattr(before, key) != getattr(after, key)]
+        self._summary, self._preset = preset.summary, preset.reasons | dict.fromkeys(back, "its default again, as this preset says nothing of it")
+        self._of_preset = {key: getattr(after, key) for key in self._preset}
+        self._show_reasons()
+
+    def _show_reasons(self) -> None:
+        "Says what of the preset still stands, and why; nothing once the settings have come from elsewhere."
+        stands = {key: value for key, value in self._of_preset.items() if getattr(self._config, key) == value} if self._preset else {}
+        if not stands:
+            self.reasons.value = ""
+            return
+        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(to_text(value) or 'automatic')}</td><td>{escape(self._preset[key])}</td></tr>" for key, value in stands.items())
+        turned = ", ".join(key for key in self._of_preset if key not in stands)
+        since = note(f"Turned since: {turned}.", "tight") if turned else ""
+        self.reasons.value = f"{note(self._summary)}{since}<details><summary>what it sets, and why</summary><table>{rows}</table></details>"
 
     def save_file(self) -> None:
         "Writes the configuration to the file that is named; another configuration there is replaced at the second press, and nothing else ever is."
@@ -404,6 +424,8 @@ class ConfigForm(_FormLayout):
 
     def _save(self) -> tuple[str, str]:
         path = self.path.value
+        if not (folder := Path(path).expanduser().parent).is_dir():
+            raise FinetuneError(f"{path} can't be written, since there is no folder {folder}. Make it, or choose another name.")
         there = path, check_replaceable(path)
         if there[1].strip() and there not in (self._written, self._asked):
             if load_config(path) == self._config:
@@ -413,6 +435,7 @@ class ConfigForm(_FormLayout):
         save_config(self._config, path)
         self._written, self._asked = (path, check_replaceable(path)), ("", "")
         left = f" Without {', '.join(self.problems)}, where what was typed can't be had." if self.problems else ""
+        left += f" It names {self._config.train_file}, and not the chats that were handed over as {self.given}." if self.given else ""
         return f"Written to {path}.{left}", "tight" if left else "good"
 
     def load_file(self) -> None:
@@ -427,7 +450,9 @@ class ConfigForm(_FormLayout):
     def _file(self, act: Callable[[], tuple[str, str]]) -> None:
         try:
             self.file_note.value = note(*act())
-        except (FinetuneError, OSError, ValueError) as error:  # an empty name, or one with a character that no name has
+        except OSError as error:  # its own words name the file that was written first, which nobody knows
+            self.file_note.value = note(f"{self.path.value} can't be used: {error.strerror or error}. Choose another name.", "error")
+        except (FinetuneError, ValueError) as error:  # an empty name, or one with a character that no name has
             self.file_note.value = note(str(error), "error")
 
     def hand_over(
@@ -478,8 +503,9 @@ class ConfigForm(_FormLayout):
 
     def _changed(self) -> None:
         self._show_notes()
+        self._show_reasons()
         self._show_code()
-        for listener in self.listeners:
+        for listener in [*self.listeners, *self._late]:
             try:
                 listener(self.config)
             except Exception as error:  # the others have to hear of the change all the same

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'AdapterError', 'find_target_modules', 'add_lora', 'ParameterCount', 'trainable_parameters',
-           'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights', 'without_adapter', 'remove_lora']
+           'adapter_norm', 'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights', 'without_adapter',
+           'remove_lora']
 
 # %% ../nbs/04_lora.ipynb #5a7d9b68
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -181,6 +183,14 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     "Counts the parameters of `model`; a 4-bit weight counts as the numbers that it stands for."
     sizes = [(p, size_of(p)) for p in model.parameters()]
     return ParameterCount(sum(n for p, n in sizes if p.requires_grad), sum(n for _, n in sizes))
+
+# %% ../nbs/04_lora.ipynb #716d4a23
+def adapter_norm(
+    weights: dict[str, torch.Tensor],  # of an adapter, as saved
+) -> float:
+    "How far an adapter is from doing nothing: the Euclidean norm of all its B; NaN where there is none."
+    squares = [weight.double().square().sum().item() for name, weight in weights.items() if "lora_B" in name]
+    return math.sqrt(sum(squares)) if squares else math.nan
 
 # %% ../nbs/04_lora.ipynb #82ecb6bb
 def begin_with_data(

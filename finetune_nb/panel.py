@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from .chat import fits_beside
 from .compare_view import ChatView, CompareView
 from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
 from .display import notebook_shell
-from .jobs import JOBS, find_job, last_job
+from .jobs import find_job, last_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView
@@ -126,11 +127,14 @@ class Panel(View):
         self.plan, self.train = plan_view(self.form, self.data), train_view(self.form, self.data)
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
+        self._system = self.chat.system.value  # what the chats have put there, and nobody has changed since
         self.data.listeners.append(self._data_read)
         self.train.listeners.append(self._runs_changed)
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir
         self.form.on_change(self._folder_changed)
+        self._base = self.form.config
+        self.form.on_change(self._base_changed)
         self.form.on_change(lambda config: self._picture_soon())
         self._timer: threading.Timer | None = None
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
@@ -159,10 +163,17 @@ class Panel(View):
         return self.data, self.form, self.plan, self.train, self.compare, self.chat, self.runs, self.export
 
     def _data_read(self, ready: Prepared) -> None:
+        "Asks under Chat after the system message of the chats, unless the user has put another one there, or none."
         first = ready.splits.train[0].messages[0]
-        if not self.chat.system.value and first["role"] == "system":
-            self.chat.system.value = first["content"]
+        if self.chat.system.value == self._system:
+            self.chat.system.value = self._system = first["content"] if first["role"] == "system" else ""
         self.keep_picture()
+
+    def _base_changed(self, config: FinetuneConfig) -> None:
+        "Other runs share another base model, or another form of it."
+        if not fits_beside(config, self._base):
+            self._base = config
+            self.chat.refresh()
 
     def _folder_changed(self, config: FinetuneConfig) -> None:
         "Other runs stand in another folder."
@@ -193,8 +204,9 @@ class Panel(View):
             self._timer.start()
 
     def close(self) -> None:
-        "Puts the panel away, for one that takes its place: it listens to no run, and its widgets are gone."
-        self.train.detach()
+        "Puts the panel away, for one that takes its place: it listens to no run and no answer, and its widgets are gone."
+        for view in (self.train, self.compare, self.chat):
+            view.detach()
         if self._timer is not None:
             self._timer.cancel()
         for widget in list(_inside(self.widget)):

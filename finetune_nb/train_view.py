@@ -154,7 +154,7 @@ class TrainView(_TrainLayout):
         self.form, self.splits, self.background, self.job = form, splits, background, None
         self.listeners: list[Callable[[], None]] = []  # called when a run has ended
         self.cost = 0.0  # seconds that the view has taken from the run
-        self._told = self._drawn = self._took = 0.0
+        self._told = self._drawn = self._told_in = self._drawn_in = 0.0  # when words and curves were shown last, and how long each took
         self._state, self._look = "", None  # what was shown last
         self._offering, self._one = False, threading.RLock()  # one thread at a time, or what it has read before could be shown after
         super().__init__(self._lay_out())
@@ -264,19 +264,24 @@ class TrainView(_TrainLayout):
             look = last if "eval_loss" in last else self._look
             turned = state != self._state or look is not self._look
             ended = state != self._state and not self.job.active
-            if turned or began - self._told > max(0.5, 50 * self._took * len(self.job.listeners)):
+            views = len(self.job.listeners)  # words and curves of all of them may each take a hundredth of the time
+            if turned or began - self._told > max(0.5, 100 * self._told_in * views):
                 if state != self._state:
                     self._try(self._offer_runs)  # it may have got its folder
                 self._state, self._look, self._told = state, look, began
-                self._try(self._show_words)
-                if turned or began - self._drawn > 2:
-                    self._try(self.draw)
-                    self._drawn = began
-                self._took = time.perf_counter() - began
-                self.cost += self._took
+                self._told_in = self._timed(self._show_words)
+                if turned or began - self._drawn > max(2, 100 * self._drawn_in * views):
+                    self._drawn, self._drawn_in = began, self._timed(self.draw)
+                self.cost += time.perf_counter() - began
         if ended:
             for act in (self.refresh_runs, *self.listeners, self.keep_picture):
                 self._try(act)
+
+    def _timed(self, act: Callable[[], None]) -> float:
+        "The seconds that it takes to show something."
+        began = time.perf_counter()
+        self._try(act)
+        return time.perf_counter() - began
 
     def _try(self, act: Callable[[], None]) -> None:
         "What can't be shown is said, and keeps nothing else from being shown."
