@@ -63,11 +63,16 @@ class _Together:
         self.masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, window: int | None) -> torch.Tensor:
-        "Zero where a token sees a key, minus infinity elsewhere; made once for all blocks of a model."
+        "Made once for all blocks of a model."
         if window not in self.masks:
-            hidden = (self.distance < 0) | (self.distance >= (window or self.distance.numel()))
-            self.masks[window] = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self.masks[window] = _mask(self.distance, window)
         return self.masks[window]
+
+
+def _mask(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    "Zero where a token sees a key, so far before it and no farther than `window`; minus infinity elsewhere."
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 # %% ../nbs/08c_generation.ipynb #c1762390
 class Slots:
@@ -113,7 +118,7 @@ def _attend_together(out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor,
     k, v = (t[texts.low : texts.low + n].flatten(0, 1)[:, : texts.seen] for t in (keys, values))
     shape = n, key_heads, heads // key_heads, texts.most
     q = query[:, texts.place].view(key_heads, heads // key_heads, n, texts.most, size).permute(2, 0, 1, 3, 4).reshape(n * key_heads, -1, size)
-    scores = _capped(q @ k.transpose(1, 2), softcap).view(*shape, -1) + texts.mask(window)
+    scores = _capped(q @ k.transpose(1, 2), softcap).view(*shape, -1).add_(texts.mask(window))
     seen = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(n * key_heads, -1, texts.seen) @ v
     out[texts.to] = seen.view(*shape, -1).permute(0, 3, 1, 2, 4).reshape(n * texts.most, heads, -1)[texts.real]
 
@@ -126,8 +131,8 @@ def _attend_alone(out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, va
         seen, rows = feed.first + start + n, slice(feed.place + start, feed.place + start + n)
         q = query[:, rows].reshape(key_heads, -1, query.shape[-1])
         scores = _capped(q @ keys[:, :seen].transpose(1, 2), softcap).view(key_heads, -1, n, seen)
-        distance = torch.arange(seen - n, seen, device=q.device)[:, None] - torch.arange(seen, device=q.device)
-        scores = scores.masked_fill((distance < 0) | (distance >= (window or seen)), float("-inf"))
+        first = 0 if window else seen - n  # all that comes before the block is seen
+        scores[..., first:] += _mask(torch.arange(seen - n, seen, device=q.device)[:, None] - torch.arange(first, seen, device=q.device), window)
         mixed = scores.softmax(-1, dtype=torch.float32).to(values.dtype).view(key_heads, -1, seen) @ values[:, :seen]
         out[rows] = mixed.view(heads, n, -1).transpose(0, 1)
 
