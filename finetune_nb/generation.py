@@ -240,8 +240,8 @@ class Guesser:
                 self.right[case] += token == came
 
 # %% ../nbs/08c_generation.ipynb #a3b33e2c
-AT_ONCE = {"cpu": 256}  # tokens of a step; 4096 elsewhere
-SPARE = {"cpu": 20}  # tokens that can be computed in the time that a step takes for itself, measured; 512 elsewhere
+AT_ONCE = {"cpu": 128}  # tokens of a step, from which on more take as much longer; 4096 elsewhere
+SPARE = {"cpu": 28}  # tokens that can be computed in the time that a smaller step takes for itself, measured; 512 elsewhere
 
 
 @dataclass(eq=False)
@@ -311,7 +311,7 @@ class _Writer:
         "Computes the next tokens of all texts, as many as go at once."
         room, spare = (sizes.get(self.model.device.type, otherwise) for sizes, otherwise in ((AT_ONCE, 4096), (SPARE, 512)))
         self.admit(room - sum(len(text.rest) for text in self.texts))
-        least = len(self.texts) / (len(self.texts) + spare)
+        least = 0.8 if sum(len(text.rest) for text in self.texts) >= room else len(self.texts) / (len(self.texts) + spare)
         row, at, feeds, asked, partly = [], [], [], [], []
         for text in self.texts:
             tokens = text.rest[: max(room - len(row), 0)]
