@@ -240,7 +240,7 @@ class Guesser:
                 self.right[case] += token == came
 
 # %% ../nbs/08c_generation.ipynb #a3b33e2c
-AT_ONCE = {"cpu": 128}  # tokens of a step, from which on more take as much longer; 4096 elsewhere
+AT_ONCE = {"cpu": 256}  # tokens of a step, from which on more take as much longer; 4096 elsewhere
 SPARE = {"cpu": 28}  # tokens that can be computed in the time that a smaller step takes for itself, measured; 512 elsewhere
 
 
