@@ -7,7 +7,8 @@
 when there is none yet. Ours runs twice: as `generate` does in an evaluation, where the right answers serve as guesses too, and
 `blind`, where they are not known. Prints for each engine the median seconds over the rounds (CPU time of the process, which other
 work on the machine disturbs least, and by the clock), answers per second, the ratio to the pipeline, how many answers are the
-pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. All in fp32, greedy; each engine answers a question before it is timed.
+pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. All in fp32, greedy; each engine answers a question
+before it is timed.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from finetune_nb.data import Chat, icd10_chats
 from finetune_nb.losses import inner_model
 from finetune_nb.models import load_model
 
-WORDS = "code note entry patient report list rule left right acute chronic first second other part same over under with of the a in".split()
+WORDS = "code note entry patient report list rule left right acute chronic first second other part same over under with of a in".split()
 
 
 def tuned_adapter(folder: Path, steps: int) -> Path:
@@ -46,7 +47,9 @@ def questions(n: int, system_tokens: int) -> list[Chat]:
     if not system_tokens:
         return chats
     rules = " ".join(WORDS[i * 7 % len(WORDS)] for i in range(system_tokens))
-    return [Chat([{"role": "system", "content": f"{chat.messages[0]['content']} {rules}."}, *chat.messages[1:]], chat.where) for chat in chats]
+    return [
+        Chat([{"role": "system", "content": f"{chat.messages[0]['content']} {rules}."}, *chat.messages[1:]], chat.where) for chat in chats
+    ]
 
 
 def by_pipeline(model: Any, tokenizer: Any, chats: list[Chat], most: int, batch_size: int) -> tuple[list[str], str]:
@@ -72,7 +75,9 @@ def by_slots(model: Any, tokenizer: Any, chats: list[Chat], most: int, batch_siz
     finally:
         generation._Writer = make
     (w,) = writers
-    effort = f"{w.steps} steps, {w.computed} tokens for {sum(map(len, prompts))} + {sum(map(len, said))}, {w.right} of {w.guessed} guesses right"
+    effort = (
+        f"{w.steps} steps, {w.computed} tokens for {sum(map(len, prompts))} + {sum(map(len, said))}, {w.right} of {w.guessed} guesses right"
+    )
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said], effort
 
 
@@ -81,7 +86,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["base", "tuned"], choices=["base", "tuned"])
-    parser.add_argument("--adapter", type=Path, default=Path("runs/generation-speed"), help="folder of a trained adapter, made when missing")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("runs/generation-speed"), help="folder of a trained adapter, made when missing"
+    )
     parser.add_argument("--steps", type=int, default=60, help="training steps when the adapter is missing")
     parser.add_argument("--system-tokens", type=int, nargs="+", default=[0, 300])
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -104,7 +111,10 @@ def main() -> None:
         model.eval()
         for system in options.system_tokens:
             chats = questions(options.questions, system)
-            print(f"\n{name}, {len(chats)} questions, system prompt {'as it is' if not system else f'longer by about {system} tokens'}", flush=True)
+            print(
+                f"\n{name}, {len(chats)} questions, system prompt {'as it is' if not system else f'longer by about {system} tokens'}",
+                flush=True,
+            )
             _compare(engines, options, model, tokenizer, chats)
 
 
@@ -124,7 +134,11 @@ def _compare(engines: dict[str, Any], options: argparse.Namespace, model: Any, t
     for name, (cpu, clock) in middle.items():
         same = sum(a == b for a, b in zip(said[name][0], said["pipeline"][0], strict=True))
         ratios = f"{middle['pipeline'][0] / cpu:.2f}x by CPU time, {middle['pipeline'][1] / clock:.2f}x by the clock"
-        print(f"  {name:<12} {cpu:7.1f} s CPU {clock:7.1f} s clock {len(chats) / clock:6.2f} answers/s  {ratios}  same answers {same}/{len(chats)}  {said[name][1]}", flush=True)
+        figures = f"{cpu:7.1f} s CPU {clock:7.1f} s clock {len(chats) / clock:6.2f} answers/s  {ratios}"
+        print(
+            f"  {name:<12} {figures}  same answers {same}/{len(chats)}  {said[name][1]}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'Hardware', 'hardware', 'container_limits', 'suit_machine', 'ModelError',
            'cache_folder', 'convert_gguf', 'load_tokenizer', 'load_model', 'with_attention', 'size_of', 'dtype_of',
-           'release_memory']
+           'release_memory', 'base_mark', 'tokenizer_mark']
 
 # %% ../nbs/03_models.ipynb #91c42cd5
 import ctypes
@@ -13,6 +13,7 @@ import gc
 import hashlib
 import importlib.util
 import io
+import json
 import logging
 import math
 import os
@@ -30,6 +31,7 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -329,3 +331,42 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
+
+# %% ../nbs/03_models.ipynb #ba76a0f3
+def base_mark(
+    name: str,  # as for `load_model`
+) -> str | None:
+    "A mark of a base model's weights, the same wherever they lie and however they are cut into files; None where they are not on this machine."
+    digests = {}
+    try:
+        for file in _weight_files(name):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    some = tensors.get_slice(key)
+                    values = (some[:2] if some.get_shape() else tensors.get_tensor(key)).contiguous().reshape(-1)
+                    digests[key] = f"{some.get_shape()} {hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()}"
+    except (SafetensorError, OSError, ModelError, RuntimeError):
+        return None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16] if digests else None
+
+
+def _weight_files(name: str) -> list[Path]:
+    "The safetensors files behind a name, as far as they are on this machine; asks no hub."
+    path = Path(name).expanduser()
+    gguf = _embedded_gguf() if name == EMBEDDED_MODEL else path if name.endswith(".gguf") else None
+    if gguf:
+        folder = convert_gguf(gguf)
+    else:
+        found = None if path.is_dir() else try_to_load_from_cache(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, "config.json")
+        folder = Path(found).parent if isinstance(found, str) else path
+    return sorted(folder.glob("*.safetensors"))
+
+
+def tokenizer_mark(
+    tokenizer: PreTrainedTokenizerBase,  # of a base model
+    chat_template_kwargs: dict[str, Any] | None = None,  # variables of its chat template
+) -> dict[str, str]:
+    "Marks of a tokenizer and of its chat template, by name."
+    spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # these two change in use
+    parts = {"tokenizer": [spec, tokenizer.special_tokens_map], "chat template": [str(tokenizer.chat_template), chat_template_kwargs or {}]}
+    return {name: hashlib.sha256(json.dumps(part, default=str).encode()).hexdigest()[:16] for name, part in parts.items()}

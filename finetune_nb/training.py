@@ -6,13 +6,15 @@
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'StoppedEarly',
            'Stop', 'FinetuneTrainer', 'training_arguments', 'Picture', 'inlined', 'Run', 'plot_history',
            'peak_memory_gib', 'is_training', 'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets',
-           'check_base', 'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'load_run']
+           'check_base', 'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'read_facts', 'how_it_ended',
+           'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
 import io
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -21,9 +23,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from html import escape
@@ -36,7 +38,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from matplotlib.figure import Figure
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import (
@@ -49,13 +51,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from .chat_template import NO_LOSS, check_template, tokenize_chats
-from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
+from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
+from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config, why_not_named
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
+from .display import html_table, notebook_shell
 from .locks import LockError, hold
-from .lora import add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
+from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
-from .models import cache_folder, dtype_of, hardware, load_model, release_memory, size_of, suit_machine
+from finetune_nb.models import (
+    base_mark,
+    cache_folder,
+    dtype_of,
+    hardware,
+    load_model,
+    release_memory,
+    size_of,
+    suit_machine,
+    tokenizer_mark,
+)
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from finetune_nb.planning import (
     Probe,
@@ -133,8 +146,7 @@ class Progress:
         self.started, self.shown, self.handle = time.monotonic(), 0.0, None
 
     def __enter__(self) -> "Progress":
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if self.listener is None and getattr(shell, "kernel", None) is not None:
+        if self.listener is None and notebook_shell() is not None:
             from IPython.display import display
 
             self.handle = display(self, display_id=True)
@@ -476,8 +488,7 @@ class Run:
         return "\n".join(f"{name + ':':22}{value}" for name, value in self._rows().items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        return f"<table>{rows}</table>{inlined(self.plot()._repr_png_())}"
+        return html_table((), list(self._rows().items())) + inlined(self.plot()._repr_png_())
 
 # %% ../nbs/08_training.ipynb #ce326231
 def plot_history(
@@ -512,11 +523,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _data_facts(chats: list[Chat], rows: Dataset | None) -> dict[str, Any]:
+def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int]) -> dict[str, Any]:
+    "What there is to learn from; `ends` are the tokens that end an answer."
     facts = {"chats": len(chats), "sha256": fingerprint(chats)}
+    facts["different_chats"] = len({fingerprint([chat]) for chat in chats})
+    facts["different_answers"] = len({chat.answer for chat in chats})
     if rows is not None:
-        facts["tokens"] = sum(map(len, rows["input_ids"]))
-        facts["supervised_tokens"] = sum(label != NO_LOSS for labels in rows["labels"] for label in labels)
+        learned = [[label for label in labels if label != NO_LOSS] for labels in rows["labels"]]
+        facts |= {"tokens": sum(map(len, rows["input_ids"])), "supervised_tokens": sum(map(len, learned)), "rows": len(rows)}
+        facts["masked_rows"] = sum(not labels for labels in learned)  # nothing is learned from them
+        facts["ended_rows"] = sum(bool(labels) and labels[-1] in ends for labels in learned)  # they teach where an answer ends
+        kept = set(rows["where"])
+        facts["dropped_chats"] = sum(chat.where not in kept for chat in chats)  # too long
     return facts
 
 
@@ -617,7 +635,7 @@ def _go_on(
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise TrainingError(f"{folder} holds no checkpoint, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
-    if (ended := _facts_so_far(folder)) and ended["ended_by"] != "the user":
+    if (ended := read_facts(folder)) and ended["ended_by"] != "the user":
         raise TrainingError(why_not_on(folder, ended))
     splits = splits or kept_sets(folder, config)
     for name, chats in splits._asdict().items():
@@ -660,6 +678,7 @@ class _Ready(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     rows: dict[str, Dataset]
     leaks: list[str]
+    template: list[dict[str, str]]  # what is odd about the chat template
 
 
 def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], check: Callable[[], None], base: tuple[Any, Any] | None = None) -> _Ready:
@@ -674,8 +693,7 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     model, tokenizer = load_base(config, say) if base is None else check_base(config, base)
     check()
     leaks = leak_report(splits)
-    if PartialState().is_main_process:
-        _show_checks(config, splits, model, tokenizer, leaks, say)
+    odd = _show_checks(config, splits, model, tokenizer, leaks, say) if PartialState().is_main_process else []
     check()
     rows = {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
     check()
@@ -684,7 +702,7 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     _tell(say, str(trainable_parameters(tuned)))
     check()
-    return _Ready(tuned, tokenizer, rows, leaks)
+    return _Ready(tuned, tokenizer, rows, leaks, odd)
 
 
 def check_base(
@@ -711,14 +729,18 @@ def _tell(say: Callable[[str], None], text: str) -> None:
 # %% ../nbs/08_training.ipynb #e9210acc
 def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> dict[str, Any]:
     "What is known of a run before its first step."
+    ends = {ready.tokenizer.eos_token_id, end_of_turn_id(ready.tokenizer, config.chat_template_kwargs)}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "parameters": str(trainable_parameters(ready.model)),
         "hardware": str(hardware(config.use_cpu)),
         "versions": _versions(),
         "seed": config.seed,
-        "data": {name: _data_facts(chats, ready.rows.get(name)) for name, chats in splits._asdict().items()},
+        "data": {name: _data_facts(chats, ready.rows.get(name), ends) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
+        "template": ready.template,
+        "dtype": str(ready.model.dtype).removeprefix("torch."),
+        "marks": {"base": base_mark(config.model_name_or_path)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
     }
 
 
@@ -733,12 +755,15 @@ def _run(
     checkpoint: Path | None = None,
 ) -> Run:
     "Trains, from the start or from `checkpoint`, and writes what comes of it."
-    facts = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint)
+    with _failure_kept(folder, started):
+        facts = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint)
+    facts["adapter_norm"] = adapter_norm(get_peft_model_state_dict(ready.model, save_embedding_layers=False))
     run = Run(folder, config, facts, read_history(folder), (ready.model.eval(), ready.tokenizer))
     if PartialState().is_main_process:
         _save_adapter(ready.model, folder, keep_initial=facts["ended_by"] == "the user")
         run.plot().savefig(folder / "loss.png", dpi=120)
         _write_facts(facts, folder / "run.json")
+        (folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
     PartialState().wait_for_everyone()
     if config.init_lora_weights == "pissa":
         run.release()  # a part of the base weights is in this adapter, and switching it off would not bring the base model back; in the saved one it is not
@@ -764,8 +789,8 @@ def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False) ->
         shutil.rmtree(initial)
 
 # %% ../nbs/08_training.ipynb #88e073d4
-def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: Any, leaks: list[str], say: Callable[[str], None]) -> None:
-    "Warns of leaks, and says what `check_template` has to say."
+def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: Any, leaks: list[str], say: Callable[[str], None]) -> list[dict[str, str]]:
+    "Warns of leaks, and says what `check_template` has to say, which is returned."
     for leak in leaks:
         warnings.warn(leak, stacklevel=3) if say is print else say(leak)
     if not leaks and (splits.validation or splits.test):
@@ -774,6 +799,7 @@ def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: 
     for check in report.findings:
         if check.name != "control tokens in the data" or config.control_tokens == "raise":
             _tell(say, f"Chat template, {check}")
+    return [asdict(check) for check in report.findings]
 
 
 def _tokenized(config: FinetuneConfig, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -805,7 +831,7 @@ def _fit(
         started |= planned
         _write_facts(started, folder / "started.json")
     stop.check(goes_on=checkpoint is not None)
-    before = _facts_so_far(folder).get("seconds", 0.0)
+    before = read_facts(folder).get("seconds", 0.0)
     begun = time.monotonic()
     forget_peak()
     steps = total_steps(config, len(rows["train"]), PartialState().num_processes)
@@ -827,12 +853,6 @@ def _fit(
         "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
     }
-
-
-def _facts_so_far(folder: Path) -> dict[str, Any]:
-    "What is known of a run that was stopped."
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _forget_after(folder: Path, checkpoint: Path) -> None:
@@ -937,7 +957,7 @@ def _telling_chats(rows: Dataset) -> list[dict[str, Any]]:
 # %% ../nbs/08_training.ipynb #6c938d2e
 @contextmanager
 def _run_folder(config: FinetuneConfig) -> Iterator[Path]:
-    "A fresh folder for a run, held while it is at work; removed again when the run fails before its first step."
+    "A fresh folder for a run, held while it is at work; cleared away when the run fails before its first step."
     first, made = PartialState().is_main_process, [None]
     if first:
         parent = Path(config.output_dir)
@@ -952,7 +972,34 @@ def _run_folder(config: FinetuneConfig) -> Iterator[Path]:
             yield folder
     except BaseException as error:
         if first and (isinstance(error, StoppedEarly) or not (folder / "history.jsonl").exists()):
-            shutil.rmtree(folder)
+            _clear_away(folder)
+        raise
+
+
+def _clear_away(folder: Path) -> None:
+    "Removes the folder of a run that did not begin; why it failed, with its choices, lies in `.failed` beside the runs until the next one does."
+    kept, aside = [folder / name for name in ("config.yaml", "started.json", "failed.json")], folder.parent / ".failed"
+    if (folder / "failed.json").is_file():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(exist_ok=True)
+        for path in filter(Path.is_file, kept):
+            os.replace(path, aside / path.name)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def _failure_kept(folder: Path, started: dict[str, Any]) -> Iterator[None]:
+    "While inside, an error that ends the run is also written into its folder: its kind, its words, and what was known before the first step."
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StoppedEarly):
+            with suppress(OSError):  # a full disk is told by the error itself
+                if not (folder / "started.json").is_file():
+                    _write_facts(started, folder / "started.json")
+                cause = error.__cause__ or error
+                failed = {"kind": type(error).__name__, "words": str(error)[:2000], "cause": f"{type(cause).__name__}: {str(cause)[:500]}"}
+                _write_facts(failed | {"step": (read_history(folder) or [{"step": 0}])[-1]["step"]}, folder / "failed.json")
         raise
 
 
@@ -960,8 +1007,8 @@ def _check_run_name(config: FinetuneConfig) -> None:
     "Raises `TrainingError` when the run's folder is taken or its name is more than a name."
     if config.run_name is None:
         return
-    if Path(config.run_name).name != config.run_name or config.run_name in (".", ".."):
-        raise TrainingError(f"run_name must be a plain name, got {config.run_name!r}. Put the folder into output_dir.")
+    if problem := why_not_named(config.run_name):
+        raise TrainingError(f"run_name {config.run_name!r}: {problem}")
     if (Path(config.output_dir) / config.run_name).exists():
         raise TrainingError(
             f"{Path(config.output_dir) / config.run_name} exists and is not overwritten. "
@@ -995,6 +1042,26 @@ def read_lines(
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+
+
+def read_facts(
+    folder: str | Path,  # of a run
+    name: str = "run.json",  # what it wrote when it ended; "started.json": when it began
+) -> dict[str, Any]:
+    "What a run wrote about itself; empty as long as it has not. Raises `ValueError` for what are no facts."
+    path = Path(folder) / name
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} does not hold the facts of a run")
+    return facts
+
+
+def how_it_ended(
+    facts: dict[str, Any],  # of `read_facts`
+) -> str:
+    "`finished`, `stopped`, or, without a result, `broken off`."
+    ended = facts.get("ended_by")
+    return "broken off" if ended is None else "stopped" if ended == "the user" else "finished"
 
 # %% ../nbs/08_training.ipynb #76c9e90a
 def load_run(

@@ -36,6 +36,10 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
     assert "exact match" in said and "Report:  runs/run-001/report.html" in said
     assert main(["evaluate", "runs/run-001", "--data", "chats.jsonl"]) == 0
     assert "40 test chats" in capsys.readouterr().out
+    assert main(["diagnose", "runs/run-001"]) == 0
+    assert "run-001: finished after" in (said := capsys.readouterr().out) and "Looked for: " in said
+    assert main(["diagnose", "runs/run-001", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("**run-001: finished after")
 
 
 def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
@@ -93,6 +97,7 @@ def test_bad_words_are_one_clear_error(tmp_path, capsys, monkeypatch):
         (["train", "config.yaml", "--set", "model_name_or_path=no/where"], "neither in a package"),
         (["train", "nowhere.yaml"], "does not exist"),
         (["evaluate", "nowhere"], "run.json is missing"),
+        (["diagnose", "nowhere"], "not the folder of a run"),
         (["config", "config.yaml"], "is not overwritten"),
     ):
         assert main(words) == 2
@@ -106,6 +111,13 @@ def test_notebook_is_copied_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "finetune.ipynb").write_text("mine")
     assert main(["notebook", "--no-open"]) == 0 and (tmp_path / "finetune.ipynb").read_text() == "mine"
     assert "stays as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("port", ["99999999", "65536", "-1", "eighty", ""])
+def test_a_port_that_can_not_be_is_refused_at_once(port, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["app", f"--port={port}"])
+    assert ended.value.code == 2 and "is no port; choose a number" in capsys.readouterr().err
 
 
 def test_config_writes_the_defaults(tmp_path):

@@ -167,7 +167,7 @@ class Break(TrainerCallback):
 def test_a_run_that_fails_at_once_leaves_nothing(quick, splits, tmp_path):
     with pytest.raises(OSError, match="no space"):
         train(replace(quick, eval_strategy="no"), splits, callbacks=[Break(0)])
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [".failed"]
     with pytest.raises(OSError, match="no space"):
         train(replace(quick, eval_strategy="no"), splits, callbacks=[Break(5)])
     assert (tmp_path / "runs/run-001/history.jsonl").exists(), "what was seen is kept"
@@ -195,7 +195,8 @@ def test_a_loss_that_is_no_number_ends_the_run(quick, splits):
         ({"train_file": "none.jsonl"}, "does not exist"),
         ({"max_length": 12}, "longer than max_length=12"),
         ({"target_modules": ["q_proj", "qkv"]}, "no linear layer called qkv; it has down_proj"),
-        ({"run_name": "../out"}, "must be a plain name"),
+        ({"run_name": "../out"}, "A name, not a path"),
+        ({"run_name": ".trash"}, "found nowhere again"),
         ({"run_name": "taken"}, "exists and is not overwritten"),
     ],
 )
