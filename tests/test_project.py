@@ -76,6 +76,7 @@ def test_notebook_is_presentable(path, settings):
     assert not re.search(r"/root/|/home/\w|/work/|/tmp/|site-packages", text), "a path of somebody's machine"
     assert len(notebook["cells"]) <= 90
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert "widgets" not in notebook["metadata"], "the state of widgets is not kept: pictures of them are"
     assert not [o for o in outputs if o["output_type"] == "error"]
     assert not [o for o in outputs if o.get("name") == "stderr"], "warnings are for mending, not for keeping"
     code = [c for c in notebook["cells"] if c["cell_type"] == "code" and "eval: false" not in "".join(c["source"])]
