@@ -7,7 +7,8 @@
 when there is none yet. Ours runs twice: as `generate` does in an evaluation, where the right answers serve as guesses too, and
 `blind`, where they are not known. Prints for each engine the median seconds over the rounds (CPU time of the process, which other
 work on the machine disturbs least, and by the clock), answers per second, the ratio to the pipeline, how many answers are the
-pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. All in fp32, greedy; each engine answers a question
+pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. All in fp32, greedy; each
+engine answers a question
 before it is timed.
 """
 
