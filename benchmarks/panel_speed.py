@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 from jupyter_client.manager import KernelManager
 
@@ -48,7 +49,7 @@ BARE = "clock = Clock()\nrun = train(config, data, [clock], say=lambda line: Non
 WATCHED = """clock = Clock()
 job = start_job(config, data, background=True, questions={questions}, callbacks=[clock])
 room.train.attach(job)"""
-PANEL = "began = time.perf_counter()\nroom = panel(config, data)\ndisplay(room)\nprint(json.dumps(time.perf_counter() - began))"
+PANEL = "began = time.perf_counter()\nroom = panel(config, data)\ndisplay(room)\nmade = time.perf_counter() - began"
 READ = "while room.data.ready is None: time.sleep(0.01)"
 
 
@@ -76,6 +77,10 @@ class Kernel:
         assert reply["status"] == "ok", "\n".join(reply.get("traceback", []))
         return "".join(said), took
 
+    def value(self, expression: str) -> Any:
+        "What an expression is worth in the kernel."
+        return json.loads(self.run(f"print(json.dumps({expression}))")[0].splitlines()[-1])
+
     def end(self) -> None:
         "Ends the kernel."
         self.client.stop_channels()
@@ -95,19 +100,19 @@ def main() -> None:
         try:
             print(kernel.run(SETUP.format(chats=options.chats, steps=options.steps, folder=folder))[0])
             for attempt in range(3):
-                made, shown = kernel.run(PANEL)
-                made, read = json.loads(made.splitlines()[-1]), kernel.run(READ)[1]
+                shown, read = kernel.run(PANEL)[1], kernel.run(READ)[1]
+                made = kernel.value("made")
                 print(f"panel {attempt + 1}: made in {made:.2f} s, the cell answered after {shown:.2f} s, the data read {read:.2f} s later")
             for _ in range(options.rounds):
                 for name, code in zip(took, (BARE, WATCHED.format(questions=0), WATCHED.format(questions=2)), strict=True):
                     kernel.run(code)
                     if name != "bare":
                         kernel.run("_ = job.wait()")
-                    took[name].append(tuple(json.loads(kernel.run("print(json.dumps(clock.took))")[0])))
+                    took[name].append(tuple(kernel.value("clock.took")))
                     kernel.run(f"shutil.rmtree({folder!r}, ignore_errors=True)")
             kernel.run(WATCHED.format(questions=2))
             waits = []
-            while json.loads(kernel.run("print(json.dumps(job.active))")[0]):
+            while kernel.value("job.active"):
                 waits.append(kernel.run("6 * 7")[1])
                 time.sleep(0.2)
         finally:

@@ -18,8 +18,9 @@ _WHERE = {
     "jobs": "start_job continue_job",
     "runs": "list_runs",
     "forgetting": "measure_forgetting",
+    "lm_eval_tasks": "lm_eval",
     "diagnosis": "diagnose",
-    "baselines": "should_you_finetune",
+    "baselines": "should_you_finetune add_tuned",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)

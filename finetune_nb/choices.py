@@ -7,6 +7,7 @@ __all__ = ['STEPS', 'SLIDERS', 'PLAIN', 'PRESETS', 'Spec', 'control_specs', 'to_
            'Conflict', 'find_conflicts', 'code_for']
 
 # %% ../nbs/10a_choices.ipynb #856375f8
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,16 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .config import ConfigError, FinetuneConfig, changed_settings, check_value, field_groups, field_help, yaml_value
+from finetune_nb.config import (
+    ConfigError,
+    FinetuneConfig,
+    changed_settings,
+    check_value,
+    field_groups,
+    field_help,
+    why_not_named,
+    yaml_value,
+)
 
 # %% ../nbs/10a_choices.ipynb #b35b3ab1
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def from_text(
         return check_value(FinetuneConfig, name, _number(text, float in kinds))
     try:
         value = yaml.safe_load(text) if text else {}
-    except (yaml.YAMLError, ValueError):  # also 2026-13-45, which looks like a date
+    except (yaml.YAMLError, ValueError, RecursionError):  # also 2026-13-45, which looks like a date
         value = text
     if is_list and not isinstance(value, list):
         raise ConfigError(f"{name}: expected a list such as [one, two], got {text!r}. It is: {field_help(FinetuneConfig)[name]}")
@@ -144,7 +154,7 @@ def _listed(name: str, text: str, or_one: bool) -> Any:
     if or_one and len(parts) == 1:
         return check_value(FinetuneConfig, name, parts[0])
     numbers = name == "layers_to_transform"
-    return check_value(FinetuneConfig, name, [int(part) if numbers and part.lstrip("-").isdigit() else part for part in parts])
+    return check_value(FinetuneConfig, name, [int(part) if numbers and re.fullmatch("-?[0-9]{1,9}", part) else part for part in parts])
 
 # %% ../nbs/10a_choices.ipynb #b3a844f1
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ PRESETS: dict[str, Preset] = {
         r=(8, "small and quick"),
         lora_alpha=(16.0, "twice the rank"),
         target_modules=("all-linear", "learns fastest in few steps"),
-        lora_dropout=(0.0, "nothing is seen twice"),
+        lora_dropout=(0.0, "too few steps to learn chats by heart"),
         learning_rate=(1e-3, "a short run can take, and needs, larger steps"),
         max_steps=(50, "enough to see the loss fall"),
         per_device_train_batch_size=(4, "small steps, many of them"),
@@ -258,6 +268,10 @@ def _data_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
         found.append(Conflict("validation_size", "error", 'There will be no validation chats. Raise validation_size, name a validation_file, or set eval_strategy to "no".'))
     if not demo and looks and c.validation_size + c.test_size >= 1 and not (c.validation_file or c.test_file):
         found.append(Conflict("test_size", "error", "Nothing is left to train on. Lower validation_size or test_size."))
+    for name in ("validation_size", "test_size"):
+        given = demo or getattr(c, name.replace("size", "file"))
+        if given and getattr(c, name) != getattr(FinetuneConfig(), name):
+            found.append(Conflict(name, "note", "Not used: the demo data come with their sets." if demo else "Not used: a file of its own is named."))
     if c.too_long == "truncate":
         found.append(Conflict("too_long", "note", "An answer whose end is cut off never learns to stop. Prefer a larger max_length, or drop."))
     if c.answer_pattern is not None:
@@ -265,31 +279,40 @@ def _data_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
             re.compile(c.answer_pattern)
         except re.error as error:
             found.append(Conflict("answer_pattern", "error", f"Not a regular expression: {error}."))
-    if c.run_name and Path(c.run_name).name != c.run_name or c.run_name in (".", ".."):
-        found.append(Conflict("run_name", "error", "A name, not a path. Put the folder into output_dir."))
-    elif c.run_name and ("\0" in c.run_name or len(c.run_name.encode()) > 255):
-        found.append(Conflict("run_name", "error", "No folder can be called so. Choose a shorter, plainer name."))
-    elif c.run_name and _is_taken(Path(c.output_dir) / c.run_name):
-        found.append(Conflict("run_name", "error", "There is a run of this name, and it is not overwritten. Choose another, or leave it empty for the next free number."))
-    return found
+    return found + _place_conflicts(c)
 
 
-def _is_taken(folder: Path) -> bool:
-    "Whether there is something of this name, as far as can be seen."
+def _place_conflicts(c: FinetuneConfig) -> list[Conflict]:
+    "Whether a run can stand where it is to stand, as far as can be seen."
     try:
-        return folder.exists()
-    except OSError:  # the folder of all runs can't be looked into, which the run will say
-        return False
+        folder = Path(c.output_dir)
+        there = next((place for place in (folder, *folder.resolve().parents) if place.exists()), folder)
+        if not there.is_dir():
+            return [Conflict("output_dir", "error", f"{there} is a file, and a run needs a folder. Choose another.")]
+        if not os.access(there, os.W_OK):
+            return [Conflict("output_dir", "error", f"Nothing can be written into {there}. Choose another folder, or change its permissions.")]
+        if not c.run_name:
+            return []
+        if problem := why_not_named(c.run_name):
+            return [Conflict("run_name", "error", problem)]
+        if (folder / c.run_name).exists():
+            return [Conflict("run_name", "error", "There is a run of this name, and it is not overwritten. Choose another, or leave it empty for the next free number.")]
+    except (OSError, ValueError) as error:  # too long, or with a character that no name has
+        return [Conflict("output_dir", "error", f"No folder can be called so: {getattr(error, 'strerror', None) or error}. Choose a shorter, plainer name.")]
+    return []
 
 
 def _adapter_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
-    found, scale = [], c.lora_alpha / (c.r**0.5 if c.use_rslora else c.r)
+    root = c.r**0.5 if c.use_rslora else c.r
+    found, scale, usual = [], c.lora_alpha / root, f"Twice the {'square root of the ' if c.use_rslora else ''}rank ({2 * root:.3g}) is usual."
+    if not c.target_modules:
+        found.append(Conflict("target_modules", "error", 'Name the layers that get an adapter, such as q_proj, v_proj, or "all-linear".'))
     if c.load_in_4bit and c.init_lora_weights == "pissa":
         found.append(Conflict("init_lora_weights", "error", '"pissa" changes the base weights, which four bits can\'t hold. Use "default", or load_in_4bit=False.'))
     if scale > 8:
-        found.append(Conflict("lora_alpha", "note", f"The update is scaled by {scale:g}, which often diverges. Twice the rank ({2 * c.r}) is usual."))
+        found.append(Conflict("lora_alpha", "note", f"The update is scaled by {scale:g}, which often diverges. {usual}"))
     if scale < 0.25:
-        found.append(Conflict("lora_alpha", "note", f"The update is scaled by {scale:.2g}, so that it learns slowly. Twice the rank ({2 * c.r}) is usual."))
+        found.append(Conflict("lora_alpha", "note", f"The update is scaled by {scale:.2g}, so that it learns slowly. {usual}"))
     if c.use_dora and c.lora_dropout > 0:
         found.append(Conflict("use_dora", "note", "DoRA with dropout computes each layer twice; lora_dropout 0 is faster."))
     if c.r > 64 and not c.use_rslora:
@@ -305,6 +328,8 @@ def _training_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
         found.append(Conflict("learning_rate", "note", "So large a step usually diverges. LoRA learns well between 1e-4 and 2e-3."))
     if c.learning_rate < 1e-5:
         found.append(Conflict("learning_rate", "note", "So small a step hardly moves an adapter. LoRA learns well between 1e-4 and 2e-3."))
+    if c.warmup_ratio and c.lr_scheduler_type == "constant":
+        found.append(Conflict("warmup_ratio", "note", 'Not used with lr_scheduler_type "constant"; "constant_with_warmup" begins with it.'))
     if c.warmup_ratio > 0.5:
         found.append(Conflict("warmup_ratio", "note", "The learning rate rises for most of the run. A tenth is usual."))
     if c.eval_strategy == "no" and c.early_stopping_patience:
@@ -322,6 +347,8 @@ def _package_conflicts(c: FinetuneConfig, on_gpu: bool) -> list[Conflict]:
         found.append(Conflict("load_in_4bit", "error", "This needs bitsandbytes: pip install 'finetune_nb[qlora]'"))
     if c.optim == "paged_adamw_8bit" and not on_gpu:
         found.append(Conflict("optim", "error", "A paged optimizer needs a GPU; here choose adamw_torch."))
+    elif c.optim == "paged_adamw_8bit" and find_spec("bitsandbytes") is None:
+        found.append(Conflict("optim", "error", "This needs bitsandbytes: pip install 'finetune_nb[qlora]'"))
     if c.attn_implementation == "flash_attention_2" and (not on_gpu or find_spec("flash_attn") is None):
         found.append(Conflict("attn_implementation", "error", "This needs a recent GPU and the package flash-attn. sdpa suits everything."))
     if c.report_to != "none" and find_spec(c.report_to) is None:

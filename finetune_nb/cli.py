@@ -106,7 +106,7 @@ def sweep_command(options: argparse.Namespace) -> None:
 def range_test_command(options: argparse.Namespace) -> None:
     "Finds a learning rate by a range test."
     config = _with_changes(load_config(options.config), options.set)
-    from finetune_nb.sweep import lr_range_test
+    from finetune_nb.range_test import lr_range_test
 
     found = lr_range_test(config, low=options.low, high=options.high, steps=options.steps)
     print(f"\n{found}")
@@ -284,6 +284,17 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
+def _port(text: str) -> int:
+    "A port as typed; 0 lets the system choose. Voila would announce an address that can't be."
+    try:
+        port = int(text)
+    except ValueError:
+        port = -1
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; choose a number from 1024 to 65535, such as 8866")
+    return port
+
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the command `finetune_nb`."
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -363,7 +374,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     app = commands.add_parser("app", help="the control panel as a page of its own, by Voila")
     app.add_argument("--folder", default=".", help="where runs and files lie (default: here)")
-    app.add_argument("--port", type=int, default=8866, help="port of the page (default: %(default)s)")
+    app.add_argument("--port", type=_port, default=8866, help="port of the page (default: %(default)s)")
     app.add_argument("--no-open", action="store_true", help="only serve")
     app.set_defaults(run_command=app_command)
     return parser

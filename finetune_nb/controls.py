@@ -10,6 +10,7 @@ __all__ = ['DARK', 'DARK_WIDGETS', 'PLAIN_PAGE', 'STYLE', 'WIDE', 'WRAP', 'View'
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -39,6 +40,9 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb .widget-label{{color:var(--fnb-ink)}}
 .fnb .widget-html>.widget-html-content{{line-height:1.4;min-width:0}}
 .fnb .fnb-columns{{column-gap:28px}}
+.jp-OutputArea:has(.fnb-columns),.jp-OutputArea-child:has(.fnb-columns),.jp-OutputArea-output:has(.fnb-columns){{overflow:visible}}
+.fnb.jupyter-widgets,.fnb .fnb-tabs.jupyter-widgets,.fnb .fnb-tabs>.jupyter-widgets:has(.fnb-columns),.fnb .fnb-columns.jupyter-widgets{{overflow:visible}}
+@container (min-width:788px){{.fnb .fnb-columns>:last-child{{position:sticky;top:0;align-self:flex-start}}}}
 .fnb table{{margin-top:6px}}
 .fnb-note{{font-size:12px;line-height:1.35;padding:0 8px 4px 8px;color:var(--fnb-dim);overflow-wrap:anywhere}}
 .fnb-error{{color:var(--fnb-bad);font-weight:600}}.fnb-good{{color:var(--fnb-good)}}.fnb-tight{{color:var(--fnb-tight)}}.fnb-bad{{color:var(--fnb-bad)}}
@@ -51,7 +55,7 @@ html[theme=dark] .fnb,.quarto-dark .fnb{{{DARK};{DARK_WIDGETS}}}
 .fnb summary{{cursor:pointer}}
 .fnb ins{{background:#2e9e4f44;text-decoration:none}}.fnb del{{background:#d6454544;text-decoration:none}}
 .fnb button:focus-visible,.fnb input:focus-visible,.fnb select:focus-visible,.fnb summary:focus-visible{{outline:2px solid #4c78a8;outline-offset:-2px}}
-.fnb-scroll{{overflow:auto;max-width:100%}}
+.fnb-scroll{{overflow:auto;width:0;min-width:100%}}
 .fnb .fnb-tabs>.widget-toggle-buttons{{width:auto;border-bottom:1px solid var(--fnb-line);margin-bottom:12px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button{{width:auto;background:transparent;box-shadow:none;border-bottom:3px solid transparent;padding:0 14px}}
 .fnb .fnb-tabs>.widget-toggle-buttons .widget-toggle-button.mod-active{{color:var(--fnb-ink);font-weight:600;border-bottom-color:var(--jp-brand-color1,#1976d2)}}
@@ -334,9 +338,12 @@ class ConfigForm(_FormLayout):
         on_gpu: bool = False,  # whether runs will use a GPU
     ) -> None:
         self._config, self.on_gpu, self._moving = deepcopy(config or FinetuneConfig()), on_gpu, False
-        self.specs, self.listeners = control_specs(), []
+        self._tied = self._config.lora_alpha / self._config.r  # what alpha is to r, while it follows
+        self.specs, self.listeners, self._late = control_specs(), [], []
         self.problems: dict[str, str] = {}  # by setting, why what stands in its field can't be had
         self.hints: dict[str, tuple[str, str]] = {}  # by setting, what others say beside it, and its kind
+        self._preset: dict[str, str] | None = None  # by setting that a preset has set, why; None: the settings are of no preset
+        self._summary, self._of_preset = "", {}  # what that preset says of itself, and its values
         self.given = ""  # the variable of chats that were handed over, for the code
         self._asked = self._written = ("", "")  # the file that is to be replaced at a second press, and the one that was written last, with their texts
         self.controls = {name: make_control(spec, getattr(self._config, name)) for name, spec in self.specs.items()}
@@ -344,6 +351,7 @@ class ConfigForm(_FormLayout):
         super().__init__(self._lay_out())
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._turned(name), names="value")
+        self.tie.observe(lambda change: self._tie_turned(), names="value")
         self._show_notes()
 
     @property
@@ -353,7 +361,8 @@ class ConfigForm(_FormLayout):
 
     @config.setter
     def config(self, config: FinetuneConfig) -> None:
-        self._config, self.problems, self._moving = deepcopy(config), {}, True
+        self._config, self.problems, self._moving, self._preset = deepcopy(config), {}, True, None
+        self._tied = config.lora_alpha / config.r
         try:
             for name, control in self.controls.items():
                 set_control(control, self.specs[name], getattr(config, name))
@@ -365,14 +374,15 @@ class ConfigForm(_FormLayout):
     def conflicts(self) -> list[Conflict]:
         "What could not be read, and what does not go together, errors first."
         unread = [Conflict(name, "error", message) for name, message in self.problems.items()]
-        return unread + find_conflicts(self._config, self.on_gpu)
+        return unread + find_conflicts(self._config, self.on_gpu and not self._config.use_cpu)
 
     def on_change(
         self,
         listener: Callable[[FinetuneConfig], None],  # is given the configuration
+        last: bool = False,  # after all those that are not, for what takes longer
     ) -> None:
         "Calls `listener` after each change."
-        self.listeners.append(listener)
+        (self._late if last else self.listeners).append(listener)
 
     def hint(
         self,
@@ -390,10 +400,23 @@ class ConfigForm(_FormLayout):
         name: str,  # of `PRESETS`
     ) -> None:
         "Takes a preset's values, and says why it has them."
-        self.config = apply_preset(self._config, name)
-        preset = PRESETS[name]
-        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(to_text(v) or 'automatic')}</td><td>{escape(preset.reasons[k])}</td></tr>" for k, v in preset.values.items())
-        self.reasons.value = f"{note(preset.summary)}<details><summary>what it sets, and why</summary><table>{rows}</table></details>"
+        before, preset = self._config, PRESETS[name]
+        self.config = after = apply_preset(before, name)
+        back = [key for key in self.specs if key not in preset.values and getattr(before, key) != getattr(after, key)]
+        self._summary, self._preset = preset.summary, preset.reasons | dict.fromkeys(back, "its default again, as this preset says nothing of it")
+        self._of_preset = {key: getattr(after, key) for key in self._preset}
+        self._show_reasons()
+
+    def _show_reasons(self) -> None:
+        "Says what of the preset still stands, and why; nothing once the settings have come from elsewhere."
+        stands = {key: value for key, value in self._of_preset.items() if getattr(self._config, key) == value} if self._preset else {}
+        if not stands:
+            self.reasons.value = ""
+            return
+        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(to_text(value) or 'automatic')}</td><td>{escape(self._preset[key])}</td></tr>" for key, value in stands.items())
+        turned = ", ".join(key for key in self._of_preset if key not in stands)
+        since = note(f"Turned since: {turned}.", "tight") if turned else ""
+        self.reasons.value = f"{note(self._summary)}{since}<details><summary>what it sets, and why</summary><table>{rows}</table></details>"
 
     def save_file(self) -> None:
         "Writes the configuration to the file that is named; another configuration there is replaced at the second press, and nothing else ever is."
@@ -401,6 +424,8 @@ class ConfigForm(_FormLayout):
 
     def _save(self) -> tuple[str, str]:
         path = self.path.value
+        if not (folder := Path(path).expanduser().parent).is_dir():
+            raise FinetuneError(f"{path} can't be written, since there is no folder {folder}. Make it, or choose another name.")
         there = path, check_replaceable(path)
         if there[1].strip() and there not in (self._written, self._asked):
             if load_config(path) == self._config:
@@ -410,6 +435,7 @@ class ConfigForm(_FormLayout):
         save_config(self._config, path)
         self._written, self._asked = (path, check_replaceable(path)), ("", "")
         left = f" Without {', '.join(self.problems)}, where what was typed can't be had." if self.problems else ""
+        left += f" It names {self._config.train_file}, and not the chats that were handed over as {self.given}." if self.given else ""
         return f"Written to {path}.{left}", "tight" if left else "good"
 
     def load_file(self) -> None:
@@ -424,7 +450,9 @@ class ConfigForm(_FormLayout):
     def _file(self, act: Callable[[], tuple[str, str]]) -> None:
         try:
             self.file_note.value = note(*act())
-        except (FinetuneError, OSError, ValueError) as error:  # an empty name, or one with a character that no name has
+        except OSError as error:  # its own words name the file that was written first, which nobody knows
+            self.file_note.value = note(f"{self.path.value} can't be used: {error.strerror or error}. Choose another name.", "error")
+        except (FinetuneError, ValueError) as error:  # an empty name, or one with a character that no name has
             self.file_note.value = note(str(error), "error")
 
     def hand_over(
@@ -454,24 +482,34 @@ class ConfigForm(_FormLayout):
         if self._moving:
             return
         try:
-            value, before = value_of(self.controls[name], self.specs[name]), getattr(self._config, name)
+            value = value_of(self.controls[name], self.specs[name])
             setattr(self._config, name, value)
             self.problems.pop(name, None)
         except ConfigError as error:
             self.problems[name] = str(error)
             return self._changed()  # whoever starts runs has to know
+        if name == "lora_alpha":
+            self._tied = self._config.lora_alpha / self._config.r
         if name == "r" and self.tie.value:
-            self._config.lora_alpha = min(max(self._config.lora_alpha * value / before, 0.01), 4096)
+            self._config.lora_alpha = min(max(self._tied * value, 0.01), 4096)
             self._moving = True
             set_control(self.controls["lora_alpha"], self.specs["lora_alpha"], self._config.lora_alpha)
             self._moving = False
         self._changed()
 
+    def _tie_turned(self) -> None:
+        self._tied = self._config.lora_alpha / self._config.r
+        self._show_notes()
+
     def _changed(self) -> None:
         self._show_notes()
+        self._show_reasons()
         self._show_code()
-        for listener in self.listeners:
-            listener(self.config)
+        for listener in [*self.listeners, *self._late]:
+            try:
+                listener(self.config)
+            except Exception as error:  # the others have to hear of the change all the same
+                self.file_note.value = note(f"{type(error).__name__}: {error}", "error")
 
     def _show_notes(self) -> None:
         "Puts what there is to say beside each control."
@@ -479,6 +517,8 @@ class ConfigForm(_FormLayout):
         together = c.per_device_train_batch_size * c.gradient_accumulation_steps
         said = {"gradient_accumulation_steps": note(f"{together} chats a step ({c.per_device_train_batch_size} × {c.gradient_accumulation_steps})")}
         said["load_in_4bit"] = note("QLoRA: the base model in four bits" if c.load_in_4bit else "LoRA on the whole base model; ticked, it is QLoRA")
+        if self.tie.value:
+            said["lora_alpha"] = note(f"stays {self._tied:.3g} × r")
         beside = [(name, *hint) for name, hint in self.hints.items()]
         beside += [(one.name, one.message, "error" if one.level == "error" else "tight") for one in self.conflicts]
         for name, text, kind in beside:

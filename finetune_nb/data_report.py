@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from .chats import Chat
 from .config import ConfigError, replacing
+from .display import md_cell
 
 SEVERITIES = ("error", "warning", "note")
 POINTS = {
@@ -181,10 +182,10 @@ class DataReport:
     def to_markdown(self) -> str:
         "The report as Markdown: a table, then the rows."
         lines = [f"# {self.verdict}", "", "| check | severity | chats | found |", "| --- | --- | --- | --- |"]
-        lines += [f"| {f.check} | {f.severity} | {len(f.rows):,} | {_cell(f.message)} |" for f in self.findings]
+        lines += [f"| {f.check} | {f.severity} | {len(f.rows):,} | {md_cell(f.message)} |" for f in self.findings]
         for f in self.findings:
             lines += ["", f"## {f.check}", "", _escaped(f"{f.message} {f.advice}"), ""]
-            lines += [f"- {_cell(self._where(r))}: {_cell(t)}" for r, t in list(f.excerpts.items())[:_SHOWN]]
+            lines += [f"- {md_cell(self._where(r))}: {md_cell(t)}" for r, t in list(f.excerpts.items())[:_SHOWN]]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -227,7 +228,7 @@ class DataReport:
 
     def _card(self, f: Finding) -> str:
         "A check as a card that opens."
-        colour = {"error": "#d33", "warning": "#d90", "note": "#888"}[f.severity]
+        colour = {"error": "#d33", "warning": "#d90", "note": "#767676"}[f.severity]
         shown = self._side_by_side(f) if f.groups else "".join(map(self._item, list(f.excerpts.items())[:_SHOWN]))
         n = len(f.groups) - _GROUPS if f.groups else len(f.excerpts) - _SHOWN
         more = f"<p>and {n:,} more {'groups' if f.groups else 'chats'}</p>" if n > 0 else ""
@@ -264,8 +265,3 @@ def _chats(n: int) -> str:
 def _escaped(text: str) -> str:
     "A text on one line, as it may stand in a paragraph of Markdown."
     return escape(" ".join(text.split()), quote=False)
-
-
-def _cell(text: str) -> str:
-    "A text as it may stand in a table or list of Markdown."
-    return _escaped(text).replace("|", "\\|")

@@ -31,15 +31,17 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, FinetuneError
 from .data import Chat, load_chats, question
+from .display import html_table, text_table
 from .evaluation import generate
-from .losses import Batch, mixed_precision, supervised_states
+from .lora import without_adapter
+from .losses import Batch, inner_model, mixed_precision, supervised_states
 from .metrics import Difference, bootstrap_interval, follows_pattern, paired_difference, wilson_interval
 from .packing import PackingCollator
 from .training import Picture, Progress, Run
 
 # %% ../nbs/09d_forgetting.ipynb #236e406f
 def forgetting_items(
-    categories: Sequence[str] | None = None,  # some of them; None: all
+    categories: str | Sequence[str] | None = None,  # one or some of them; None: all
 ) -> list[Chat]:
     "The questions that ship with the package. Raises `ConfigError` for a category that is none."
     with as_file(files("finetune_nb") / "forgetting.jsonl") as path:
@@ -48,6 +50,7 @@ def forgetting_items(
 
 def _of_categories(chats: Sequence[Chat], categories: Sequence[str] | None) -> list[Chat]:
     "The chats of some categories."
+    categories = [categories] if isinstance(categories, str) else categories
     known = Counter(map(category_of, chats))
     unknown = [name for name in categories or () if name not in known]
     if unknown:
@@ -110,7 +113,7 @@ def token_drift(
 ) -> torch.Tensor:
     "At every supervised token, in nats: the loss without the adapter, the loss with it, and KL(without ‖ with); shape (3, supervised)."
     with mixed_precision(model):
-        with model.disable_adapter():
+        with without_adapter(model):
             base = supervised_states(model, batch)
         tuned = supervised_states(model, batch)
         parts = []
@@ -133,6 +136,9 @@ def _drifts(
 ) -> tuple[np.ndarray, np.ndarray]:
     "For each chat the sums of `token_drift` over its last answer, (chats, 3), and the number of its tokens."
     rows = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))
+    positions = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if long := [row for row in rows if positions and len(row["input_ids"]) > positions]:
+        raise ConfigError(f"{long[0]['where'] or 'an item'}: {len(long[0]['input_ids'])} tokens, and the model can read {positions}. Shorten this item, or leave it out.")
     total, count = torch.zeros(len(rows), 3, dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     training, done = model.training, 0
     model.eval()
@@ -273,11 +279,8 @@ class Forgetting:
         return [(name, *figures.cells()) for name, figures in self.figures.items()]
 
     def __str__(self) -> str:
-        rows = [HEAD, *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lost = [f"lost: {row.question!r}: {row.before!r} became {row.after!r}" for row in self.lost()]
-        return "\n".join([f"{self.name}, {self.items}: {self.reason}", *lines, *lost])
+        return "\n".join([f"{self.name}, {self.items}: {self.reason}", *text_table(HEAD, self.table()), *lost])
 
     def _repr_html_(self) -> str:
         return _html(self)
@@ -330,24 +333,18 @@ def _reason(report: Forgetting) -> str:
 def _html(report: Forgetting) -> str:
     colour = {"forgot": "#d62728", "kept": "#2e9e4f", "can't tell": "#e0902f"}[report.verdict]
     parts = [f"<p><b style='color:{colour}'>{escape(report.verdict)}</b> · {escape(report.name)}, {escape(report.items)}<br>{escape(report.reason)}</p>"]
-    parts.append(_html_table(HEAD, report.table()))
+    parts.append(html_table(HEAD, report.table()))
     if lost := report.lost():
         parts.append("<p>Right before, wrong now:</p>")
-        parts.append(_html_table(("question", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
+        parts.append(html_table(("question", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
     return "".join(parts)
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    line = "<tr>{}</tr>".format
-    top = line("".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in head))
-    return f"<table>{top}{''.join(line(''.join(f'<td style=text-align:left>{escape(cell)}</td>' for cell in row)) for row in rows)}</table>"
 
 # %% ../nbs/09d_forgetting.ipynb #98eea1e5
 def measure_forgetting(
     run_or_model: Run | PeftModel,  # a finished run, or a model with its adapter
     tokenizer: PreTrainedTokenizerBase | None = None,  # the one that belongs to a model; a run brings its own
     items: str | Path | Sequence[Chat] | None = None,  # a file of chats, or chats, that must not get worse; None: those that ship with the package
-    categories: Sequence[str] | None = None,  # some of their categories; None: all
+    categories: str | Sequence[str] | None = None,  # one or some of their categories; None: all
     limit: int | None = None,  # items drawn from them; None: all
     seed: int = 0,  # of the draw
     answers: bool = True,  # let both models answer too, which takes most of the time
@@ -358,15 +355,18 @@ def measure_forgetting(
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template; None: those of the run
 ) -> Forgetting:
     "Base against tuned on general questions, or on one's own. Raises `ConfigError` for items that can't be used, `FinetuneError` where the base model can't be had by switching the adapter off."
+    if not warn_at > 1 or min(max_new_tokens, batch_size, max_tokens) < 1:
+        raise ConfigError(f"warn_at={warn_at}, max_new_tokens={max_new_tokens}, batch_size={batch_size}, max_tokens={max_tokens}: a rise is above 1, the others are at least 1.")
     chats, told = _chosen(items, categories, limit, seed)
     model, tokenizer, name, kwargs, chats = _model_of(run_or_model, tokenizer, chats, chat_template_kwargs)
     checks = [item_check(chat) for chat in chats]
     sums, counts = _drifts(model, tokenizer, chats, max_tokens, kwargs)
+    _check_numbers(chats, sums, name)
     said: list[list[str | None]] = [[None] * len(chats)] * 2
     if answers:
         said, told = [], f"{told}, answers of at most {max_new_tokens} tokens"
-        for who, switch in (("base", model.disable_adapter), ("tuned", nullcontext)):
-            with switch():
+        for who, switch in (("base", without_adapter), ("tuned", nullcontext)):
+            with switch(model):
                 said.append([a.text for a in generate(model, tokenizer, chats, max_new_tokens, batch_size, f"Answering: {who}", kwargs)])
     rows = [
         ItemDrift(
@@ -378,16 +378,26 @@ def measure_forgetting(
     return Forgetting(name, told, rows, warn_at)
 
 
-def _chosen(items: str | Path | Sequence[Chat] | None, categories: Sequence[str] | None, limit: int | None, seed: int) -> tuple[list[Chat], str]:
+def _check_numbers(chats: Sequence[Chat], sums: np.ndarray, name: str) -> None:
+    "Raises `FinetuneError` where a loss is no number: a mean over such would say nothing."
+    broken = ~np.isfinite(sums).all(1)
+    if broken.any():
+        who = name if np.isfinite(sums[:, 0]).all() else "the base model"
+        raise FinetuneError(f"{broken.sum()} of {len(chats)} items have a loss that is no finite number, the first of them {chats[int(broken.argmax())].where or 'the first'}: {who} is broken. Train again, with a lower learning rate.")
+
+
+def _chosen(items: str | Path | Sequence[Chat] | None, categories: str | Sequence[str] | None, limit: int | None, seed: int) -> tuple[list[Chat], str]:
     "The items, and in words which they are."
     source = "items that ship with the package" if items is None else f"items of {Path(items).name}" if isinstance(items, (str, Path)) else "given items"
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ConfigError(f"limit={limit!r}: at least one item is needed. Leave it out for all of them.")
     everything = forgetting_items() if items is None else load_chats(items) if isinstance(items, (str, Path)) else list(items)
+    if wrong := [item for item in everything if not isinstance(item, Chat)]:
+        raise ConfigError(f"items: expected chats, or a file of them, got {str(wrong[0])[:80]!r}. load_chats reads rows.")
     chats = _of_categories(everything, categories)
     if not chats:
         raise ConfigError("There are no items to measure forgetting with. Give a file of chats, or none for those of the package.")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: at least one item is needed. Leave it out for all of them.")
-    told = f"{len(chats)} {source}" + (f", of {', '.join(categories)} only" if categories else "")
+    told = f"{len(chats)} {source}" + (f", of {categories if isinstance(categories, str) else ', '.join(categories)} only" if categories else "")
     if limit is None or limit >= len(chats):
         return chats, told
     return _drawn(chats, limit, seed), f"a sample of {limit} (seed {seed}) of the {told}"
@@ -416,11 +426,6 @@ def _model_of(
         raise FinetuneError(f"A {type(model).__name__} has no adapter to switch off. Give a run, or a model as load_adapter returns it; a merged model can't be compared.")
     if tokenizer is None:
         raise FinetuneError("A model needs its tokenizer: measure_forgetting(model, tokenizer).")
-    setting = model.peft_config[model.active_adapters[0]]
-    if getattr(setting, "bias", "none") != "none":
-        raise FinetuneError(f"This adapter was trained with bias={setting.bias!r}: it changes the base model itself, which can't be had by switching the adapter off.")
-    if str(setting.init_lora_weights).lower().startswith(("pissa", "corda", "olora")):
-        raise FinetuneError(f"This adapter began with {setting.init_lora_weights!r}, which moved a part of the base weights into it. Load it from its folder: load_run(folder).")
     return model, tokenizer, name, kwargs, chats
 
 # %% ../nbs/09d_forgetting.ipynb #3f54214d

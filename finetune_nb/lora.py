@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'AdapterError', 'find_target_modules', 'add_lora', 'ParameterCount', 'trainable_parameters',
-           'adapter_norm', 'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights', 'remove_lora']
+           'adapter_norm', 'begin_with_data', 'load_adapter', 'put_adapter', 'set_adapter_weights', 'without_adapter',
+           'remove_lora']
 
 # %% ../nbs/04_lora.ipynb #5a7d9b68
 import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,9 @@ def add_lora(
 def _with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     "The model with PEFT's adapter, what is trained in fp32, and our forward passes where they fit."
     restore_blocks(model)  # an earlier adapter may have left its own
+    biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")] if lora.bias != "none" else []
     tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    tuned._own_biases = biases  # PEFT trains them in place: see `without_adapter`
     for name, parameter in tuned.named_parameters():
         if ".modules_to_save." in name and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # or small updates would be rounded away
@@ -226,6 +230,8 @@ def put_adapter(
 ) -> None:
     "Puts one more saved adapter, not to be trained, beside those of `model`; raises `AdapterError` as `load_adapter` does."
     lora, weights = _read_adapter(Path(folder))
+    if alone := next((c.bias for c in (lora, *model.peft_config.values()) if c.bias != "none"), None):
+        raise AdapterError(f"{folder}: of these adapters one was trained with bias={alone!r}, which changes the base model itself, so it can't stand beside others. Ask it by itself.")
     lora.inference_mode = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -274,6 +280,30 @@ def set_adapter_weights(
     if faults:
         raise AdapterError(f"{source} does not fit this model: {'; '.join(faults)}. Load the base model that it was trained on.")
     set_peft_model_state_dict(model, weights, adapter_name=name)
+
+# %% ../nbs/04_lora.ipynb #bb1c7d65
+@contextmanager
+def without_adapter(
+    model: PeftModel,  # with an adapter of `add_lora` or `load_adapter`
+) -> Iterator[PeftModel]:
+    "While inside, the very base model, biases that were trained with the adapter included. Raises `AdapterError` where it can't be had back."
+    settings = list(model.peft_config.values())
+    biases = model.__dict__.get("_own_biases") or []
+    if not biases and (changed := next((c.bias for c in settings if getattr(c, "bias", "none") != "none"), None)):
+        raise AdapterError(f"This adapter was trained with bias={changed!r}: it changes the base model itself, and the old values were not kept. Load it with load_adapter(model, folder), which keeps them.")
+    if moved := next((c.init_lora_weights for c in settings if str(getattr(c, "init_lora_weights", "")).lower().startswith(("pissa", "corda", "olora"))), None):
+        raise AdapterError(f"This adapter began with {moved!r}, which moved a part of the base weights into it. Load it from its folder: load_run(folder).")
+    trained = [p.data for p, _ in biases]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        with model.disable_adapter():
+            try:
+                for p, own in biases:
+                    p.data = own.to(p.device, p.dtype)
+                yield model
+            finally:
+                for (p, _), learned in zip(biases, trained, strict=True):
+                    p.data = learned
 
 # %% ../nbs/04_lora.ipynb #6b09f89e
 def remove_lora(

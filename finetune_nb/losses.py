@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Batch', 'HeadLoss', 'token_losses', 'supervised_states', 'inner_model', 'plain_head', 'recompute_blocks',
-           'needs_autocast', 'mixed_precision', 'mean_loss']
+           'needs_autocast', 'mixed_precision', 'mean_loss', 'smoothed']
 
 # %% ../nbs/04b_losses.ipynb #88b667c0
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -216,3 +216,15 @@ def mean_loss(
             losses = token_losses(model, batch.to(inner_model(model).device))
         total, count = total + losses.double().sum().item(), count + len(losses)
     return total / max(count, 1), count
+
+# %% ../nbs/04b_losses.ipynb #a2bc7e71
+def smoothed(
+    values: Sequence[float],  # in their order
+    weight: float = 0.8,  # of the past: 0 leaves them as they are
+) -> list[float]:
+    "The exponential moving average of `values`, corrected for its beginning (Kingma and Ba 2015, section 3)."
+    average, out = 0.0, []
+    for n, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**n) if weight else value)
+    return out

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .config import ConfigError
+from .display import md_cell
 
 # %% ../nbs/08a_metrics.ipynb #dc1409b6
 def exact_match(
@@ -127,13 +128,9 @@ class Classification:
         return float(np.mean([f1 for _, _, f1, _ in self.table().values()]))
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {_cell(label)} | {p:.2f} | {r:.2f} | {f:.2f} | {n} |" for label, (p, r, f, n) in self.table().items()]
+        rows = [f"| {md_cell(label)} | {p:.2f} | {r:.2f} | {f:.2f} | {n} |" for label, (p, r, f, n) in self.table().items()]
         head = f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.2f}\n\n| label | precision | recall | F1 | test chats |\n| --- | --- | --- | --- | --- |\n"
         return head + "\n".join(rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def classification_report(

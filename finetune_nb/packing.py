@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Tokens', 'MODES', 'IN_ROWS', 'common_prefix', 'pack', 'pad', 'PackingCollator', 'fastest_ways',
-           'PackingReport', 'check_packing']
+           'PackingReport', 'check_packing', 'chat_losses']
 
 # %% ../nbs/06_packing.ipynb #f639bf54
 from collections.abc import Callable, Iterator, Sequence
@@ -370,3 +370,26 @@ def _stirred(model: torch.nn.Module) -> Iterator[None]:
             p.data.copy_(before)
         model.train(training)
         torch.set_rng_state(state)
+
+# %% ../nbs/06_packing.ipynb #9a52e2f8
+@torch.no_grad()
+def chat_losses(
+    model: torch.nn.Module,  # a causal language model, with or without adapter
+    rows: Sequence[dict[str, Any]],  # input_ids and labels of the chats
+    collator: PackingCollator | None = None,  # how chats are computed together; None: filled up to the longest
+    at_once: int = 64,  # chats handed to the collator together
+) -> tuple[list[float], list[int]]:
+    "For each chat the mean loss in nats over its supervised tokens, and their number; the model is left in the mode it was in."
+    collator = collator or PackingCollator("padded")
+    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
+    training = model.training
+    model.eval()
+    with collator.attention(model):
+        for start in range(0, len(rows), at_once):
+            for batch in collator.batches([rows[i] for i in range(start, min(start + at_once, len(rows)))]):
+                with mixed_precision(model):
+                    losses = token_losses(model, batch.to(inner_model(model).device))
+                total.index_add_(0, batch.chat + start, losses.double().cpu())
+                count.index_add_(0, batch.chat + start, torch.ones_like(batch.chat))
+    model.train(training)
+    return (total / count.clamp(min=1)).tolist(), count.tolist()

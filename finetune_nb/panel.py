@@ -7,18 +7,19 @@ __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view'
            'Panel', 'panel']
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
-import sys
 import threading
 from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from .chat import fits_beside
 from .compare_view import ChatView, CompareView
 from .config import FinetuneConfig
 from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
-from .jobs import JOBS, find_job
+from .display import notebook_shell
+from .jobs import find_job, last_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
 from .train_view import TrainView
@@ -120,18 +121,20 @@ class Panel(View):
         splits: Splits | None = None,  # chats in place of those that it names
         read: bool = True,  # whether to read the chats at once
     ) -> None:
-        job = find_job(config.output_dir if config else FinetuneConfig().output_dir)
+        job = find_job(config.output_dir) if config else last_job()
         self.form = config_form(config or (job.config if job else None))
         self.data = data_view(self.form, splits)
         self.plan, self.train = plan_view(self.form, self.data), train_view(self.form, self.data)
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
         self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
+        self._system = self.chat.system.value  # what the chats have put there, and nobody has changed since
         self.data.listeners.append(self._data_read)
-        self.train.before.append(self.chat.put_away)
         self.train.listeners.append(self._runs_changed)
         self.runs.listeners.append(self._runs_changed)
         self._folder = self.form.config.output_dir
         self.form.on_change(self._folder_changed)
+        self._base = self.form.config
+        self.form.on_change(self._base_changed)
         self.form.on_change(lambda config: self._picture_soon())
         self._timer: threading.Timer | None = None
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
@@ -160,17 +163,24 @@ class Panel(View):
         return self.data, self.form, self.plan, self.train, self.compare, self.chat, self.runs, self.export
 
     def _data_read(self, ready: Prepared) -> None:
+        "Asks under Chat after the system message of the chats, unless the user has put another one there, or none."
         first = ready.splits.train[0].messages[0]
-        if not self.chat.system.value and first["role"] == "system":
-            self.chat.system.value = first["content"]
+        if self.chat.system.value == self._system:
+            self.chat.system.value = self._system = first["content"] if first["role"] == "system" else ""
         self.keep_picture()
+
+    def _base_changed(self, config: FinetuneConfig) -> None:
+        "Other runs share another base model, or another form of it."
+        if not fits_beside(config, self._base):
+            self._base = config
+            self.chat.refresh()
 
     def _folder_changed(self, config: FinetuneConfig) -> None:
         "Other runs stand in another folder."
         if config.output_dir != self._folder:
             self._folder = config.output_dir
             if self.train.job is None or not self.train.job.active:
-                self.train.attach(find_job(config.output_dir))
+                self.train.find()
             self._runs_changed()
 
     def _runs_changed(self) -> None:
@@ -194,8 +204,9 @@ class Panel(View):
             self._timer.start()
 
     def close(self) -> None:
-        "Puts the panel away, for one that takes its place: it listens to no run, and its widgets are gone."
-        self.train.detach()
+        "Puts the panel away, for one that takes its place: it listens to no run and no answer, and its widgets are gone."
+        for view in (self.train, self.compare, self.chat):
+            view.detach()
         if self._timer is not None:
             self._timer.cancel()
         for widget in list(_inside(self.widget)):
@@ -216,7 +227,7 @@ _SHOWN: list[tuple[str, str, Panel]] = []  # the cell, which run of it, and the 
 
 def _this_cell() -> tuple[str, str]:
     "The cell that is being run, and which run of it; empty where the front end doesn't say."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell = notebook_shell()
     parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell = (parent.get("metadata") or {}).get("cellId") or ""
     return str(cell), str((parent.get("header") or {}).get("msg_id", ""))

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .attention import KEPT, query_blocks
 from .chat_template import NO_LOSS
 from .config import FinetuneConfig, FinetuneError
+from .display import html_table
 from .lora import ParameterCount, add_lora, trainable_parameters
 from .losses import Batch, inner_model, mixed_precision, plain_head, token_losses
 from .models import _load_errors, _quiet, _resolve, container_limits, dtype_of, hardware, with_attention
@@ -356,8 +357,7 @@ class Plan:
         end = f"position:absolute;top:0;left:0;height:22px;box-sizing:border-box;width:{self.available * scale:.2f}%"
         limit = f'<span title="there is" style="{end};border-right:3px solid {"#2e9e4f" if self.fits else "#d62728"}"></span>'
         edge = f'<div style="position:relative">{bars}{limit}</div>'
-        rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        return f'<div style="max-width:760px"><div style="white-space:nowrap">{edge}</div><small>{keys}</small><table>{rows}</table></div>'
+        return f'<div style="max-width:760px"><div style="white-space:nowrap">{edge}</div><small>{keys}</small>{html_table((), list(self._rows().items()))}</div>'
 
 # %% ../nbs/07_planning.ipynb #0f4365e9
 class CountedRows(Sequence):

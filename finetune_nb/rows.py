@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .display import notebook_shell
 from finetune_nb.reading import (
     DEFAULT_LIMITS,
     FORMATS,
@@ -415,7 +416,7 @@ class ReadingProgress:
         size: int,  # how many bytes there are
         wanted: bool | None = None,  # whether to show it; empty: from 20 MB on
     ) -> None:
-        kernel = "IPython" in sys.modules and getattr(sys.modules["IPython"].get_ipython(), "kernel", None) is not None
+        kernel = notebook_shell() is not None
         self.out = sys.stdout if kernel else sys.stderr
         show = size > 20e6 if wanted is None else wanted
         self.title, self.size, self.shown = title, max(size, 1), None if show and (wanted or kernel or self.out.isatty()) else math.inf

@@ -19,7 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
-from .runs import SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run
+from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
 class RunsView(View):
@@ -31,14 +31,14 @@ class RunsView(View):
         self,
         output_dir: Callable[[], str] = lambda: "runs",  # the folder of all runs
         open_config: Callable[[FinetuneConfig], None] = lambda config: None,  # takes the settings of a run that is opened
-        go_on: Callable[[Path], None] | None = None,  # goes on with the run in a folder
+        go_on: Callable[[Path], str] | None = None,  # goes on with the run in a folder, and returns why it can't
     ) -> None:
-        self.output_dir, self.open_config = output_dir, open_config
+        self.output_dir, self.open_config, self.go_on = output_dir, open_config, go_on
         self.listeners: list[Callable[[], None]] = []  # called when runs have come or gone
         self.sort = chooser("order", SORTS, "60px")
         self.chosen = widgets.SelectMultiple(options=[], description="runs", rows=5, style={"description_width": "60px"})
         self.open = button("Use its settings", self.take_settings, "move the controls to the settings of the chosen run")
-        self.continue_ = button("Continue", lambda: self._act(lambda: go_on(self._to_go_on())), "go on with a run that was stopped or broken off", "primary")
+        self.continue_ = button("Continue", self.resume, "go on with a run that was stopped or broken off", "primary")
         self.delete = button("Delete", self.trash, "move the chosen runs to the trash", "danger")
         self.trashed = chooser("trash", width="60px")
         self.restore = button("Bring back", self.bring_back, "out of the trash")
@@ -60,10 +60,9 @@ class RunsView(View):
     def refresh(self) -> None:
         "Reads the folder anew."
         self.runs: RunTable = list_runs(self.output_dir(), self.sort.value)
-        self.table.value = f'<div class="fnb-scroll" style="width:0;min-width:100%">{self.runs._repr_html_()}</div>'
+        self.table.value = f'<div class="fnb-scroll">{self.runs._repr_html_()}</div>'
         offer(self.chosen, [row.name for row in self.runs.rows])
-        self.trashed.options = [path.name for path in sorted((Path(self.output_dir()) / TRASH).glob("*"))]
-        self.trashed.value = self.trashed.options[0] if self.trashed.options else None
+        offer(self.trashed, trashed_runs(self.output_dir()))
         self.draw()
 
     def draw(self) -> None:
@@ -71,7 +70,7 @@ class RunsView(View):
         histories = {row.name: row.history for row in self.rows if row.history}
         self.curves.layout.display = None if histories else "none"
         if histories:
-            self.curves.value = plot_runs(histories, 0.6, colour="#888888")._repr_png_()
+            self.curves.value = plot_runs(histories, 0.6, colour=GREY)._repr_png_()
 
     def _one(self) -> Path:
         if len(self.rows) != 1:
@@ -83,6 +82,17 @@ class RunsView(View):
         if not read_run(folder).can_go_on:
             raise FinetuneError(f"{folder.name} can't go on: it is {self.rows[0].state}, or no checkpoint of it was saved.")
         return folder
+
+    def resume(self) -> None:
+        "Goes on with the chosen run."
+
+        def act() -> str:
+            folder = self._to_go_on()
+            if problem := self.go_on(folder):
+                raise FinetuneError(problem)
+            return f"{folder.name} goes on: see it under Train."
+
+        self._act(act)
 
     def _act(self, act: Callable[[], object]) -> None:
         try:
@@ -112,9 +122,15 @@ class RunsView(View):
                 raise FinetuneError("Choose the runs to delete.")
             if at_work := [row.name for row in rows if read_run(row.folder).state == "at work"]:
                 raise FinetuneError(f"{at_work[0]} is at work. Stop it first.")
-            for row in rows:
-                trash_run(row.folder)
-            return f"In the trash: {', '.join(row.name for row in rows)}. They can come back."
+            moved: list[str] = []
+            try:
+                for row in rows:
+                    trash_run(row.folder)
+                    moved.append(row.name)
+            except (FinetuneError, OSError) as error:
+                rest = [row.name for row in rows if row.name not in moved]
+                raise FinetuneError(f"{error} In the trash now: {', '.join(moved) or 'none of them'}; still here: {', '.join(rest)}.") from None
+            return f"In the trash: {', '.join(moved)}. They can come back."
 
         self._act(move)
         self._moved()
@@ -139,12 +155,14 @@ def copy_adapter(
     folder: str | Path,  # of a run
     target: str | Path,  # a folder that does not exist yet
 ) -> Path:
-    "Copies the adapter of a run; raises `FinetuneError` when there is none, or when `target` is there already."
+    "Copies the adapter of a run; raises `FinetuneError` when there is none, and when `target` is there already or lies among the runs."
     source, target = Path(folder) / "adapter", Path(target).expanduser()
     if missing := [name for name in ADAPTER_FILES if not (source / name).is_file()]:
         raise FinetuneError(f"{Path(folder).name} has no adapter yet: {missing[0]} is missing.")
     if target.exists():
         raise FinetuneError(f"{target} exists and is not overwritten. Choose another name.")
+    if _among_runs(Path(folder), target):
+        raise FinetuneError(f"{target} lies among the runs, where it would be taken for a part of them. Choose a folder outside of {Path(folder).parent}.")
     try:
         shutil.copytree(source, target)
     except OSError:
@@ -154,6 +172,15 @@ def copy_adapter(
         shutil.rmtree(target)
         raise FinetuneError(f"The copy of {broken[0]} is not what was copied; is the disk full?")
     return target
+
+
+def _among_runs(run: Path, target: Path) -> bool:
+    "Whether a folder lies in the folder of all runs; where that is the working folder, whether it lies in a run or in the trash."
+    runs, place = run.resolve().parent, target.resolve()
+    if runs not in place.parents:
+        return False
+    first = runs / place.relative_to(runs).parts[0]
+    return runs != Path.cwd().resolve() or first.name == TRASH or (first / "config.yaml").is_file()
 
 
 def loading_code(
@@ -228,7 +255,7 @@ class ExportView(View):
             target = copy_adapter(row.folder, self.target.value)
             size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
             self.status.value = note(f"{target}: {size:.1f} MiB, whole.", "good")
-            code = f"{note('To load it elsewhere:')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
+            code = f"{note('To load it (where the folder is taken elsewhere, put its new place in the line of adapter):')}<pre style='white-space:pre;overflow-x:auto'>{escape(loading_code(row.config, target))}</pre>" if row.config else ""
             self.code.value = code or note("The settings of this run can't be read, so its base model is not known.", "tight")
         except (FinetuneError, OSError, ValueError, StopIteration) as error:
             self.status.value = note(str(error) or "That run is gone.", "error")

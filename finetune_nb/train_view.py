@@ -15,7 +15,6 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from .config import FinetuneError
 from .controls import WRAP, ConfigForm, View, button, cards, chooser, note, offer, picture
 from .data import Splits
 from finetune_nb.jobs import (
@@ -25,13 +24,13 @@ from finetune_nb.jobs import (
     best_look,
     continue_job,
     find_job,
-    in_words,
     job_in,
     patience_left,
     seconds_left,
     start_job,
 )
-from .runs import list_runs, plot_runs
+from .runs import GREY, list_runs, plot_runs
+from .tasks import in_words
 from .training import clock_time, inlined, last_checkpoint
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
@@ -45,7 +44,7 @@ STATES = {
     "finished": "Finished.",
     "failed": "It ended with an error.",
     "elsewhere": "At work elsewhere, to look at only. Refresh shows how far it is.",
-    "broken": "Broken off: its process ended in the middle.",
+    "broken off": "Broken off: its process ended in the middle.",
 }
 FOREGROUND = "It runs in the foreground: interrupt the cell to stop; it is saved and can go on."
 
@@ -82,7 +81,7 @@ def samples_html(
         said = [sample for sample in job.samples if sample.question == asked]
         rows = "".join(f"<tr><td>step {sample.step}</td><td>{escape(sample.answer)}</td></tr>" for sample in reversed(said[-last:]))
         first = f"<tr><td>expected</td><td>{escape(said[-1].expected)}</td></tr>" if said[-1].expected else ""
-        parts.append(f"<details open><summary>{escape(asked if len(asked) <= 120 else '…' + asked[-119:])}</summary><table>{first}{rows}</table></details>")
+        parts.append(f"<details open><summary>{escape(asked if len(asked) <= 120 else '…' + asked[-119:])}</summary><div class='fnb-scroll'><table>{first}{rows}</table></div></details>")
     return f"<h3>What it answers</h3>{''.join(parts)}" if parts else ""
 
 
@@ -98,13 +97,13 @@ def job_words(
         bar = f'<progress max="{job.progress.total}" value="{job.progress.done}" style="width:100%;max-width:640px"></progress>'
     if job.state == "failed":
         more = f"<details><summary>details</summary><pre>{escape(job.trace)}</pre></details>" if details else ""
-        kept = note("What was saved can go on.", "good") if job.folder and last_checkpoint(job.folder) else ""
+        kept = note("What was saved can go on.", "good") if job.folder and (job.folder / "started.json").is_file() and last_checkpoint(job.folder) else ""
         return note(job.error, "error") + kept + more
     if job.state == "stopped" and job.error:  # before its first step
         return f'<div role="status">{note(job.error, "tight")}</div>'
     if job.state == "elsewhere":
         where += f", {job.where}"
-    kind = {"finished": "good", "stopped": "tight", "broken": "tight"}.get(job.state, "")
+    kind = {"finished": "good", "stopped": "tight", "broken off": "tight"}.get(job.state, "")
     ended = f" Ended by {job.result.facts['ended_by']}." if job.state == "finished" and job.result is not None else ""
     foreground = note(FOREGROUND) if job.active and job.foreground else ""
     return f'<div role="status">{note(STATES[job.state] + where + ended, kind)}</div>{foreground}{bar}'
@@ -125,7 +124,7 @@ class _TrainLayout(View):
         self.start = button("Train", self.begin, "start a new run with these settings", "success")
         self.stop = button("Stop", self.end, "stop after this step and save; the run can go on", "danger")
         self.go_on = button("Continue", self.resume, "go on from where the run was stopped", "primary")
-        self.status, self.figures, self.samples = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.why_not, self.status, self.figures, self.samples = widgets.HTML(), widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.curves = picture("curves of the training and validation loss over the steps")
         self.smooth = widgets.FloatSlider(value=0.6, min=0, max=0.95, step=0.05, description="smoothing", continuous_update=False)
         self.log = widgets.Checkbox(value=True, description="log scale", indent=False, layout=widgets.Layout(width="auto"))
@@ -140,7 +139,7 @@ class _TrainLayout(View):
             control.observe(lambda change: self.draw(), names="value")
         buttons = widgets.Box([self.start, self.stop, self.go_on, self.look_at, self.renew], layout=WRAP)
         options = widgets.Box([self.smooth, self.log, self.rate, self.overlay], layout=WRAP)
-        return [buttons, self.ask, self.status, self.figures, self.curves, options, self.samples, self.log_lines]
+        return [buttons, self.why_not, self.ask, self.status, self.figures, self.curves, options, self.samples, self.log_lines]
 
 # %% ../nbs/10d_train_view.ipynb #b790678c
 class TrainView(_TrainLayout):
@@ -154,15 +153,18 @@ class TrainView(_TrainLayout):
     ) -> None:
         self.form, self.splits, self.background, self.job = form, splits, background, None
         self.listeners: list[Callable[[], None]] = []  # called when a run has ended
-        self.before: list[Callable[[], None]] = []  # called before a run begins or goes on
         self.cost = 0.0  # seconds that the view has taken from the run
-        self._told = self._drawn = self._took = 0.0
+        self._told = self._drawn = self._told_in = self._drawn_in = 0.0  # when words and curves were shown last, and how long each took
         self._state, self._look = "", None  # what was shown last
         self._offering, self._one = False, threading.RLock()  # one thread at a time, or what it has read before could be shown after
         super().__init__(self._lay_out())
         form.on_change(lambda config: self._show_buttons())
         WATCHERS.append(self._started)
-        self.attach(find_job(form.config.output_dir))
+        self.find()
+
+    def find(self) -> None:
+        "Shows the run of this kernel that is at work or was the last in the folder of runs, else one that is at work there in another kernel."
+        self.attach(find_job(self.form.config.output_dir))
         if self.job is None:
             self._watch_other()
 
@@ -191,9 +193,11 @@ class TrainView(_TrainLayout):
         folder: str | Path,  # of a run of any kernel
     ) -> None:
         "Shows a run: as its job does when it is of this kernel, else as its folder tells it, to look at only."
+        before = self.job
         try:
             self.attach(job_in(Path(folder)) or Watched(folder))
-        except (FinetuneError, ValueError, OSError, TypeError, AttributeError) as error:  # a folder from elsewhere may hold anything
+        except Exception as error:  # a folder from elsewhere may hold anything
+            self.attach(before)
             self.status.value = note(f"{Path(folder).name} can't be read: {error}", "error")
 
     def refresh(self) -> None:
@@ -237,20 +241,20 @@ class TrainView(_TrainLayout):
     def continue_from(
         self,
         folder: Path,  # of a run
-    ) -> None:
-        "Goes on with the run in a folder."
-        self._act(lambda: continue_job(folder, self.background))
+    ) -> str:
+        "Goes on with the run in a folder; returns why it can't, or nothing."
+        return self._act(lambda: continue_job(folder, self.background))
 
-    def _act(self, act: Callable[[], Job]) -> None:
+    def _act(self, act: Callable[[], Job]) -> str:
         try:
-            for prepare in self.before:
-                prepare()
             job = act()
             if job is not self.job:  # it has been attached before it began
                 self.attach(job)
             self.show()
         except Exception as error:  # what a button's function raises is seen nowhere else
             self.status.value = note(in_words(error), "error")
+            return in_words(error)
+        return job.error if job.state == "failed" else ""
 
     def _changed(self) -> None:
         "Called by the job in its own thread, and by who asks for a stop: shows no more often than is worth it, all views of the job together."
@@ -260,19 +264,31 @@ class TrainView(_TrainLayout):
             look = last if "eval_loss" in last else self._look
             turned = state != self._state or look is not self._look
             ended = state != self._state and not self.job.active
-            if turned or began - self._told > max(0.5, 50 * self._took * len(self.job.listeners)):
+            views = len(self.job.listeners)  # words and curves of all of them may each take a hundredth of the time
+            if turned or began - self._told > max(0.5, 100 * self._told_in * views):
+                if state != self._state:
+                    self._try(self._offer_runs)  # it may have got its folder
                 self._state, self._look, self._told = state, look, began
-                self._show_words()
-                if turned or began - self._drawn > 2:
-                    self.draw()
-                    self._drawn = began
-                self._took = time.perf_counter() - began
-                self.cost += self._took
+                self._told_in = self._timed(self._show_words)
+                if turned or began - self._drawn > max(2, 100 * self._drawn_in * views):
+                    self._drawn, self._drawn_in = began, self._timed(self.draw)
+                self.cost += time.perf_counter() - began
         if ended:
-            self.refresh_runs()
-            for listener in self.listeners:
-                listener()
-            self.keep_picture()
+            for act in (self.refresh_runs, *self.listeners, self.keep_picture):
+                self._try(act)
+
+    def _timed(self, act: Callable[[], None]) -> float:
+        "The seconds that it takes to show something."
+        began = time.perf_counter()
+        self._try(act)
+        return time.perf_counter() - began
+
+    def _try(self, act: Callable[[], None]) -> None:
+        "What can't be shown is said, and keeps nothing else from being shown."
+        try:
+            act()
+        except Exception as error:
+            self.status.value += note(f"A part of this page could not be shown: {in_words(error)}", "error")
 
     def show(self) -> None:
         "Shows everything as it is now."
@@ -284,6 +300,7 @@ class TrainView(_TrainLayout):
         self._show_buttons()
         if self.job is None:
             self.status.value = note(STATES["waiting"])
+            self.figures.value = self.samples.value = self.log_lines.value = ""
             return
         self.status.value, self.figures.value = job_words(self.job, True, self.form.config.output_dir), cards(job_figures(self.job))
         self.samples.value = samples_html(self.job)
@@ -296,8 +313,10 @@ class TrainView(_TrainLayout):
         self.start.disabled = active or bool(errors)
         reason = "a run is at work" if active else f"{errors[0].name}: {errors[0].message}" if errors else ""
         self.start.tooltip = reason or "start a new run with these settings"
+        where = f"Settings, {self.form.specs[errors[0].name].group}, " if errors else ""
+        self.why_not.value = note(f"Train waits until this is mended: {where}{reason}", "error") if errors and not active else ""
         self.stop.disabled = not active or self.job.state == "stopping"
-        can = self.job is not None and self.job.state in ("stopped", "failed", "broken") and self.job.folder is not None
+        can = self.job is not None and self.job.state in ("stopped", "failed", "broken off") and self.job.folder is not None
         self.go_on.disabled = not (can and last_checkpoint(self.job.folder))
 
     def refresh_runs(self) -> None:
@@ -306,7 +325,9 @@ class TrainView(_TrainLayout):
             self._offer_runs()
 
     def _offer_runs(self) -> None:
-        mine = self.job.folder.name if self.job is not None and self.job.folder else None
+        if self.job is not None and not self.job.active and self.job.folder is not None and not self.job.folder.is_dir():
+            return self.attach(None)  # it was deleted
+        mine = self.job.folder.name if self.job is not None and self.job.folder and self._is_here() else None
         here = [row.name for row in list_runs(self.form.config.output_dir).rows]
         names = [name for name in here if name != mine]
         offer(self.overlay, names)
@@ -319,9 +340,13 @@ class TrainView(_TrainLayout):
             self._offering = False
         self.look_at.disabled = self.job is not None and self.job.active
 
+    def _is_here(self) -> bool:
+        "Whether the run that is shown stands in the folder that the settings name; others may have a run of its name."
+        return self.job.folder.parent.resolve() == Path(self.form.config.output_dir).resolve()
+
     def histories(self) -> dict[str, Any]:
         "By name, the curves that are shown."
-        mine = {self.job.folder.name if self.job.folder else "this run": self.job.history} if self.job is not None and self.job.history else {}
+        mine = {_name(self.job, self.form.config.output_dir) if self.job.folder else "this run": self.job.history} if self.job is not None and self.job.history else {}
         rows = list_runs(self.form.config.output_dir).rows if self.overlay.value else []
         return mine | {row.name: row.history for row in rows if row.name in self.overlay.value}
 
@@ -329,8 +354,10 @@ class TrainView(_TrainLayout):
         "Draws the curves."
         histories = self.histories()
         self.curves.layout.display = None if histories else "none"
-        if histories:
-            self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour="#888888")._repr_png_()
+        if not histories:
+            self.curves.value = b""
+        else:
+            self.curves.value = plot_runs(histories, self.smooth.value, self.log.value, self.rate.value, colour=GREY)._repr_png_()
 
     def still(self) -> str:
         "The state, the figures, the curves and the answers."

@@ -6,7 +6,8 @@
 __all__ = ['DEMO_SETS', 'TrainingError', 'load_base', 'load_splits', 'progress_to', 'Progress', 'clock_time', 'StoppedEarly',
            'Stop', 'FinetuneTrainer', 'training_arguments', 'Picture', 'inlined', 'Run', 'plot_history',
            'peak_memory_gib', 'is_training', 'train', 'resume', 'why_not_on', 'last_checkpoint', 'kept_sets',
-           'check_base', 'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'load_run']
+           'check_base', 'choose_packing', 'make_trainer', 'read_history', 'read_lines', 'read_facts', 'how_it_ended',
+           'load_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import base64
@@ -51,8 +52,9 @@ from transformers import (
 )
 
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
-from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config
+from .config import FinetuneConfig, FinetuneError, load_config, replacing, save_config, why_not_named
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
+from .display import html_table, notebook_shell
 from .locks import LockError, hold
 from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, set_adapter_weights, trainable_parameters
 from .losses import Batch, needs_autocast, recompute_blocks, token_losses
@@ -144,8 +146,7 @@ class Progress:
         self.started, self.shown, self.handle = time.monotonic(), 0.0, None
 
     def __enter__(self) -> "Progress":
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if self.listener is None and getattr(shell, "kernel", None) is not None:
+        if self.listener is None and notebook_shell() is not None:
             from IPython.display import display
 
             self.handle = display(self, display_id=True)
@@ -487,8 +488,7 @@ class Run:
         return "\n".join(f"{name + ':':22}{value}" for name, value in self._rows().items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in self._rows().items())
-        return f"<table>{rows}</table>{inlined(self.plot()._repr_png_())}"
+        return html_table((), list(self._rows().items())) + inlined(self.plot()._repr_png_())
 
 # %% ../nbs/08_training.ipynb #ce326231
 def plot_history(
@@ -635,7 +635,7 @@ def _go_on(
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise TrainingError(f"{folder} holds no checkpoint, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
-    if (ended := _facts_so_far(folder)) and ended["ended_by"] != "the user":
+    if (ended := read_facts(folder)) and ended["ended_by"] != "the user":
         raise TrainingError(why_not_on(folder, ended))
     splits = splits or kept_sets(folder, config)
     for name, chats in splits._asdict().items():
@@ -831,7 +831,7 @@ def _fit(
         started |= planned
         _write_facts(started, folder / "started.json")
     stop.check(goes_on=checkpoint is not None)
-    before = _facts_so_far(folder).get("seconds", 0.0)
+    before = read_facts(folder).get("seconds", 0.0)
     begun = time.monotonic()
     forget_peak()
     steps = total_steps(config, len(rows["train"]), PartialState().num_processes)
@@ -853,12 +853,6 @@ def _fit(
         "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
     }
-
-
-def _facts_so_far(folder: Path) -> dict[str, Any]:
-    "What is known of a run that was stopped."
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _forget_after(folder: Path, checkpoint: Path) -> None:
@@ -1013,8 +1007,8 @@ def _check_run_name(config: FinetuneConfig) -> None:
     "Raises `TrainingError` when the run's folder is taken or its name is more than a name."
     if config.run_name is None:
         return
-    if Path(config.run_name).name != config.run_name or config.run_name in (".", ".."):
-        raise TrainingError(f"run_name must be a plain name, got {config.run_name!r}. Put the folder into output_dir.")
+    if problem := why_not_named(config.run_name):
+        raise TrainingError(f"run_name {config.run_name!r}: {problem}")
     if (Path(config.output_dir) / config.run_name).exists():
         raise TrainingError(
             f"{Path(config.output_dir) / config.run_name} exists and is not overwritten. "
@@ -1048,6 +1042,26 @@ def read_lines(
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+
+
+def read_facts(
+    folder: str | Path,  # of a run
+    name: str = "run.json",  # what it wrote when it ended; "started.json": when it began
+) -> dict[str, Any]:
+    "What a run wrote about itself; empty as long as it has not. Raises `ValueError` for what are no facts."
+    path = Path(folder) / name
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} does not hold the facts of a run")
+    return facts
+
+
+def how_it_ended(
+    facts: dict[str, Any],  # of `read_facts`
+) -> str:
+    "`finished`, `stopped`, or, without a result, `broken off`."
+    ended = facts.get("ended_by")
+    return "broken off" if ended is None else "stopped" if ended == "the user" else "finished"
 
 # %% ../nbs/08_training.ipynb #76c9e90a
 def load_run(

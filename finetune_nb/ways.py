@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['DOCUMENTS', 'Way', 'NOTES', 'terms', 'Retriever', 'read_documents', 'passages', 'plain', 'with_system',
            'takes_system', 'examples_of', 'few_shot', 'few_shot_similar', 'with_retrieval', 'chats_as_texts', 'Prompts',
-           'make_prompts', 'room_of']
+           'make_prompts']
 
 # %% ../nbs/09ef_ways.ipynb #28816ce1
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .chat_template import TemplateError, merge_system, neutralise, render_prompt
 from .config import ConfigError
 from .data import Chat, question
 from .duplicates import normalise
-from .losses import inner_model
 from .masks import Controls
 
 # %% ../nbs/09ef_ways.ipynb #4f6bb787
@@ -76,29 +76,41 @@ DOCUMENTS = (".txt", ".md")
 
 
 def read_documents(
-    source: str | Path | Sequence[str],  # a file, a folder, or texts
+    source: str | Path | Sequence[str | Path],  # a file, a folder, or a list in which a str is a text and a Path a file or folder
     size: int = 800,  # characters of a passage at most
 ) -> list[str]:
     "The passages of the documents. Raises `ConfigError` where there is nothing to read, or something that is no text."
-    if not isinstance(source, (str, Path)):
-        texts = list(source)
-    else:
-        path = Path(source)
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file()) if path.is_dir() else [path]
-        texts = [_read_text(file) for file in files]
+    if size < 1:
+        raise ConfigError(f"size={size}: a passage has one character at least.")
+    parts = [Path(source)] if isinstance(source, (str, Path)) else list(source)
+    if wrong := [part for part in parts if not isinstance(part, (str, Path))]:
+        raise ConfigError(f"documents: expected texts and paths, got {wrong[0]!r}.")
+    texts = [text for part in parts for text in ([part] if isinstance(part, str) else map(_read_text, _files(part)))]
     found = [passage for text in texts for passage in passages(text, size)]
     if not found:
         raise ConfigError(f"There are no documents in {source if isinstance(source, (str, Path)) else 'the given texts'}. Give text files ({', '.join(DOCUMENTS)}), a folder of them, or texts.")
     return found
 
 
+def _files(path: Path) -> list[Path]:
+    "A file, or the text files of a folder but for what is hidden, such as the copies that editors keep."
+    try:
+        if not path.is_dir():
+            return [path]
+    except OSError:  # a name that is too long, say
+        return [path]
+    shown = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    return sorted(p for p in shown if p.suffix.lower() in DOCUMENTS and p.is_file())
+
+
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{file}: can't be read ({error.strerror}). Documents are text files ({', '.join(DOCUMENTS)}), a folder of them, or texts.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}, byte {error.start}: this is no UTF-8. Save it as a text in UTF-8; documents of other kinds have to be turned into text first.") from None
+    except (OSError, ValueError) as error:
+        name, why = str(file), getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name if len(name) <= 200 else name[:199] + '…'}: can't be read ({why}). Documents are text files ({', '.join(DOCUMENTS)}), a folder of them, or texts.") from None
 
 
 def passages(
@@ -203,16 +215,17 @@ NOTES = "Here are some notes that may help to answer.\n\n{notes}\n\nThe question
 def with_retrieval(
     texts: Sequence[str],  # passages of `read_documents`, or `chats_as_texts`
 ) -> Way:
-    "The n passages that fit best, as notes before the question."
+    "The n passages that fit best, as notes before the last question of the user."
     retriever = Retriever(texts)
 
     def ask(chat: Chat, n: int) -> list[dict[str, Any]]:
-        *before, last = chat.prompt
-        found = [texts[i] for i in retriever.find(last.get("content") or "", n)]
+        at = max((i for i, m in enumerate(chat.prompt) if m["role"] == "user"), default=-1)  # what a tool says stands behind it
+        asked = chat.prompt[at].get("content") or ""
+        found = [texts[i] for i in retriever.find(asked, n)]
         if not found:
             return chat.prompt
         notes = "\n\n".join(f"[{i}] {text}" for i, text in enumerate(found, 1))
-        return [*before, last | {"content": NOTES.format(notes=notes, question=last["content"])}]
+        return [*chat.prompt[:at], chat.prompt[at] | {"content": NOTES.format(notes=notes, question=asked)}, *chat.prompt[at:][1:]]
 
     return ask
 
@@ -243,29 +256,37 @@ def make_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template
 ) -> Prompts:
     "Every chat asked in that way within `room`. Raises `ConfigError` for a question that does not fit, or for control tokens."
-    made, tokens, dropped, controls = [], [], [], Controls(tokenizer)
-    for chat in chats:
-        for used in range(n, -1, -1):
-            asked = Chat([*way(chat, used), chat.messages[-1]], chat.where, chat.extra)
-            if control_tokens == "neutralise":
-                asked = neutralise(asked, controls)
-            elif told := controls.find(asked):
-                raise ConfigError(told)
-            length = len(tokenizer(render_prompt(asked.prompt, tokenizer, asked.tools, chat_template_kwargs), add_special_tokens=False)["input_ids"])
-            if room is None or length <= room:
-                break
-        else:
-            raise ConfigError(f"{chat.where or 'A test chat'}: the prompt is {length} tokens long without any example, and the model has room for {max(room, 0)} beside the answer. Lower max_new_tokens or leave this chat out.")
-        made.append(asked)
-        tokens.append(length)
-        dropped.append(n - used)
-    return Prompts(made, tokens, dropped)
+    controls = Controls(tokenizer)
+
+    def ask(chat: Chat, used: int) -> tuple[Chat, int, int]:
+        asked = Chat([*_checked(way(chat, used)), chat.messages[-1]], chat.where, chat.extra)
+        if control_tokens == "neutralise":
+            asked = neutralise(asked, controls)
+        elif told := controls.find(asked):
+            raise ConfigError(told)
+        text = render_prompt(asked.prompt, tokenizer, asked.tools, chat_template_kwargs)
+        return asked, len(tokenizer(text, add_special_tokens=False)["input_ids"]), n - used
+
+    made = [_most(partial(ask, chat), n, room, chat.where) for chat in chats]
+    return Prompts([asked for asked, _, _ in made], [length for _, length, _ in made], [dropped for _, _, dropped in made])
 
 
-def room_of(
-    model: PreTrainedModel,  # knows how many positions it was made for
-    max_new_tokens: int,  # the longest answer
-) -> int | None:
-    "Tokens that a prompt may have beside its answer; None where the model names no limit."
-    positions = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return positions - max_new_tokens if positions else None
+def _checked(messages: Any) -> list[dict[str, Any]]:
+    "What a way returned, which has to be something to ask with."
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages) or messages[-1]["role"] == "assistant":
+        raise ConfigError(f"A way returns the messages to ask with, a list that ends with a question; this one returned {str(messages)[:100]!r}.")
+    return messages
+
+
+def _most(ask: Callable[[int], tuple[Chat, int, int]], n: int, room: int | None, where: str) -> tuple[Chat, int, int]:
+    "The prompt with as many examples as fit: all of them, or found by doubling and halving, since n may be large and a prompt long."
+    best = ask(n)
+    if room is None or best[1] <= room:
+        return best
+    best, fits, too_many, step = ask(0), 0, n, 1
+    if best[1] > room:
+        raise ConfigError(f"{where or 'A test chat'}: the prompt is {best[1]} tokens long without any example, and the model has room for {max(room, 0)} beside the answer. Ask in fewer words, lower max_new_tokens, or leave this chat out.")
+    while too_many - fits > 1:
+        tried = ask(middle := min(fits + step, (fits + too_many) // 2))
+        best, fits, too_many, step = (tried, middle, too_many, 2 * step) if tried[1] <= room else (best, fits, middle, too_many)
+    return best

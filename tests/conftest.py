@@ -17,12 +17,21 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def biased_model(tmp_path_factory):
+    "The same with biases in its attention."
+    return save_tiny(tmp_path_factory.mktemp("biased"), attention_bias=True)
+
+
+def save_tiny(folder, **more):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune_nb.models import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,6 +44,7 @@ def tiny_model(tmp_path_factory):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **more,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -107,51 +117,33 @@ def chromium():
         yield started
 
 
-@pytest.fixture(scope="module")
-def lab_server(tmp_path_factory):
-    "JupyterLab over a temporary folder."
-    yield from served("lab", "jupyterlab", tmp_path_factory)
+def server(kind, package, place):
+    "A fixture: a server of this kind over a temporary folder; skips with the reason why there is none."
+
+    @pytest.fixture(scope="module", name=f"{kind}_server")
+    def running(tmp_path_factory):
+        if reason := browser.why_not(package):
+            pytest.skip(reason)
+        with browser.running_server(kind, tmp_path_factory.mktemp(kind)) as started:
+            yield started
+
+    running.__doc__ = f"{place} over a temporary folder."
+    return running
 
 
-@pytest.fixture(scope="module")
-def notebook_server(tmp_path_factory):
-    "Jupyter Notebook over a temporary folder."
-    yield from served("notebook", "notebook", tmp_path_factory)
+def page(kind, name, made):
+    "A fixture: a fresh page of such a server, for what the class `made` can do with it."
+
+    @pytest.fixture(name=name)
+    def fresh(chromium, request):
+        shown = made(chromium, request.getfixturevalue(f"{kind}_server"))
+        yield shown
+        shown.close()
+
+    fresh.__doc__ = f"A fresh page: see `browser.{made.__name__}` for what can be done with it."
+    return fresh
 
 
-@pytest.fixture(scope="module")
-def voila_server(tmp_path_factory):
-    "Voila over a temporary folder."
-    yield from served("voila", "voila", tmp_path_factory)
-
-
-def served(kind, package, tmp_path_factory):
-    "A server of this kind, or the reason why there is none."
-    if reason := browser.why_not(package):
-        pytest.skip(reason)
-    with browser.running_server(kind, tmp_path_factory.mktemp(kind)) as server:
-        yield server
-
-
-@pytest.fixture
-def lab(chromium, lab_server):
-    "A fresh page of JupyterLab: see `browser.Lab` for what can be done with it."
-    page = browser.Lab(chromium, lab_server)
-    yield page
-    page.close()
-
-
-@pytest.fixture
-def notebook7(chromium, notebook_server):
-    "A fresh page of Notebook 7, to be used as `lab` is."
-    page = browser.Notebook7(chromium, notebook_server)
-    yield page
-    page.close()
-
-
-@pytest.fixture
-def voila(chromium, voila_server):
-    "A fresh page of Voila: see `browser.Voila`."
-    page = browser.Voila(chromium, voila_server)
-    yield page
-    page.close()
+lab_server, lab = server("lab", "jupyterlab", "JupyterLab"), page("lab", "lab", browser.Lab)
+notebook_server, notebook7 = server("notebook", "notebook", "Jupyter Notebook"), page("notebook", "notebook7", browser.Notebook7)
+voila_server, voila = server("voila", "voila", "Voila"), page("voila", "voila", browser.Voila)

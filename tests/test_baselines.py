@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_nb.baselines import TUNED, BaselineReport, WayResult, should_you_finetune, telling_score, try_way
+from finetune_nb.baselines import TUNED, BaselineReport, WayResult, add_tuned, should_you_finetune, telling_score, try_way
 from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits
 from finetune_nb.evaluation import Answer, evaluate, generate, pattern_checks
@@ -101,10 +101,16 @@ def test_documents_are_read_from_files_folders_and_texts(tmp_path):
     (tmp_path / "d.pdf").write_bytes(b"%PDF\xff")
     assert read_documents(tmp_path) == ["First.\n\nStill first.", "Second.", "Third."]
     assert read_documents(tmp_path / "a.txt", size=12) == ["First.", "Still first."] and read_documents(["x", " "]) == ["x"]
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("First, once more.")
+    assert len(read_documents(tmp_path)) == 3 and read_documents(["A text.", tmp_path / "b.md", tmp_path / "sub"]) == ["A text.", "Second.", "Third."]
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
-    for source, said in ((tmp_path, "bad.txt, byte 2: this is no UTF-8"), ([], "no documents in the given texts"), (tmp_path / "no.txt", "can't be read")):
+    cases = ((tmp_path, "bad.txt, byte 2: this is no UTF-8"), ([], "no documents in the given texts"), (tmp_path / "no.txt", "can't be read"), ("word " * 2000, "…: can't be read"), ("a\0b", "can't be read"), ([1], "got 1"), ([None, "a"], "got None"))
+    for source, said in cases:
         with pytest.raises(ConfigError, match=said):
             read_documents(source)
+    with pytest.raises(ConfigError, match="size=0"):
+        read_documents(["a"], size=0)
 
 
 # --- ways
@@ -138,6 +144,13 @@ def test_notes_stand_before_the_question_and_only_where_something_was_found():
     assert "Cats" not in asked[1]["content"] and way(chat("Zebra?"), 2) == chat("Zebra?").prompt and way(chat("pump"), 0) == chat("pump").prompt
 
 
+def test_notes_stand_before_what_the_user_asked_and_not_before_what_a_tool_said():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "Which oil for the pump?"}, call, {"role": "tool", "content": "the lamp"}, {"role": "assistant", "content": "10W"}]
+    asked = with_retrieval(["The pump needs oil.", "The lamp needs a bulb."])(Chat(messages), 1)
+    assert "[1] The pump needs oil." in asked[0]["content"] and asked[1:] == messages[1:3]
+
+
 def test_a_better_prompt_takes_the_place_of_the_old_one(tokenizer):
     assert with_system("New.")(chat("q", system="Old."), 0) == [{"role": "system", "content": "New."}, {"role": "user", "content": "q"}]
     assert with_system("New.", merge=True)(chat("q", system="Old."), 0) == [{"role": "user", "content": "New.\n\nq"}]
@@ -158,6 +171,24 @@ def test_no_prompt_is_longer_than_the_room_and_what_was_dropped_is_counted(chats
             assert len(tokenizer.apply_chat_template(few_shot(chats)(before, 5 - dropped), add_generation_prompt=True)["input_ids"]) > room
     with pytest.raises(ConfigError, match=r"test.jsonl, line 1: the prompt is \d+ tokens long without any example, and the model has room for 20"):
         make_prompts(asked[:1], few_shot(chats), 4, tokenizer, 20)
+
+
+def test_of_very_many_examples_as_many_as_fit_are_found_quickly(chats, tokenizer):
+    counted, way = [], few_shot([*chats] * 25)
+
+    def ask(one, n):
+        counted.append(n)
+        return way(one, n)
+
+    (tokens,) = make_prompts(chats[:1], ask, 1000, tokenizer, 1500).tokens
+    assert len(counted) < 25 and 1500 - 60 < tokens <= 1500
+    assert make_prompts(chats[:1], way, 1000 - make_prompts(chats[:1], way, 1000, tokenizer, 1500).dropped[0] + 1, tokenizer).tokens[0] > 1500
+
+
+def test_a_way_returns_something_to_ask_with(chats, tokenizer):
+    for wrong in (None, [], "What?", [{"content": "x"}], chats[0].messages):
+        with pytest.raises(ConfigError, match="a list that ends with a question"):
+            make_prompts(chats[:1], lambda chat, n, wrong=wrong: wrong, 0, tokenizer)
 
 
 def test_control_tokens_in_documents_forge_nothing(tokenizer):
@@ -200,7 +231,7 @@ def split(chats, test=6):
 
 def test_every_way_is_asked_and_the_report_is_whole(quick, chats, pair):
     splits, asked = split(chats), []
-    config = replace(quick, max_eval_samples=4)
+    config = replace(quick, max_eval_samples=4)  # too few for a verdict
 
     def own(chat, n):
         asked.append(n)
@@ -214,7 +245,7 @@ def test_every_way_is_asked_and_the_report_is_whole(quick, chats, pair):
     assert np_mean(report.results[2].prompts.tokens) > np_mean(report.results[0].prompts.tokens)
     plain_values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(plain_values["ways"]) == 7 and len(plain_values["ways"][0]["answers"]) == 4 and report.train_chats == 34
-    assert not [n for n in report.notes if n.startswith("Not tried")] and "34 training chats are few" in report.reason
+    assert not [n for n in report.notes if n.startswith("Not tried")] and report.verdict == "can't tell" and "4 test questions are too few" in report.reason
 
 
 def np_mean(values):
@@ -250,7 +281,19 @@ def test_a_run_is_asked_beside_its_base(quick, chats):
         base = generate(run.model, run.tokenizer, prompts, quick.max_new_tokens)
     tuned = generate(run.model, run.tokenizer, prompts, quick.max_new_tokens)
     assert [a.text for a in report.results[0].answers] == [a.text for a in base] != [a.text for a in tuned] == [a.text for a in report.results[-1].answers]
-    assert "tuned model against" in report.reason
+    assert "too few" in report.reason and not [n for n in report.notes if "other chats" in n]
+    report = should_you_finetune(quick, Splits(chats[20:], [], chats[:12]), k=1, run=run)
+    assert "tuned model against" in report.reason and "trained on other chats than those given here" in str(report)
+    before = should_you_finetune(quick, Splits(chats[20:], [], chats[:12]), k=1, loaded=load_model(quick.model_name_or_path, torch.float32, use_cpu=True, say=lambda line: None))
+    after = add_tuned(before, run)
+    assert (after.verdict, after.reason, after.notes) == (report.verdict, report.reason, report.notes) and after.results[-1].scores == report.results[-1].scores
+    assert [r.name for r in add_tuned(after, run).results].count(TUNED) == 1
+    with pytest.raises(ConfigError, match="no check for"):
+        add_tuned(replace(before, score="mine"), run)
+    with pytest.raises(ConfigError, match="the report is about other/model"):
+        add_tuned(replace(before, model="other/model"), run)
+    with pytest.raises(ConfigError, match=f"{run.folder.name} was trained on .*, and the configuration names other/model"):
+        should_you_finetune(replace(quick, model_name_or_path="other/model"), splits, run=run)
 
 
 def test_examples_that_do_not_fit_are_told(quick, chats, pair):
@@ -264,6 +307,15 @@ def test_examples_that_do_not_fit_are_told(quick, chats, pair):
 def test_what_cannot_be_done_is_said_before_anything_is_asked(quick, chats, pair, tmp_path):
     cases = [
         ({"k": 0}, ConfigError, "k=0"),
+        ({"k": 2.5}, ConfigError, "k=2.5"),
+        ({"target": "0.9"}, ConfigError, "target='0.9'"),
+        ({"system": ["a"]}, ConfigError, "system: expected a text"),
+        ({"system": "word " * 9000}, ConfigError, r"better prompt: .* tokens long without any example"),
+        ({"checks": {"exact match": lambda a, c: True}}, ConfigError, "a score 'exact match' already"),
+        ({"checks": {"mine": lambda a, c: 1 / 0}}, ConfigError, "'mine' fails at the right answer of chats.jsonl, line 1: ZeroDivisionError"),
+        ({"checks": {"mine": lambda a, c: None}}, ConfigError, "returns a number or a bool"),
+        ({"checks": {"mine": "("}}, ConfigError, "no regular expression"),
+        ({"ways": {"mine": lambda c, n: None}}, ConfigError, "mine: A way returns the messages"),
         ({"target": 90}, ConfigError, "target=90"),
         ({"score": "acuracy"}, ConfigError, "no score 'acuracy'"),
         ({"documents": tmp_path}, ConfigError, "no documents"),
@@ -274,6 +326,29 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(quick, chats, pair
             should_you_finetune(quick, split(chats), loaded=pair, **wrong)
     with pytest.raises(TrainingError, match="no test chats"):
         should_you_finetune(quick, Splits(chats, [], []), loaded=pair)
+
+
+def test_a_pattern_that_no_right_answer_follows_is_no_reason_to_train(quick, chats, pair):
+    with pytest.raises(ConfigError, match=r"By 'right code' the right answers themselves reach 0% only. The first that misses: chats.jsonl, line 1, 'It is 1.'"):
+        should_you_finetune(replace(quick, answer_pattern=r"Code (?P<code>\d+)"), split(chats), loaded=pair)
+    with pytest.raises(ConfigError, match="no regular expression"):
+        should_you_finetune(replace(quick, answer_pattern="("), split(chats), loaded=pair)
+    report = should_you_finetune(replace(quick, answer_pattern=r"It is (?P<number>\d+)\."), split(chats), target=0.1, checks={"short": ".{0,20}"}, loaded=pair)
+    assert any("themselves reach 33% only" in note for note in report.notes) and len(report.results[0].scores["short"]) == 6
+
+
+def test_without_a_retriever_the_rest_is_tried(quick, chats, pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    report = should_you_finetune(quick, split(chats), system="Count.", loaded=pair)
+    assert [r.name for r in report.results] == ["plain", "better prompt", "few-shot, at random"]
+    assert any("looking into the training chats" in note and "pip install 'finetune_nb[retrieval]'" in note for note in report.notes)
+    with pytest.raises(ConfigError, match="needs bm25s"):
+        should_you_finetune(quick, split(chats), documents=["a"], loaded=pair)
+
+
+def test_training_questions_without_words_are_no_reason_to_stop(quick, chats, pair):
+    report = should_you_finetune(quick, Splits([chat("?", "!"), chat("…", "?!")], [], [chat("🙂", "👍"), chat("首都は?", "東京")]), loaded=pair)
+    assert [r.name for r in report.results] == ["plain", "few-shot, at random"] and "no words to look up" in str(report)
 
 
 # --- the recommendation
@@ -296,8 +371,10 @@ def report_of(n, target=0.9, **rights):
         (100, {"plain": 10, "examples": 99}, "do not fine-tune", "2.0 times as long"),
         (100, {"plain": 10, "examples": 60}, "fine-tune", "no way of asking"),
         (100, {"plain": 10, "examples": 94}, "can't tell", "100 test questions tell differences of about 7 points only"),
-        (5, {"plain": 0, "examples": 5}, "can't tell", "5 test questions tell"),
-        (1, {"plain": 1}, "can't tell", "1 test questions tell"),
+        (5, {"plain": 0, "examples": 5}, "can't tell", "5 test questions are too few, it takes 10"),
+        (1, {"plain": 1}, "can't tell", "1 test questions are too few"),
+        (1, {"plain": 0}, "can't tell", "1 test questions are too few"),
+        (9, {"plain": 0, "tuned": 9}, "can't tell", "9 test questions are too few"),
         (100, {"plain": 10, "examples": 99, "tuned": 99}, "do not fine-tune", "more than 5 points is ruled out"),
         (100, {"plain": 10, "examples": 50, "tuned": 90}, "fine-tune", "+40 points"),
         (10, {"plain": 1, "examples": 5, "tuned": 6}, "can't tell", "10 test questions tell"),

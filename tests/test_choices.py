@@ -1,5 +1,6 @@
 "What a person is offered: a control for every setting, presets, doubts in words, and text that comes back as it went."
 
+import os
 import re
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -161,12 +162,12 @@ FILE = {"train_file": "chats.jsonl"}
 CONFLICTS = [
     ({}, False, []),
     (FILE, False, []),
-    ({"validation_size": 0}, False, []),  # the demo data comes split
+    ({"validation_size": 0}, False, [("validation_size", "note", "demo data")]),
     (FILE | {"validation_size": 0}, False, [("validation_size", "error", "no validation chats")]),
-    (FILE | {"validation_size": 0, "validation_file": "v.jsonl"}, False, []),
+    (FILE | {"validation_size": 0, "validation_file": "v.jsonl"}, False, [("validation_size", "note", "a file of its own")]),
     (FILE | {"validation_size": 0, "eval_strategy": "no", "early_stopping_patience": 0}, False, []),
     (FILE | {"validation_size": 0.5, "test_size": 0.5}, False, [("test_size", "error", "Nothing is left")]),
-    (FILE | {"validation_size": 0.5, "test_size": 0.5, "test_file": "t.jsonl"}, False, []),
+    (FILE | {"validation_size": 0.5, "test_size": 0.5, "test_file": "t.jsonl"}, False, [("test_size", "note", "a file of its own")]),
     (FILE | {"validation_size": 0.5, "test_size": 0.5, "eval_strategy": "no", "early_stopping_patience": 0}, False, []),
     ({"too_long": "truncate"}, False, [("too_long", "note", "never learns to stop")]),
     ({"answer_pattern": "("}, False, [("answer_pattern", "error", "Not a regular expression")]),
@@ -174,6 +175,17 @@ CONFLICTS = [
     ({"run_name": ".."}, False, [("run_name", "error", "A name, not a path")]),
     ({"run_name": "x" * 300}, False, [("run_name", "error", "No folder can be called so")]),
     ({"run_name": "a\0b"}, False, [("run_name", "error", "No folder can be called so")]),
+    ({"run_name": "\ud800"}, False, [("run_name", "error", "No folder can be called so")]),
+    ({"run_name": ".trash"}, False, [("run_name", "error", "found nowhere again")]),
+    ({"output_dir": "x" * 5000}, False, [("output_dir", "error", "No folder can be called so: File name too long")]),
+    ({"output_dir": "a\0b"}, False, [("output_dir", "error", "No folder can be called so: .*null")]),
+    ({"output_dir": "/dev/null/runs"}, False, [("output_dir", "error", "/dev/null is a file")]),
+    ({"target_modules": []}, False, [("target_modules", "error", "Name the layers")]),
+    ({"validation_size": 0.3}, False, [("validation_size", "note", "demo data")]),
+    (FILE | {"test_size": 0.3, "test_file": "t.jsonl"}, False, [("test_size", "note", "a file of its own")]),
+    ({"lr_scheduler_type": "constant"}, False, [("warmup_ratio", "note", "constant_with_warmup")]),
+    ({"lr_scheduler_type": "constant", "warmup_ratio": 0}, False, []),
+    ({"r": 64, "use_rslora": True, "lora_alpha": 128}, False, [("lora_alpha", "note", r"scaled by 16, .*square root of the rank \(16\)")]),
     ({"model_name_or_path": ""}, False, [("model_name_or_path", "error", "can't be empty")]),
     ({"output_dir": ""}, False, [("output_dir", "error", "can't be empty")]),
     ({"load_in_4bit": True, "init_lora_weights": "pissa"}, False, [("init_lora_weights", "error", "four bits can't hold")]),
@@ -208,11 +220,18 @@ def test_conflicts(changes, on_gpu, expected, monkeypatch):
     assert all(re.search(words, one.message) for one, (_, _, words) in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("changes", "name", "package"), [({"load_in_4bit": True}, "load_in_4bit", "qlora"), ({"report_to": "wandb"}, "report_to", "pip install wandb")])
+@pytest.mark.parametrize(("changes", "name", "package"), [({"load_in_4bit": True}, "load_in_4bit", "qlora"), ({"optim": "paged_adamw_8bit"}, "optim", "qlora"), ({"report_to": "wandb"}, "report_to", "pip install wandb")])
 def test_a_missing_package_is_named_before_the_run(changes, name, package, monkeypatch):
     monkeypatch.setattr("finetune_nb.choices.find_spec", lambda name: None)
-    [conflict] = find_conflicts(FinetuneConfig(**changes))
+    [conflict] = find_conflicts(FinetuneConfig(**changes), on_gpu=True)
     assert (conflict.name, conflict.level) == (name, "error") and package in conflict.message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_nothing_can_be_written_into(tmp_path):
+    tmp_path.chmod(0o500)
+    [conflict] = find_conflicts(FinetuneConfig(output_dir=str(tmp_path / "runs")))
+    assert conflict.name == "output_dir" and "Nothing can be written" in conflict.message
 
 
 def test_a_name_that_is_taken(tmp_path):

@@ -113,6 +113,13 @@ def test_notebook_is_copied_once(tmp_path, monkeypatch, capsys):
     assert "stays as it is" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("port", ["99999999", "65536", "-1", "eighty", ""])
+def test_a_port_that_can_not_be_is_refused_at_once(port, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["app", f"--port={port}"])
+    assert ended.value.code == 2 and "is no port; choose a number" in capsys.readouterr().err
+
+
 def test_config_writes_the_defaults(tmp_path):
     assert main(["config", str(tmp_path / "c.yaml")]) == 0
     assert load_config(tmp_path / "c.yaml") == FinetuneConfig()

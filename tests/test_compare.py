@@ -18,17 +18,18 @@ from test_panel import EVILS, check_harmless, check_view
 from test_runs import lay
 
 from finetune_nb import models
-from finetune_nb.chat import BASE, Shelf, answer, check_free, check_room, start_alone, system_doubt, system_messages
+from finetune_nb.chat import BASE, Shelf, answer, check_room, system_doubt, system_messages
 from finetune_nb.chat_template import render_prompt
 from finetune_nb.compare_view import ChatView, CompareView, answers_html, comparison_html, read_comparison, read_pairs
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits, save_chats
 from finetune_nb.evaluation import evaluate_run
-from finetune_nb.jobs import JOBS, Task, start_job
+from finetune_nb.jobs import JOBS, check_free, start_alone, start_job
 from finetune_nb.lora import add_lora, load_adapter
 from finetune_nb.models import EMBEDDED_MODEL
 from finetune_nb.panel import Panel
 from finetune_nb.runs_view import loading_code
+from finetune_nb.tasks import Task
 from finetune_nb.training import load_base, load_run, train
 
 
@@ -308,7 +309,7 @@ def test_who_comes_second_is_told_what_is_at_work(runs, monkeypatch):
     assert started.wait(60)
     for view, act in ((room.compare, room.compare.judge), (room.chat, room.chat.send)):
         act.click()
-        assert "A run is at work (it is being prepared). Stop it under Train" in view.status.value
+        assert "A run is at work (it is being prepared). Stop it first (in a panel under Train)" in view.status.value
     goes_on.set()
     job.wait(120)
     shutil.rmtree(job.folder)
@@ -400,6 +401,91 @@ def test_old_and_foreign_folders(quick):
             read_comparison(folder)
         view.read()
         assert "Let the test set be answered again" in view.status.value and view.table.value == "" and not view.judge.disabled
+
+
+GOOD = {"exact match": True}
+
+
+@pytest.mark.parametrize("passed", [None, "yes", [True], {"exact match": None}, {"exact match": "yes"}, {"exact match": [1]}, {"exact match": 1}, {"other": True}, GOOD | {"other": True}])
+def test_answers_judged_in_no_way_we_know_leave_the_page_whole(passed, quick):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the plan"})
+    rows = old_rows((True, True), (True, True), loss=1.0, tokens=2)
+    rows[-1]["passed"] = passed
+    put_answers(folder, rows)
+    room = Panel(quick, read=False)
+    assert "Let the test set be answered again" in room.compare.status.value and room.compare.table.value == ""
+    check_view(room.compare)
+
+
+@pytest.mark.parametrize(("loss", "tokens"), [(1e308, 1), (10**400, 1), (1.0, -1), (1.0, 10**400), (float("inf"), 1), (float("nan"), 1), (1.0, 0)])
+def test_losses_of_any_size_leave_the_page_whole(loss, tokens, quick):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the plan"})
+    put_answers(folder, old_rows((True, False), (False, True), loss=loss, tokens=tokens))
+    view = CompareView(lambda: quick.output_dir, background=False)
+    known = tokens in (0, 1) and (loss == 1.0 or abs(loss) in (float("inf"),) or loss != loss)
+    assert ("2 test questions" in view.status.value) == known
+
+
+# --- work that goes on while the cell is run again
+
+def test_a_view_that_takes_the_place_of_another_finds_its_answer_and_can_stop_it(runs):
+    config, splits = runs
+    first, grown = Panel(config, splits, read=False), threading.Event()
+    first.chat.background = True
+    first.chat.box.observe(lambda change: first.chat.answers.get(BASE) and grown.set(), names="value")
+    asked(first.chat, who=[BASE], length=1024)
+    assert grown.wait(60)
+    second = Panel(config, splits, read=False)
+    task = first.chat.task
+    first.close()
+    assert second.chat.task is task and second.chat.send.disabled and not second.chat.stop.disabled and second.compare.stop.disabled
+    seen = len(second.chat.answers[BASE])
+    grown.clear()
+    second.chat.box.observe(lambda change: grown.set(), names="value")
+    assert grown.wait(60) and len(second.chat.answers[BASE]) > seen, "it grows in the new one"
+    second.chat.stop.click()
+    task.wait(60)
+    assert second.chat.stopped == {BASE} and not second.chat.send.disabled and second.chat.stop.disabled and ">stopped<" in second.chat.box.value and second.chat.status.value == ""
+    assert second.chat.shelf is task.view.shelf and second.chat._working in task.listeners and first.chat._working not in task.listeners
+    check_free()
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_view_that_takes_the_place_of_another_sees_the_test_answered(stops, runs, monkeypatch, tmp_path):
+    config, splits = runs
+    shutil.copytree(Path(config.output_dir), tmp_path / "runs")
+    (tmp_path / "runs" / "one" / "answers.jsonl").unlink()
+    config = replace(config, output_dir=str(tmp_path / "runs"))
+    began, goes_on = threading.Event(), threading.Event()
+    monkeypatch.setattr("finetune_nb.compare_view.let_go", lambda run: began.set() or goes_on.wait(60))
+    first = Panel(config, splits, read=False)
+    first.compare.run.value, first.compare.background = "one", True
+    first.compare.judge.click()
+    assert began.wait(60)
+    second, third = Panel(config, splits, read=False), Panel(config, splits, read=False)
+    first.close()
+    for room in (second, third):
+        assert room.compare.task is first.compare.task and room.compare.run.value == "one" and room.compare.judge.disabled and not room.compare.stop.disabled
+    if stops:
+        second.compare.stop.click()
+    goes_on.set()
+    first.compare.task.wait(120)
+    for room in (second, third):
+        assert room.compare.stop.disabled and not room.compare.judge.disabled
+        assert ("Stopped. Nothing was written." if stops else "10 test questions") in room.compare.status.value and bool(room.compare.pairs) == (not stops)
+
+
+def test_a_second_page_finds_what_was_begun_after_it_was_opened(runs, monkeypatch):
+    config, _ = runs
+    views, goes_on = [CompareView(lambda: config.output_dir, background=True) for _ in range(2)], threading.Event()
+    monkeypatch.setattr("finetune_nb.compare_view.let_go", lambda run: goes_on.wait(60))
+    views[0].judge.click()
+    views[1].judge.click()
+    assert views[1].task is views[0].task and not views[1].stop.disabled
+    views[1].stop.click()
+    goes_on.set()
+    views[0].task.wait(60)
+    assert all("Stopped." in view.status.value for view in views)
 
 
 # --- the system message of a run, and conversations

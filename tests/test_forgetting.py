@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from finetune_nb.baselines import should_you_finetune
+from finetune_nb.chat import Shelf
 from finetune_nb.chat_template import tokenize_chats
 from finetune_nb.config import ConfigError, FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
+from finetune_nb.evaluation import evaluate, evaluate_run, generate
 from finetune_nb.forgetting import (
     Forgetting,
     ItemDrift,
@@ -22,7 +25,7 @@ from finetune_nb.forgetting import (
     says,
     token_drift,
 )
-from finetune_nb.lora import add_lora
+from finetune_nb.lora import AdapterError, add_lora, put_adapter, without_adapter
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
 from finetune_nb.training import load_run, train
@@ -186,8 +189,12 @@ def test_items_that_cannot_be_checked_are_named_before_anything_is_computed(extr
 
 def test_what_cannot_be_measured_says_why(base, tiny_model):
     model, tokenizer = base
-    for wrong in ({"categories": ["maths"]}, {"items": []}, {"limit": 0}):
-        with pytest.raises(ConfigError, match="no category 'maths'|no items|at least one item"):
+    cases = [
+        ({"categories": ["maths"]}, "no category 'maths'"), ({"categories": "maths"}, "no category 'maths'"), ({"items": []}, "no items"), ({"items": ["a"]}, "expected chats"),
+        ({"limit": 0}, "at least one item"), ({"limit": 2.5}, "at least one item"), ({"warn_at": 0.5}, "warn_at=0.5"), ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"batch_size": 0}, "batch_size=0"),
+    ]  # fmt: skip
+    for wrong, said in cases:
+        with pytest.raises(ConfigError, match=said):
             measure_forgetting(model, tokenizer, **wrong)
     with pytest.raises(FinetuneError, match="no adapter to switch off"):
         measure_forgetting(model, tokenizer, limit=1)
@@ -238,3 +245,60 @@ def test_a_category_of_few_items_is_named_only_when_it_is_sure():
     rows = made(100, 0.0) + [replace(row, category="b") for row in made(20, 0.4)]
     report = Forgetting("x", "y", rows)
     assert "By itself above ×1.10: b." in report.reason and drift_figures(rows[100:]).ratio[1] > 1.1
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_base_beside_trained_biases_is_the_untouched_base_model(quick, chats, biased_model, bias):
+    config = replace(quick, model_name_or_path=biased_model, bias=bias, max_steps=4, eval_strategy="no")
+    run = train(config, Splits(chats[6:], [], chats[:6]), say=lambda line: None)
+    fresh, tokenizer = load_model(biased_model, torch.float32, use_cpu=True, say=lambda line: None)
+    ids, items = torch.tensor([[1, 2, 3, 4]]), forgetting_items()[:3]
+    with torch.no_grad():
+        own, learned = fresh(ids).logits, run.model(ids).logits
+        with run.model.disable_adapter():
+            assert not torch.allclose(run.model(ids).logits, own, atol=1e-5), "by PEFT it is neither the one nor the other"
+    untouched, asked = evaluate(fresh, tokenizer, chats[:6], max_new_tokens=8), generate(fresh, tokenizer, items, 4)
+    for one in (run, load_run(run.folder)):
+        with torch.no_grad(), without_adapter(one.model) as model:
+            torch.testing.assert_close(model(ids).logits, own)
+        base = evaluate_run(one).base
+        assert [row.answer for row in base.rows] == [row.answer for row in untouched.rows] and base.loss == pytest.approx(untouched.loss, rel=1e-5)
+        report = measure_forgetting(one, items=items, max_new_tokens=4)
+        assert [row.before for row in report.rows] == [answer.text for answer in asked] and report.figures["all items"].kl[0] > 0
+        ways = should_you_finetune(config, Splits(chats[6:], [], chats[:6]), k=1, run=one)
+        assert [a.text for a in ways.results[0].answers] == [row.answer for row in untouched.rows]
+        with torch.no_grad():
+            torch.testing.assert_close(one.model(ids).logits, learned)
+    shelf = Shelf(config, lambda line: None)
+    with torch.no_grad(), shelf.using(run.folder) as model:
+        torch.testing.assert_close(model(ids).logits, learned)
+    with torch.no_grad(), shelf.using(None) as model:
+        torch.testing.assert_close(model(ids).logits, own)
+    with pytest.raises(AdapterError, match=f"bias={bias!r}, which changes the base model itself"):
+        put_adapter(shelf.model, run.folder / "adapter", "second")
+
+
+def test_biases_come_back_after_an_error(biased_model):
+    model = add_lora(load_model(biased_model, torch.float32, use_cpu=True, say=lambda line: None)[0], FinetuneConfig(r=4, bias="all"))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for p in weights:
+        torch.nn.init.ones_(p)
+    with pytest.raises(KeyboardInterrupt), without_adapter(model):
+        raise KeyboardInterrupt
+    assert all((p == 1).all() for p in weights)
+
+
+def test_an_item_that_the_model_cannot_read_is_named(stirred):
+    long = Chat([{"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "x"}], "mine.jsonl, line 2")
+    with pytest.raises(ConfigError, match=r"mine.jsonl, line 2: 30\d\d tokens, and the model can read 2048"):
+        measure_forgetting(*stirred, [*forgetting_items()[:2], long])
+
+
+def test_an_adapter_of_no_numbers_is_told_and_not_averaged(stirred):
+    model, tokenizer = stirred
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(math.nan)
+    with pytest.raises(FinetuneError, match=r"10 of 10 items have a loss that is no finite number, the first of them .*: the tuned model is broken"):
+        measure_forgetting(model, tokenizer, limit=10)

@@ -17,25 +17,27 @@ from finetune_nb import jobs
 from finetune_nb.config import FinetuneConfig, FinetuneError, save_config
 from finetune_nb.data import Chat, save_chats
 from finetune_nb.jobs import (
-    ACTIVE,
     JOBS,
+    SHELVES,
     WATCHERS,
+    Job,
     JobError,
     Pace,
-    Task,
     Watched,
+    _looks_between,
     active_job,
     best_look,
     continue_job,
     find_job,
-    in_words,
     patience_left,
     read_samples,
     seconds_left,
-    smoothed,
+    start_alone,
     start_job,
 )
+from finetune_nb.losses import smoothed
 from finetune_nb.runs import read_run, trash_run
+from finetune_nb.tasks import ACTIVE, Task, in_words
 from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
@@ -269,7 +271,62 @@ def test_who_looks_on_breaks_nothing(steady, splits, whole):
 
     job = start_job(steady, splits, False, [broken, leaves])
     assert job.state == "finished" and same(adapter(job.folder), adapter(whole.folder))
-    assert len(calls) == 1 and not job.listeners and sum("taken off" in line for line in job.lines) == 2 and "a closed page" in "".join(job.lines)
+    assert len(calls) > 5 and job.listeners == [broken], "it is asked again: the next look may go well"
+    assert [line for line in job.lines if "A view could not show" in line] == ["A view could not show this: ValueError: a closed page", "A view could not show this: ValueError: gone already"]
+
+
+def test_a_stop_in_the_moment_of_the_end_changes_nothing(quick, monkeypatch):
+    job = Job(quick)
+    pressed = threading.Thread(target=job.stop)
+
+    def ended():
+        pressed.start()
+        time.sleep(0.2)  # the stop sees a job at work, and waits
+        return "finished"
+
+    monkeypatch.setattr(job, "_ended", ended)
+    job.work = lambda say: None
+    job.start(background=False)
+    pressed.join()
+    assert job.state == "finished" and not job.active
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "steps", "epoch", "looks"),
+    [
+        ({}, 0, 30, 0.0, 3),
+        ({}, 10, 30, 1.0, 2),
+        ({}, 29, 30, 2.9, 1),
+        ({}, 30, 30, 3.0, 0),
+        ({"num_train_epochs": 2.5}, 5, 25, 0.5, 3),  # the half epoch is looked at too
+        ({"max_steps": 50}, 5, 50, 0.005, 1),  # within the first epoch: once, at the end
+        ({"max_steps": 50}, 5, 50, 0.25, 3),
+        ({"max_steps": 50}, 0, 50, 0.0, 1),
+        ({"eval_strategy": "steps", "eval_steps": 8}, 8, 30, 0.8, 2),
+        ({"eval_strategy": "no"}, 8, 30, 0.8, 0),
+    ],
+)
+def test_the_looks_that_are_to_come(changes, step, steps, epoch, looks, quick):
+    assert _looks_between(replace(quick, **{"num_train_epochs": 3} | changes), step, steps, epoch) == looks
+
+
+@pytest.mark.trains
+def test_the_looks_that_were_to_come_came(steady, splits):
+    "An epoch that is cut short is looked at, too."
+    config, foretold = replace(steady, max_steps=5, eval_strategy="epoch", eval_steps=None, early_stopping_patience=0), []
+
+    def listen():
+        job = active_job()
+        if job is not None and job.state == "training" and job.step == 1 and not foretold:
+            foretold.append(_looks_between(job.config, job.step, job.steps, job.epoch))
+
+    job = start_job(config, splits, False, [listen])
+    assert foretold == [sum("eval_loss" in row and row["step"] > 1 for row in job.history)]
+
+
+def test_going_on_with_what_is_gone_says_so(quick, tmp_path):
+    with pytest.raises(JobError, match="is no run any more.*trash"):
+        continue_job(tmp_path / "gone")
 
 
 def test_questions_that_can_not_be_answered_cost_no_run(steady, splits, monkeypatch):
@@ -402,7 +459,7 @@ def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, t
         other.send_signal(signal.SIGKILL)
         other.wait()
     seen.refresh()
-    assert seen.state == "broken" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
+    assert seen.state == "broken off" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
     assert continue_job(folder, False).state == "finished"
 
 
@@ -551,3 +608,19 @@ def test_a_task_keeps_what_it_says_and_what_went_wrong():
     with pytest.raises(FinetuneError, match="ZeroDivisionError: division by zero"):
         failed.wait()
     assert Task(lambda say: (_ for _ in ()).throw(SystemExit(1))).start().start(False).state == "failed"
+
+
+def test_a_run_waits_for_no_heavy_task_and_takes_the_memory_of_shelves(steady, splits):
+    "Also from a cell, where no panel looks on."
+    began, goes_on = threading.Event(), threading.Event()
+    task = Task(lambda say: began.set() or goes_on.wait(60), "A question is being answered")
+    start_alone(task)
+    assert began.wait(60)
+    with pytest.raises(JobError, match="A question is being answered. Stop that first"):
+        start_job(steady, splits, False)
+    assert JOBS == []
+    goes_on.set()
+    task.wait(60)
+    shelf = type("Shelf", (), {"released": 0, "release": lambda self: setattr(self, "released", self.released + 1)})()
+    SHELVES.add(shelf)
+    assert start_job(replace(steady, max_steps=1, num_train_epochs=1, eval_strategy="no"), splits, False, questions=0).state == "finished" and shelf.released == 1

@@ -22,3 +22,9 @@ def test_tutorial_on_few_chats(tmp_path, capsys):
     expected = "adapter answers.jsonl config.yaml history.jsonl loss.png report.html report.md run.json test.jsonl".split()
     assert set(expected) <= {p.name for p in run.iterdir()}
     assert f"Adapter: {run.relative_to(tmp_path) / 'adapter'}" in said
+
+
+def test_tutorial_on_few_questions(tmp_path):
+    few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_lookup": 2}
+    run_notebook(ROOT / "nbs/tutorials/should_you_finetune.ipynb", tmp_path / "should_you.ipynb", few)
+    assert (tmp_path / "runs" / "run-001" / "adapter").is_dir()

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import fields, replace
 from datetime import datetime, timezone
-from html import escape
+from html import escape, unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import html5lib
 import ipywidgets as widgets
@@ -34,10 +36,10 @@ from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
-from finetune_nb.runs import TRASH, list_runs, read_run
+from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
-from finetune_nb.training import load_run, load_splits, train
+from finetune_nb.training import Picture, load_run, load_splits, train
 
 EVIL = "<img src=x onerror=alert(1)>"
 EVILS = (EVIL, f"""'">{EVIL}</pre></td>{EVIL}""")
@@ -175,7 +177,8 @@ def test_a_slider_has_its_usual_range_again(form):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296")],
+    [("max_steps", "many"), ("eval_steps", "0"), ("columns", "{user: ["), ("target_modules", "[1]"), ("layers_to_transform", "first"), ("max_grad_norm", "-1"), ("logging_steps", ""), ("seed", "4294967296"),
+     ("layers_to_transform", "--1"), ("layers_to_transform", "²"), ("columns", "[" * 3000), ("layers_to_transform", "[" * 3000), ("chat_template_kwargs", "{a: .inf}"), ("chat_template_kwargs", "{a: 2026-01-01}")],
 )
 def test_a_bad_value_keeps_the_last_good_one_and_says_why(name, text, form):
     before, heard = form.config, []
@@ -203,8 +206,12 @@ def test_alpha_follows_the_rank(form):
     form.controls["r"].value = 1  # would be less than there may be
     assert form.config.lora_alpha == 0.01
     form.config = FinetuneConfig(r=1, lora_alpha=4096)
+    assert "stays 4.1e+03 × r" in form.notes["lora_alpha"].value
     form.controls["r"].value = 256
     assert form.config.lora_alpha == 4096
+    form.controls["r"].value = 1
+    form.controls["r"].value = 16
+    assert form.config.lora_alpha == 4096, "what could not be had is not forgotten"
     form.tie.value = False
     form.controls["r"].value = 8
     assert form.config.lora_alpha == 4096
@@ -228,6 +235,34 @@ def test_a_preset_button_is_the_preset(name, form):
     assert form.config == wanted and not form.problems
     assert all(value_of(control, form.specs[key]) == getattr(wanted, key) for key, control in form.controls.items())
     assert all(f"<td>{key}</td>" in form.reasons.value for key in PRESETS[name].values)
+
+
+def test_what_a_preset_says_goes_with_its_values(form):
+    form.presets["quick look"].click()
+    form.presets["the guide's"].click()
+    assert "<td>max_steps</td>" in form.reasons.value and "<td>early_stopping_patience</td>" in form.reasons.value, "what was put back is told too"
+    form.controls["r"].value = 64
+    assert "Turned since: r." in form.reasons.value and "<td>r</td>" not in form.reasons.value and "<td>lora_alpha</td>" in form.reasons.value
+    form.controls["r"].value = 16
+    assert "Turned since" not in form.reasons.value and "<td>r</td>" in form.reasons.value
+    form.config = FinetuneConfig(r=5)
+    assert not form.reasons.value, "these settings are of no preset"
+    form.controls["r"].value = 16
+    assert not form.reasons.value
+
+
+def test_where_a_file_can_not_be_written_is_said_in_words(form, tmp_path, monkeypatch):
+    form.path.value = str(tmp_path / "nofolder" / "x.yaml")
+    form.save.click()
+    assert f"there is no folder {tmp_path / 'nofolder'}" in form.file_note.value and "Errno" not in form.file_note.value
+    form.path.value = str(tmp_path / "x.yaml")
+
+    def full(*words):
+        raise OSError(28, "No space left on device", ".x.yaml.123")
+
+    monkeypatch.setattr("finetune_nb.controls.save_config", full)
+    form.save.click()
+    assert "No space left on device" in form.file_note.value and "x.yaml can" in form.file_note.value and ".123" not in form.file_note.value
 
 
 def test_save_load_and_code(form, tmp_path):
@@ -411,6 +446,22 @@ def data(quick, splits):
     return DataView(ConfigForm(quick), splits, background=False)
 
 
+def test_the_system_message_under_chat_is_that_of_the_chats_until_somebody_changes_it(quick, splits):
+    def told(system):
+        first = [{"role": "system", "content": system}] * bool(system)
+        return splits._replace(train=[Chat([*first, *chat.messages], chat.where) for chat in splits.train])
+
+    room = Panel(quick, told("Add."))
+    assert room.chat.system.value == "Add."
+    for system in ("Subtract.", "", "Add."):
+        room._data_read(SimpleNamespace(splits=told(system)))
+        assert room.chat.system.value == system
+    for mine in ("", "My own."):
+        room.chat.system.value = mine
+        room._data_read(SimpleNamespace(splits=told("Subtract.")))
+        assert room.chat.system.value == mine, "also when it was emptied on purpose"
+
+
 def test_data_read_and_looked_at(data, splits):
     heard = []
     data.listeners.append(heard.append)
@@ -444,6 +495,43 @@ def test_too_long_chats_are_told_beside_the_slider_at_once(data):
     picture = data.picture.value
     data.form.controls["r"].value = 8
     assert data.picture.value is picture, "what has not changed is not drawn again"
+
+
+def test_the_lengths_are_drawn_once_the_slider_rests(data, monkeypatch):
+    order = []
+    data.load()
+    plan = PlanView(data.form, data.ready)
+    monkeypatch.setattr("finetune_nb.data_view.plot_lengths", lambda lengths, most: order.append(most) or Picture(figsize=(1, 1)))
+    monkeypatch.setattr(plan.ready.live, "plan", lambda config: order.append("plan") or 1 / 0)
+    data.form.controls["max_length"].value = 256
+    assert order == ["plan", 256], "in the foreground: after the plan"
+    monkeypatch.setattr("finetune_nb.data_view.REST", 0.05)
+    data.background = True
+    order.clear()
+    for most in (128, 512, 1024):
+        data.form.controls["max_length"].value = most
+    data._timer.join(10)
+    assert order == ["plan"] * 3 + [1024], "in the background: once, at the end"
+
+
+def test_chats_that_were_handed_over_are_told_and_can_be_left(quick, splits, chats, tmp_path):
+    path = save_chats(chats, tmp_path / "mine.jsonl")
+    view = DataView(ConfigForm(replace(quick, train_file=str(path))), splits, background=False)
+    view.load()
+    assert "In use are the chats that were handed over (my_chats)" in view.kept.value and view.named.layout.display is None and view.ready.splits == splits
+    view.form.save.click()
+    assert "mine.jsonl, and not the chats that were handed over as my_chats" in view.form.file_note.value
+    view.named.click()
+    assert len(view.ready.splits.train) == 32 and not view.kept.value and view.named.layout.display == "none" and not view.form.given
+    assert DataView(ConfigForm(quick), background=False).named.layout.display == "none"
+
+
+def test_an_upload_under_the_path_that_stands_there_is_read(quick, splits, chats, tmp_path, monkeypatch):
+    content = save_chats(chats[:20], tmp_path / "x.jsonl").read_bytes()
+    view = DataView(ConfigForm(replace(quick, train_file="uploads/mine.jsonl")), splits, background=False)
+    monkeypatch.setattr(view, "upload", type("Upload", (), {"value": ({"name": "mine.jsonl", "content": memoryview(content)},)}))
+    view._uploaded()
+    assert len(view.ready.splits.train) == 16 and "The upload is kept" in view.kept.value and view.form.given == ""
 
 
 def test_other_settings_name_other_data(data, chats, tmp_path):
@@ -694,8 +782,9 @@ def test_start_is_off_with_the_reason(quick, splits, chats, tmp_path):
     for name, bad, good in (("eval_steps", "often", ""), ("answer_pattern", "(", ""), ("run_name", "../x", ""), ("model_name_or_path", " ", quick.model_name_or_path)):
         form.controls[name].value = bad
         assert view.start.disabled and view.start.tooltip.startswith(f"{name}: ") and "fnb-error" in form.notes[name].value
+        assert f"Settings, {form.specs[name].group}, {name}: " in view.why_not.value, "also for those who see no tooltip"
         form.controls[name].value = good
-        assert not view.start.disabled and view.start.tooltip == "start a new run with these settings"
+        assert not view.why_not.value and not view.start.disabled and view.start.tooltip == "start a new run with these settings"
     form.controls["validation_size"].value = 0.0
     assert view.start.disabled and "no validation chats" in view.start.tooltip
 
@@ -851,6 +940,77 @@ def test_pieces_of_html_escape_what_they_are_given():
         for html in (note(text, "error"), answers_html({text: text}), *marked(text, "other"), *marked("other", text), *marked(text, text + text)):
             check_harmless(html)
     assert marked("a b", "a c") == ("a <del>b</del>", "a <ins>c</ins>")
+    assert marked("", "") == ("", "") and marked("a b c", "x y z") == ("<del>a b c</del>", "<ins>x y z</ins>") and marked("so", "so") == ("so", "so")
+
+
+def plain(html):
+    return unescape(re.sub(r"</?(del|ins|b)>", "", html))
+
+
+LOOPS = {
+    "loops": ("the cat " * 1500, "a the dog " * 1000), "one word": ("x " * 3000, "x " * 2999 + "y"), "signs": (".,;" * 2000, ";,." * 2000), "other words": (" ".join(map(str, range(3000))), " ".join(map(str, range(3000, 6000)))),
+    "few words": (" ".join(str(i * i % 17) for i in range(3000)), " ".join(str(i * i * i % 19) for i in range(3000))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_what_changed_is_marked_soon_whatever_was_said(kind):
+    one, two = LOOPS[kind]
+    began = time.thread_time()
+    left, right = marked(one, two)
+    assert time.thread_time() - began < 0.2
+    assert plain(left) == one and plain(right) == two
+    shared = [unescape("".join(re.split(rf"<{tag}>.*?</{tag}>", html, flags=re.S))) for tag, html in (("del", left), ("ins", right))]
+    assert shared[0] == shared[1], "what is not marked is the same in both"
+
+
+def test_of_endless_answers_the_beginning_is_compared_and_it_says_so():
+    began = time.thread_time()
+    left, right = marked("the cat " * 50_000, "the dog " * 60_000 + "<i>")
+    assert time.thread_time() - began < 1 and "what follows is too long to be compared" in left and "<i>" not in right and right.endswith("&lt;i&gt;")
+    assert "<del>" not in left.partition("[what follows")[2] and "<del>cat</del>" in left
+
+
+def test_chat_offers_the_runs_of_the_base_model_that_is_named_now(quick, splits):
+    for name, config in (("a", quick), ("b", replace(quick, model_name_or_path="other/model"))):
+        folder = lay(Path(quick.output_dir), name, config, ended={"ended_by": "the plan"})
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_text("")
+    room = Panel(quick, splits, read=False)
+    assert room.chat.who.options == (BASE, "a") and room.chat.who.value == (BASE, "a")
+    room.form.controls["model_name_or_path"].value = "other/model"
+    assert room.chat.who.options == (BASE, "b") and room.chat.who.value == (BASE, "b")
+    room.form.controls["model_name_or_path"].value = quick.model_name_or_path
+    for name, value in (("bf16", True), ("load_in_4bit", True), ("use_cpu", not quick.use_cpu)):
+        assert room.chat.who.options == (BASE, "a")
+        room.form.controls[name].value = value
+        assert room.chat.who.options == (BASE,)
+        room.form.config = quick
+
+
+def test_what_was_chosen_stays_when_runs_come_and_go(quick, splits):
+    def add(name, root=Path(quick.output_dir)):
+        folder = lay(root, name, quick, ended={"ended_by": "the plan"})
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_text("")
+
+    room = Panel(quick, splits, read=False)
+    assert room.chat.who.value == (BASE,)
+    add("a")
+    room._runs_changed()
+    assert room.chat.who.value == (BASE, "a"), "the first run is asked at once"
+    room.chat.who.value = ["a"]
+    add("b")
+    room._runs_changed()
+    assert room.chat.who.value == ("a",) and set(room.chat.who.options) == {BASE, "a", "b"}
+    for name in ("x", "y"):
+        add(name, Path(quick.output_dir) / TRASH)
+    room.runs.refresh()
+    room.runs.trashed.value = "y"
+    room._runs_changed()
+    assert room.runs.trashed.value == "y"
+    room.runs.restore.click()
+    assert "y is back" in room.runs.status.value and room.runs.trashed.value == "x"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}\n", '{"model": "base"}', '{"model": "base", "question": "", "expected": "", "answer": "", "passed": {}}'])
@@ -878,6 +1038,75 @@ def test_runs_of_the_folder_that_is_named_now(quick, tmp_path):
     assert not (tmp_path / "there" / "two").exists() and not room.train.overlay.options
     room.runs.restore.click()
     assert (tmp_path / "there" / "two").is_dir() and list(room.train.overlay.options) == ["two"]
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "a\0b", "/dev/null/runs"])
+def test_a_folder_that_can_not_be_leaves_the_page_whole(place, quick):
+    lay(Path(quick.output_dir), "one", quick)
+    room, heard = Panel(quick, read=False), []
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert room.train.figures.value and room.train.curves.value
+    room.form.on_change(lambda config: heard.append(config.output_dir))
+    room.form.controls["output_dir"].value = place
+    assert heard == [place] and room.train.start.disabled and "fnb-error" in room.form.notes["output_dir"].value
+    assert not room.runs.chosen.options and not room.form.file_note.value
+    assert not (room.train.figures.value or room.train.samples.value or room.train.log_lines.value or room.train.curves.value)
+
+
+def test_a_run_that_can_not_be_read_leaves_the_one_that_is_shown(quick):
+    lay(Path(quick.output_dir), "good", quick)
+    lay(Path(quick.output_dir), "odd", quick, history=[{"step": None, "loss": 1.0}])
+    lay(Path(quick.output_dir), "odder", quick, started={"planned": 3})
+    view = TrainView(ConfigForm(quick))
+    view.look_at.value = "good"
+    for name in ("odd", "odder"):
+        view.look_at.value = name
+        assert f"{name} can&#x27;t be read" in view.status.value and view.job.folder.name == "good"
+        view.refresh()
+        assert "be read" not in view.status.value and "Broken off" in view.status.value
+
+
+def test_a_run_that_was_deleted_is_shown_no_more(quick):
+    lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    room = Panel(quick, read=False)
+    room.train.watch(Path(quick.output_dir) / "one")
+    assert not room.train.go_on.disabled
+    room.runs.chosen.value = ["one"]
+    room.runs.delete.click()
+    assert room.train.job is None and room.train.go_on.disabled and "Nothing has been started" in room.train.status.value
+
+
+def test_going_on_from_the_table_says_what_came_of_it(quick):
+    folder = lay(Path(quick.output_dir), "one", quick, ended={"ended_by": "the user", "steps": 2}, checkpoint=2)
+    (folder / "started.json").unlink()
+    room = Panel(quick, read=False)
+    room.train.background = False
+    room.runs.chosen.value = ["one"]
+    room.runs.continue_.click()
+    assert "fnb-error" in room.runs.status.value and "fnb-error" in room.train.status.value
+    assert "What was saved can go on" not in room.train.status.value
+    room.runs.go_on = lambda folder: ""
+    room.runs.continue_.click()
+    assert "one goes on: see it under Train" in room.runs.status.value
+
+
+def test_runs_of_one_name_in_two_folders(quick, tmp_path):
+    lay(Path(quick.output_dir), "one", quick)
+    other = lay(tmp_path / "elsewhere", "one", quick)
+    view = TrainView(ConfigForm(quick))
+    view.watch(other)
+    assert view.look_at.value is None and view.overlay.options == ("one",)
+    view.overlay.value = ["one"]
+    assert list(view.histories()) == [str(other), "one"]
+
+
+def test_a_listener_that_fails_keeps_nobody_from_hearing(form):
+    heard = []
+    form.on_change(lambda config: 1 / 0)
+    form.on_change(heard.append)
+    form.controls["r"].value = 8
+    assert heard == [FinetuneConfig(r=8)] and "ZeroDivisionError" in form.file_note.value
+    form.file_note.value = ""
 
 
 def test_settings_of_a_run_are_taken_without_its_name(quick, tmp_path):
@@ -1015,7 +1244,7 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     check_view(view)
     other.communicate()
     view.renew.click()
-    assert view.job.state == "broken" and "Broken off" in view.status.value
+    assert view.job.state == "broken off" and "Broken off" in view.status.value
 
 
 def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
@@ -1029,6 +1258,25 @@ def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
     room.form.controls["r"].value = 32
     assert kept.wait(10)
     room.close()
+
+
+@pytest.mark.trains
+def test_a_picture_that_fails_once_costs_nothing_else(steady, splits, monkeypatch):
+    view = TrainView(ConfigForm(steady), lambda: splits, background=False)
+    calls, ended, looked = [], [], []
+
+    def fails_at_first(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise RuntimeError("no picture today")
+        return plot_runs(*args, **kwargs)
+
+    monkeypatch.setattr("finetune_nb.train_view.plot_runs", fails_at_first)
+    view.listeners.append(lambda: ended.append(view.job.state))
+    WATCHERS.append(lambda job: job.listeners.append(lambda: looked.append((job.state, view.look_at.value, job.folder and job.folder.name))))
+    view.begin()
+    assert len(calls) > 2 and ended == ["finished"] and "Finished" in view.status.value and view.curves.value
+    assert all(shown == name for state, shown, name in looked if state == "training"), "what is looked at is the run at work"
 
 
 @pytest.mark.trains
@@ -1178,6 +1426,38 @@ def test_runs_go_on_are_deleted_brought_back_and_copied(two_runs, tmp_path):
     export.copy.click()
     assert "Name a folder" in export.status.value
     check_view(view, export, shown)
+
+
+def test_what_was_moved_is_said_where_the_rest_can_not_be(quick, monkeypatch):
+    for name in ("a", "b", "c"):
+        lay(Path(quick.output_dir), name, quick)
+    view = RunsView(lambda: quick.output_dir)
+    real = view.trash.__globals__["trash_run"]
+    monkeypatch.setattr("finetune_nb.runs_view.trash_run", lambda folder: real(folder) if folder.name != "b" else real(folder / "none"))
+    view.sort.value = "name"
+    view.chosen.value = ["a", "b", "c"]
+    view.delete.click()
+    assert "is not the folder of a run" in view.status.value and "In the trash now: a; still here: b, c." in view.status.value
+    assert view.chosen.options == ("b", "c") and view.trashed.value == "a"
+
+
+def test_an_adapter_is_not_copied_among_the_runs(quick, monkeypatch):
+    folder = lay(Path(quick.output_dir), "a", quick)
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).write_text("{}")
+    for target in (folder / "adapter" / "in", folder / "x", folder.parent / "x", folder.parent / TRASH / "x"):
+        with pytest.raises(FinetuneError, match="lies among the runs"):
+            copy_adapter(folder, target)
+        assert not target.exists()
+    monkeypatch.chdir(folder.parent)
+    for target in ("a/adapter/in", f"{TRASH}/x"):
+        with pytest.raises(FinetuneError, match="lies among the runs"):
+            copy_adapter(folder, target)
+    view = ExportView(lambda: ".")
+    view.target.value = "mine"
+    view.copy.click()
+    assert "whole" in view.status.value and Path("mine").is_dir() and "where the folder is taken elsewhere" in view.code.value
 
 
 def test_the_parts_stand_alone(quick, splits):

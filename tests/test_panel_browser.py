@@ -199,6 +199,18 @@ def test_everything_has_a_name(lab):
         assert cut == [], tab
 
 
+def test_the_plan_stays_in_sight(lab):
+    "While sliders far below it are turned, where it stands beside them."
+    open_panel(lab)
+    places = "() => [...document.querySelector('.fnb-columns').children].map(column => column.getBoundingClientRect()).map(box => [box.top, box.height])"
+    (form_top, _), (plan_top, height) = lab.page.evaluate(places)
+    assert form_top == plan_top
+    lab.page.evaluate("() => [...document.querySelectorAll('.fnb-columns .widget-label')].find(e => e.textContent == 'learning_rate').scrollIntoView({block: 'center'})")
+    lab.page.wait_for_function("() => document.querySelector('.fnb-columns').getBoundingClientRect().top < -100")
+    (form_top, _), (plan_top, now) = lab.page.evaluate(places)
+    assert 0 <= plan_top < 200 and now == height, (form_top, plan_top)
+
+
 def test_everything_can_be_reached_by_keys(lab):
     open_panel(lab)
     lab.page.locator("button.jupyter-button", has_text="the guide's").locator("visible=true").focus()

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from finetune_nb.config import FinetuneConfig, FinetuneError, save_config
+from finetune_nb import runs
+from finetune_nb.config import FinetuneConfig, FinetuneError, load_config, save_config
 from finetune_nb.jobs import start_job
 from finetune_nb.runs import SORTS, TRASH, differences, list_runs, plot_runs, read_run, restore_run, trash_run
 
@@ -57,7 +58,7 @@ def test_a_run_is_what_its_folder_says(folder):
 
 BROKEN = {
     "config.yaml": ["r: [broken", "unknown: 1", "r: many", "\xff", "- a\n- b", "r: 1\nr: 2"],
-    "started.json": ["{", "[1]", "null", '"x"', '{"started": 5}'],
+    "started.json": ["{", "[1]", "null", '"x"'],
     "run.json": ["", "{'a': 1}", "[]", '{"steps": "many"}', '{"seconds": null}', '{"peak_memory_gib": []}', '{"ended_by": {}}', "[" * 100_000],
     "history.jsonl": ["{broken}", "{}", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "x"}', '{"step": 1, "eval_loss": null}', '{"step": 2, "learning_rate": {}}'],
 }
@@ -71,6 +72,11 @@ def test_what_can_not_be_read_says_so_and_harms_no_other(file, text, folder):
         table = list_runs(folder, sort)
         assert len(table.rows) == 5 and "unreadable" in str(table) and "unreadable" in table._repr_html_()
     plot_runs({row.name: row.history for row in table.rows}, 0.6, learning_rate=True)._repr_png_()
+
+
+def test_a_beginning_that_can_not_be_is_not_read(folder):
+    (folder / "killed" / "started.json").write_text('{"started": 5}')
+    assert read_run(folder / "killed").state == "unreadable"
 
 
 @pytest.mark.parametrize("file", ["started.json", "run.json", "history.jsonl"])
@@ -174,3 +180,38 @@ def test_a_run_at_work_is_seen_as_such(quick, chats):
     job = start_job(replace(quick, max_steps=3), Splits(chats[:8], chats[8:10], []), False, [lambda: seen.append([(row.state, row.can_go_on) for row in list_runs(quick.output_dir).rows])])
     assert [("at work", False)] in seen and job.state == "finished"
     assert [row.state for row in list_runs(quick.output_dir).rows] == ["finished"]
+
+
+def test_a_folder_is_read_again_only_where_it_has_changed(tmp_path, monkeypatch):
+    for name in "ab":
+        lay(tmp_path, name, FinetuneConfig(output_dir=str(tmp_path), r=4 if name == "a" else 8))
+    read, compared = [], []
+    monkeypatch.setattr(runs, "load_config", lambda path: read.append(path.parent.name) or load_config(path))
+    monkeypatch.setattr(runs, "differences", lambda configs: compared.append(1) or differences(configs))
+    table = list_runs(tmp_path)
+    assert table.cells() and len(compared) == 1, "once for the table, not once a row"
+    list_runs(tmp_path).rows[0].history.clear()
+    assert read == ["a", "b"] and list_runs(tmp_path).rows[0].history, "what a caller does with it is his own"
+    (tmp_path / "a" / "run.json").write_text('{"ended_by": "the user", "steps": 2}')
+    assert {row.name: row.state for row in list_runs(tmp_path).rows} == {"a": "stopped", "b": "broken off"} and read == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("facts", [{"seconds": float("inf")}, {"seconds": float("nan")}, {"seconds": -1}, {"steps": 10**20}, {"peak_memory_gib": float("inf")}, {"started": 3}])
+def test_facts_that_can_not_be_are_not_read(facts, tmp_path):
+    lay(tmp_path, "odd", ended={"ended_by": "the plan", "steps": 4} | facts)
+    [row] = list_runs(tmp_path).rows
+    assert row.state == "unreadable" and "odd" in str(list_runs(tmp_path)) and "odd" in list_runs(tmp_path)._repr_html_()
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan"), -1, "one"])
+def test_points_that_can_not_be_are_not_read(step, tmp_path):
+    lay(tmp_path, "odd", history=[{"step": step, "loss": 1.0}])
+    assert list_runs(tmp_path).rows[0].state == "unreadable"
+
+
+@pytest.mark.parametrize("loss", [1e308, -1e308, float("inf"), float("nan")])
+@pytest.mark.parametrize("log", [True, False])
+def test_a_loss_beyond_all_bounds_is_a_gap(loss, log, tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": loss}, {"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": loss}]
+    picture = plot_runs({"odd": history}, 0.5, log)
+    assert picture._repr_png_().startswith(b"\x89PNG") and picture.axes[0].get_ylim()[1] < 100

@@ -17,8 +17,10 @@ from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits
 from finetune_nb.lora import add_lora, remove_lora
 from finetune_nb.models import load_model
+from finetune_nb.packing import chat_losses
+from finetune_nb.range_test import RangeTest, lr_range_test, make_bare
 from finetune_nb.runs import list_runs
-from finetune_nb.sweep import RangeTest, chat_losses, combinations, load_sweep, lr_range_test, make_bare, sweep
+from finetune_nb.sweep import combinations, load_sweep, sweep
 from finetune_nb.training import Stop, TrainingError, load_base, load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_way")

@@ -195,7 +195,8 @@ def test_a_loss_that_is_no_number_ends_the_run(quick, splits):
         ({"train_file": "none.jsonl"}, "does not exist"),
         ({"max_length": 12}, "longer than max_length=12"),
         ({"target_modules": ["q_proj", "qkv"]}, "no linear layer called qkv; it has down_proj"),
-        ({"run_name": "../out"}, "must be a plain name"),
+        ({"run_name": "../out"}, "A name, not a path"),
+        ({"run_name": ".trash"}, "found nowhere again"),
         ({"run_name": "taken"}, "exists and is not overwritten"),
     ],
 )

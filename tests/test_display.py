@@ -1,0 +1,25 @@
+"Tables of texts: escaped, in columns, whoever wrote what stands in them."
+
+from finetune_nb.display import html_table, md_cell, notebook_shell, text_table
+
+
+def test_html_is_escaped_and_rows_without_a_head_have_a_name():
+    page = html_table(["<i>", "b"], [["<b>x</b>", "1"], ["y", "&"]], bold=[1])
+    assert "<i>" not in page and "<b>" not in page and "&lt;b&gt;x" in page and "&amp;" in page
+    assert page.count("<th") == 3 and page.count("<td") == 4 and page.count("font-weight:bold") == 1  # thead is one of the three
+    assert html_table((), [["name", "value"]]).count("<th ") == 1
+
+
+def test_lines_of_text_have_one_width():
+    assert text_table(["a", "bb"], [["long", "1"], ["x", ""]]) == ["a     bb", "long  1", "x"]
+    assert text_table(["a"], []) == ["a"]
+
+
+def test_a_cell_of_markdown_is_one_line():
+    assert md_cell("a\n| <b>\tc & d") == "a \\| &lt;b&gt; c &amp; d"
+
+
+def test_outside_a_notebook_there_is_no_shell(monkeypatch):
+    assert notebook_shell() is None
+    monkeypatch.setattr("IPython.get_ipython", lambda: type("Shell", (), {"kernel": 1})())
+    assert notebook_shell().kernel == 1
