@@ -37,7 +37,7 @@ from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_j
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
 from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
-from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, loading_code
+from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, empty_trash, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
 from finetune_nb.training import Picture, load_run, load_splits, train
 
@@ -1439,6 +1439,31 @@ def test_what_was_moved_is_said_where_the_rest_can_not_be(quick, monkeypatch):
     view.delete.click()
     assert "is not the folder of a run" in view.status.value and "In the trash now: a; still here: b, c." in view.status.value
     assert view.chosen.options == ("b", "c") and view.trashed.value == "a"
+
+
+def test_the_trash_is_emptied_at_the_second_press(quick, tmp_path):
+    for name in ("a", "b", "c"):
+        lay(Path(quick.output_dir), name, quick)
+    (tmp_path / "kept").mkdir()
+    view = RunsView(lambda: quick.output_dir)
+    view.empty.click()
+    assert "The trash is empty" in view.status.value
+    view.chosen.value = ["a"]
+    view.delete.click()
+    view.empty.click()
+    assert "again to delete for good: a." in view.status.value and view.trashed.options == ("a",)
+    view.chosen.value = ["b"]
+    view.delete.click()
+    view.empty.click()
+    assert "again to delete for good: a, b." in view.status.value and view.trashed.options == ("a", "b"), "the question was about another trash"
+    (Path(quick.output_dir) / TRASH / "link").symlink_to(tmp_path / "kept")
+    view.empty.click()
+    view.empty.click()
+    assert "Deleted for good: a, b, link." in view.status.value and not view.trashed.options and (tmp_path / "kept").is_dir()
+    assert [row.name for row in list_runs(quick.output_dir).rows] == ["c"]
+    for name in ("c", "..", "../c", ""):
+        with pytest.raises(FinetuneError, match="is not in the trash"):
+            empty_trash(quick.output_dir, [name])
 
 
 def test_an_adapter_is_not_copied_among_the_runs(quick, monkeypatch):
