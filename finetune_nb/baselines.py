@@ -10,7 +10,6 @@ __all__ = ['OWN_SCORES', 'TARGET', 'MARGIN', 'FEWEST', 'TUNED', 'WayResult', 'tr
 import json
 import math
 import random
-import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,9 +23,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checks import make_checks
 from .config import ConfigError, FinetuneConfig, replacing
 from .data import Chat, Splits, check_leaks, fingerprint, question
-from .display import html_table, text_table
+from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import Answer, Check, generate, pattern_checks, room_of
 from .lora import without_adapter
 from finetune_nb.metrics import (
@@ -39,7 +39,6 @@ from finetune_nb.metrics import (
     token_f1,
     wilson_interval,
 )
-from .scores import markdown_table, plain_cell
 from .training import Run, TrainingError, load_base, load_splits
 from finetune_nb.ways import (
     Prompts,
@@ -203,8 +202,8 @@ class BaselineReport:
 
     def to_markdown(self) -> str:
         "The report as Markdown."
-        said = f"**{self.verdict.capitalize()}.** {plain_cell(self.reason)}"
-        return "\n".join([said, "", markdown_table(self.head, self.table()), "", *(f"- {plain_cell(note)}" for note in self.notes)]) + "\n"
+        said = f"**{self.verdict.capitalize()}.** {md_cell(self.reason)}"
+        return "\n".join([said, "", markdown_table(self.head, self.table()), "", *(f"- {md_cell(note)}" for note in self.notes)]) + "\n"
 
     def save(
         self,
@@ -365,7 +364,7 @@ def should_you_finetune(
     _check_asked(config, k, target, system, run)
     splits = load_splits(config) if splits is None else splits
     sample, questions = _sample(config, splits.test)
-    checks = _checks(config, checks or {})
+    checks = make_checks(checks, config.answer_pattern)
     known = [*OWN_SCORES, *checks, "ended by itself"]
     if score is not None and score not in known:
         raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}.")
@@ -401,7 +400,7 @@ def add_tuned(
     config = run.config
     if config.model_name_or_path != report.model:
         raise ConfigError(f"{run.folder.name} was trained on {config.model_name_or_path}, and the report is about {report.model}.")
-    scores = _checks(config, checks or {})
+    scores = make_checks(checks, config.answer_pattern)
     if report.score not in (*OWN_SCORES, *scores, "ended by itself"):
         raise ConfigError(f"The report rests on {report.score!r}, which this run has no check for. Give it as checks={{{report.score!r}: …}}.")
     prompts = report.results[0].prompts
@@ -420,19 +419,6 @@ def _check_asked(config: FinetuneConfig, k: int, target: float, system: Any, run
         raise ConfigError(f"system: expected a text, got {system!r}. To try several prompts, give them as ways={{'name': with_system(text)}}.")
     if run and run.config.model_name_or_path != config.model_name_or_path:
         raise ConfigError(f"{run.folder.name} was trained on {run.config.model_name_or_path}, and the configuration names {config.model_name_or_path}. Ask with run.config.")
-
-
-def _checks(config: FinetuneConfig, own: dict[str, Check | str]) -> dict[str, Check]:
-    "The scores of the pattern and the user's own ones, as functions."
-    try:
-        found = pattern_checks(config.answer_pattern) if config.answer_pattern else {}
-        made = {name: re.compile(check, re.DOTALL) if isinstance(check, str) else check for name, check in own.items()}
-    except re.error as error:
-        raise ConfigError(f"{error.pattern!r} is no regular expression: {error}. Escape special characters with a backslash.") from None
-    if taken := [name for name in own if name in (*OWN_SCORES, *found, "ended by itself")]:
-        raise ConfigError(f"There is a score {taken[0]!r} already; give yours another name.")
-    as_function = lambda regex: lambda answer, chat: regex.fullmatch(answer) is not None  # noqa: E731
-    return found | {name: as_function(check) if isinstance(check, re.Pattern) else check for name, check in made.items()}
 
 
 def _check_answers(checks: dict[str, Check], sample: Sequence[Chat], counts: str, target: float) -> list[str]:

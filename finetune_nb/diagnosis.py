@@ -10,8 +10,10 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from .curve_rules import RULES, Rule
+from .display import md_cell
 from .record import RunRecord, read_record
 from .rules import Found
 from .training import Run
@@ -58,6 +60,11 @@ class Diagnosis:
             lines += [f"   - **To do:** {_plain(found.remedy)}"] * self._to_do(rule)
         return "\n".join([*lines, "", *(f"{_plain(line)}  " for line in looked_at(self))]) + "\n"
 
+    def to_dict(self) -> dict[str, Any]:
+        "Everything as plain values for JSON."
+        findings = [{"rule": rule.name, "symptom": rule.symptom, **found._asdict()} for rule, found in self.findings]
+        return {"run": self.record.folder.name, "state": self.record.state, "findings": findings, "not_looked_for": {rule.name: why for rule, why in self.blind}}
+
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{escape(_head(self))}</b></p>"]
         for rule, found in self.findings:
@@ -94,7 +101,7 @@ def looked_at(
 
 def _plain(text: str) -> str:
     "Text of any origin as one line of Markdown that means nothing but itself."
-    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([_#~!])", r"\\\1", md_cell(text))
 
 # %% ../nbs/09e_diagnosis.ipynb #3dbae357
 def diagnose(

@@ -27,7 +27,7 @@ from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_c
 from .checks import Check, judge, make_checks, pattern_checks
 from .config import ConfigError, replacing
 from .data import Chat, fingerprint
-from .display import html_table, text_table
+from .display import html_table, md_cell, text_table
 from .generation import Sampling, continuations, greedy
 from .lora import without_adapter
 from .losses import inner_model
@@ -43,7 +43,6 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
-    plain_cell,
     wins,
 )
 from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, peak_memory_gib
@@ -222,12 +221,12 @@ class Comparison:
 
 
 def _to_markdown(comparison: Comparison, n: int) -> str:
-    row = lambda cells: f"| {' | '.join(map(plain_cell, cells))} |"  # noqa: E731
-    lines = [f"**{comparison.verdict.capitalize()}**: {plain_cell(comparison.reason)}", "", row(comparison.head), row(["---"] * 4), *map(row, comparison.lines())]
+    row = lambda cells: f"| {' | '.join(map(md_cell, cells))} |"  # noqa: E731
+    lines = [f"**{comparison.verdict.capitalize()}**: {md_cell(comparison.reason)}", "", row(comparison.head), row(["---"] * 4), *map(row, comparison.lines())]
     lines += ["", row(("better, worse, alike", "wins", "losses", "ties")), row(["---"] * 4), *map(row, comparison.wins())]
     for report in (comparison.base, comparison.tuned):
         if report.classification:
-            lines += ["", f"**Labels, {plain_cell(report.name)}**: {report.classification._repr_markdown_()}"]
+            lines += ["", f"**Labels, {md_cell(report.name)}**: {report.classification._repr_markdown_()}"]
     for kind, pairs in comparison.examples(n=n).items():
         lines += ["", f"**{kind.capitalize()}**" + ("" if pairs else ": none")]
         for before, after in pairs:

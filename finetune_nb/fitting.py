@@ -28,14 +28,14 @@ from safetensors.torch import load_file
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, replacing
 from .data import Chat, question
-from .display import html_table, text_table
+from .display import html_table, markdown_table, md_cell, text_table
 from .duplicates import normalise
 from .evaluation import generate, packing_of
 from .jobs import best_look
 from .lora import set_adapter_weights, without_adapter
 from .metrics import Difference, estimate_share, paired_difference
 from .packing import chat_losses
-from .scores import finite, markdown_table, plain_cell
+from .scores import finite
 from .training import Picture, Run, TrainingError, inlined, kept_sets, last_checkpoint
 
 # %% ../nbs/09g_fitting.ipynb #a25d9f7a
@@ -370,7 +370,7 @@ class Fitting:
 
     def to_markdown(self) -> str:
         "The report as Markdown."
-        parts = [f"**{self.verdict.capitalize()}**: {plain_cell(self.reason)}"]
+        parts = [f"**{self.verdict.capitalize()}**: {md_cell(self.reason)}"]
         if self.recitation and self.recitation.rows:
             parts.append(markdown_table(HEAD, self.recitation.table()))
         if rows := self.recited_most():

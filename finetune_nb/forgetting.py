@@ -32,13 +32,13 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, load_chats, question
-from .display import html_table, text_table
+from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import generate
 from .lora import without_adapter
 from .losses import Batch, inner_model, mixed_precision, supervised_states
 from .metrics import Difference, bootstrap_interval, follows_pattern, paired_difference, wilson_interval
 from .packing import PackingCollator
-from .scores import markdown_table, plain_cell
+from .scores import finite
 from .training import Picture, Progress, Run
 
 # %% ../nbs/09d_forgetting.ipynb #236e406f
@@ -293,7 +293,7 @@ class Forgetting:
             name: {**asdict(f), "ratio": f.ratio, "drift_verdict": f.drift.verdict, "right_verdict": f.right and f.right.verdict} for name, f in self.figures.items()
         }
         said = {"name": self.name, "items": self.items, "verdict": self.verdict, "reason": self.reason, "warn_at": self.warn_at}
-        return _finite({**said, "figures": figures, "rows": [asdict(row) for row in self.rows]})
+        return finite({**said, "figures": figures, "rows": [asdict(row) for row in self.rows]})
 
     def to_markdown(self) -> str:
         "The report as Markdown."
@@ -309,15 +309,6 @@ class Forgetting:
             return cls(said["name"], said["items"], [ItemDrift(**row) for row in said["rows"]], said["warn_at"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"This is no report of forgetting: {error!r}. Measure it again.") from None
-
-
-def _finite(value: Any) -> Any:
-    "The same with None for what JSON has no number for."
-    if isinstance(value, dict):
-        return {name: _finite(x) for name, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/09d_forgetting.ipynb #44b0a058
 def _verdict(figures: DriftFigures, warn_at: float) -> str:
@@ -358,7 +349,7 @@ def _html(report: Forgetting) -> str:
 
 # %% ../nbs/09d_forgetting.ipynb #1264778f
 def _to_markdown(report: Forgetting) -> str:
-    parts = [f"**{report.verdict.capitalize()}** · {plain_cell(report.name)}, {plain_cell(report.items)}: {plain_cell(report.reason)}", markdown_table(HEAD, report.table())]
+    parts = [f"**{report.verdict.capitalize()}** · {md_cell(report.name)}, {md_cell(report.items)}: {md_cell(report.reason)}", markdown_table(HEAD, report.table())]
     if lost := report.lost():
         parts.append(markdown_table(("right before, wrong now", "good answer", "before", "after"), [(r.question, r.good, r.before, r.after) for r in lost]))
     return "\n\n".join(parts) + "\n"

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from .baselines import TUNED, BaselineReport, load_baselines
 from .config import ConfigError, changed_settings, replacing
-from .display import html_table
+from .diagnosis import Diagnosis, diagnose
+from .display import html_table, markdown_table, md_cell
 from .evaluation import Comparison, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, load_forgetting, measure_forgetting, plot_forgetting
 from .metrics import Difference, paired_difference
-from .scores import difference_text, finite, markdown_table, plain_cell
+from .scores import difference_text, finite
 from .sweep import load_sweep
 from .training import Run, TrainingError, clock_time, inlined, load_run, plot_history
 
@@ -169,9 +170,9 @@ class RunReport:
 
     def to_markdown(self) -> str:
         "The report for a pull request."
-        parts = [f"# {plain_cell(self.name)}: was it worth it?", f"**{plain_cell(self.found.headline())}**", markdown_table(("", ""), self.answers)]
+        parts = [f"# {md_cell(self.name)}: was it worth it?", f"**{md_cell(self.found.headline())}**", markdown_table(("", ""), self.answers)]
         for title, section in self.sections.items():
-            parts += [f"## {plain_cell(title)}", section.to_markdown().strip()]
+            parts += [f"## {md_cell(title)}", section.to_markdown().strip()]
         return "\n\n".join(parts) + "\n"
 
     def to_html(self) -> str:
@@ -221,12 +222,12 @@ def _pictures(section: Section) -> list[str]:
     return [inlined(plot_forgetting(section)._repr_png_(), "perplexity after over before, by category")] if isinstance(section, Forgetting) else []
 
 # %% ../nbs/09h_report.ipynb #26f3d82c
-TITLES = {"comparison": "Base and tuned, side by side", "forgetting": "What was forgotten", "baselines": "Other ways of asking", "fitting": "Learned, or by heart", "sweep": "The sweep that it belongs to", "training": "How it was made"}
+TITLES = {"comparison": "Base and tuned, side by side", "forgetting": "What was forgotten", "baselines": "Other ways of asking", "fitting": "Learned, or by heart", "diagnosis": "What went wrong", "sweep": "The sweep that it belongs to", "training": "How it was made"}
 
 
 def write_report(
     run: Run | str | Path,  # a finished run, or its folder
-    sections: dict[str, Section] | Sequence[Section] = (),  # more of them, by title: a sweep, a comparison of runs, a diagnosis, your own; also reports of this run that are not in its folder
+    sections: dict[str, Section] | Sequence[Section] = (),  # more of them, by title: a sweep, a comparison of runs, your own; also reports of this run that are not in its folder
     measure: bool = False,  # measure what is missing: answer the test set, forgetting, fitting
 ) -> RunReport:
     "Puts all that the folder of a run holds into report.html, report.md and report.json there. Raises `TrainingError` for no finished run, `ConfigError` for what is no section or can't be read."
@@ -238,7 +239,8 @@ def write_report(
     forgetting = {TITLES["forgetting"] + (f": {report.items}" if n else ""): report for n, report in enumerate(found.forgetting)}
     own = {TITLES["comparison"]: found.comparison, **forgetting, TITLES["baselines"]: found.baselines, TITLES["fitting"]: found.fitting}
     shown = {title: part for title, part in own.items() if part is not None}
-    shown |= {title: part for title, part in (given | _sweep_of(run)).items() if not any(part is x for x in own.values())}
+    looked = {} if any(isinstance(part, Diagnosis) for part in given.values()) else {TITLES["diagnosis"]: diagnose(run)}
+    shown |= {title: part for title, part in (given | looked | _sweep_of(run)).items() if not any(part is x for x in own.values())}
     report = RunReport(run.folder.name, found, answers_to(found, run), shown | {TITLES["training"]: Trained(run)})
     report.save(run.folder)
     return report

@@ -16,7 +16,7 @@ from typing import Any
 
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
-from .display import html_table, text_table
+from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import asked_chats, evaluate, evaluate_run, load_comparison, packing_of
 from .metrics import Difference
 from finetune_nb.scores import (
@@ -28,8 +28,6 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
-    markdown_table,
-    plain_cell,
 )
 from .training import Run, kept_sets, load_run
 
@@ -132,8 +130,8 @@ class SeveralRuns:
 
     def to_markdown(self) -> str:
         "The comparison as Markdown."
-        notes = [f"- {plain_cell(note)}" for note in self.notes]
-        return "\n".join([plain_cell(self.verdict), "", markdown_table(self.head, self.table()), "", *notes]) + "\n"
+        notes = [f"- {md_cell(note)}" for note in self.notes]
+        return "\n".join([md_cell(self.verdict), "", markdown_table(self.head, self.table()), "", *notes]) + "\n"
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)

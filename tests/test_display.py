@@ -19,6 +19,11 @@ def test_a_cell_of_markdown_is_one_line():
     assert md_cell("a\n| <b>\tc & d") == "a \\| &lt;b&gt; c &amp; d"
 
 
+def test_markdown_means_nothing_but_itself():
+    table = markdown_table(["h"], [["[a](b) `c` *d* ![e](f)"]])
+    assert table.splitlines()[2] == r"| \[a\](b) \`c\` \*d\* !\[e\](f) |"
+
+
 def test_outside_a_notebook_there_is_no_shell(monkeypatch):
     assert notebook_shell() is None
     monkeypatch.setattr("IPython.get_ipython", lambda: type("Shell", (), {"kernel": 1})())
