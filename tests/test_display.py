@@ -1,6 +1,6 @@
 "Tables of texts: escaped, in columns, whoever wrote what stands in them."
 
-from finetune_nb.display import html_table, md_cell, notebook_shell, text_table
+from finetune_nb.display import html_table, markdown_table, md_cell, notebook_shell, text_table
 
 
 def test_html_is_escaped_and_rows_without_a_head_have_a_name():

@@ -11,6 +11,7 @@ from finetune_nb.chat_template import tokenize_chats
 from finetune_nb.checks import against_expected, judge, make_checks
 from finetune_nb.config import ConfigError
 from finetune_nb.data import Chat
+from finetune_nb.display import markdown_table
 from finetune_nb.evaluation import Comparison, compare, evaluate
 from finetune_nb.metrics import bootstrap_interval, paired_difference, token_f1, wilson_interval
 from finetune_nb.models import load_model
@@ -23,7 +24,6 @@ from finetune_nb.scores import (
     changed_most,
     difference_texts,
     differences,
-    markdown_table,
     wins,
 )
 
