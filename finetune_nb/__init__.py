@@ -20,6 +20,8 @@ _WHERE = {
     "forgetting": "measure_forgetting",
     "lm_eval_tasks": "lm_eval",
     "diagnosis": "diagnose",
+    "fitting": "measure_fitting",
+    "report": "write_report",
     "baselines": "should_you_finetune add_tuned",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}

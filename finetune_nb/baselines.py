@@ -24,10 +24,11 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import make_checks
-from .config import ConfigError, FinetuneConfig, replacing
+from .config import ConfigError, FinetuneConfig
 from .data import Chat, Splits, check_leaks, fingerprint, question
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import Answer, Check, generate, pattern_checks, room_of
+from .kept import is_old, save_kept
 from .lora import without_adapter
 from finetune_nb.metrics import (
     Difference,
@@ -210,9 +211,7 @@ class BaselineReport:
         folder: str | Path,  # of the run that came of it
     ) -> Path:
         "Keeps the report beside a run, as baselines.json, where the report of the run finds it."
-        with replacing(Path(folder) / "baselines.json") as file:
-            json.dump(self.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
-        return Path(folder) / "baselines.json"
+        return save_kept(self.to_dict(), Path(folder) / "baselines.json")
 
     @classmethod
     def from_dict(
@@ -245,10 +244,13 @@ def _from_dict(said: dict[str, Any]) -> BaselineReport:
 def load_baselines(
     folder: str | Path,  # of a run
 ) -> BaselineReport | None:
-    "What `should_you_finetune` found, where it was asked with this run, or its report was saved here; else None. Raises `ConfigError` for a file that can't be read."
+    "What `should_you_finetune` found, where it was asked with this run, or its report was saved here; else None. The tuned model is left out where the adapter is another one since. Raises `ConfigError` for a file that can't be read."
     path = Path(folder) / "baselines.json"
     try:
-        return BaselineReport.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        report = BaselineReport.from_dict(said := json.loads(path.read_text(encoding="utf-8")))
+        return replace(report, results=[r for r in report.results if r.name != TUNED]) if is_old(said, path) else report
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error} Ask again with should_you_finetune.") from None
 

@@ -29,6 +29,7 @@ from .config import ConfigError, replacing
 from .data import Chat, fingerprint
 from .display import html_table, md_cell, text_table
 from .generation import Sampling, continuations, greedy
+from .kept import is_old, save_kept
 from .lora import without_adapter
 from .losses import inner_model
 from .metrics import Difference, wilson_interval
@@ -374,11 +375,11 @@ def packing_of(
 def load_comparison(
     folder: str | Path,  # of a run
 ) -> Comparison | None:
-    "What `evaluate_run` found, as report.json has it; None before the run was evaluated. Raises `ConfigError` for a file that can't be read."
+    "What `evaluate_run` found, as report.json has it; None before the run was evaluated, and where its adapter is another one since. Raises `ConfigError` for a file that can't be read."
     path = Path(folder) / "report.json"
     try:
         said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return Comparison.from_dict(said["comparison"]) if "comparison" in said else None
+        return Comparison.from_dict(said["comparison"]) if "comparison" in said and not is_old(said, path) else None
     except (TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error} Evaluate the run again.") from None
 
@@ -400,8 +401,7 @@ def _run_facts(run: Run, answered: int, held_out: int) -> dict[str, str]:
 
 def _save_report(comparison: Comparison, folder: Path) -> None:
     "Writes the report for people and for machines, and every answer of both models."
-    with replacing(folder / "report.json") as file:
-        json.dump({"comparison": comparison.to_dict()}, file, ensure_ascii=False, indent=1, allow_nan=False)
+    save_kept({"comparison": comparison.to_dict()}, folder / "report.json")
     with replacing(folder / "report.md") as file:
         file.write("# Did it get better?\n\n" + comparison.to_markdown(n=10))
     with replacing(folder / "report.html") as file:

@@ -26,12 +26,13 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from .chat_template import neutralise, tokenize_chats
-from .config import ConfigError, replacing
+from .config import ConfigError
 from .data import Chat, question
 from .display import html_table, markdown_table, md_cell, text_table
 from .duplicates import normalise
 from .evaluation import generate, packing_of
 from .jobs import best_look
+from .kept import is_old, save_kept
 from .lora import set_adapter_weights, without_adapter
 from .metrics import Difference, estimate_share, paired_difference
 from .packing import chat_losses
@@ -446,17 +447,17 @@ def measure_fitting(
         raise TrainingError(f"The training chats of {run.folder} are not there any more, so nothing can be asked about them.")
     recitation = measure_recitation(run, limit, seed, max_new_tokens) if limit else None
     report = Fitting(run.folder.name, gap_of(run.history), best_against_last(run), run.facts.get("best_step"), recitation)
-    with replacing(run.folder / "fitting.json") as file:
-        json.dump(report.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
+    save_kept(report.to_dict(), run.folder / "fitting.json")
     return report
 
 
 def load_fitting(
     folder: str | Path,  # of a run
 ) -> Fitting | None:
-    "What `measure_fitting` found; None before that. Raises `ConfigError` for a file that can't be read."
+    "What `measure_fitting` found; None before that, and where the adapter is another one since. Raises `ConfigError` for a file that can't be read."
     path = Path(folder) / "fitting.json"
     try:
-        return Fitting.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return Fitting.from_dict(said) if said is not None and not (isinstance(said, dict) and is_old(said, path)) else None
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error} Measure it again.") from None

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WARN_AT', 'FEWEST', 'HEAD', 'forgetting_items', 'category_of', 'says', 'item_check', 'token_drift', 'ItemDrift',
-           'Share', 'DriftFigures', 'drift_figures', 'Forgetting', 'save_forgetting', 'load_forgetting',
-           'measure_forgetting', 'plot_forgetting']
+           'Share', 'DriftFigures', 'drift_figures', 'Forgetting', 'save_forgetting', 'is_part', 'fullest',
+           'load_forgetting', 'measure_forgetting', 'plot_forgetting']
 
 # %% ../nbs/09d_forgetting.ipynb #81a17db4
+import hashlib
 import json
 import math
 import random
@@ -30,10 +31,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import neutralise, tokenize_chats
-from .config import ConfigError, FinetuneError, replacing
+from .config import ConfigError, FinetuneError
 from .data import Chat, load_chats, question
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import generate
+from .kept import is_old, save_kept
 from .lora import without_adapter
 from .losses import Batch, inner_model, mixed_precision, supervised_states
 from .metrics import Difference, bootstrap_interval, follows_pattern, paired_difference, wilson_interval
@@ -359,23 +361,38 @@ def save_forgetting(
     report: Forgetting,  # of a run
     folder: str | Path,  # of the run
 ) -> Path:
-    "Keeps the report beside the run: forgetting.json, or forgetting-NAME.json for items of one's own; the one of before gives way."
+    "Keeps the report beside the run: all items of the package in forgetting.json, a part of them or one's own in forgetting-NAME-….json; only the same items give way."
     own = re.search(r"items of ([^,]+)|given items", report.items)
-    name = re.sub(r"[^\w.-]+", "_", Path(own[1] or "given").stem) if own else ""
-    path = Path(folder) / (f"forgetting-{name}.json" if name else "forgetting.json")
-    with replacing(path) as file:
-        json.dump(report.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
-    return path
+    name = re.sub(r"[^\w.-]+", "_", Path(own[1] or "given").stem) if own else "part" if is_part(report) else ""
+    asked = json.dumps([report.items, [(row.question, row.good) for row in report.rows]])
+    return save_kept(report.to_dict(), Path(folder) / (f"forgetting-{name}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json" if name else "forgetting.json"))
+
+
+def is_part(
+    report: Forgetting,  # of a run
+) -> bool:
+    "Whether some items were left out, or nobody was asked to answer."
+    return report.items.startswith("a sample of ") or " only" in report.items or all(row.before is None for row in report.rows)
+
+
+def fullest(
+    reports: Sequence[Forgetting],  # of one run
+) -> list[Forgetting]:
+    "Those whose items are not all in another one; a part never speaks beside the whole."
+    asked = [({(row.question, row.good) for row in report.rows}, any(row.before is not None for row in report.rows)) for report in reports]
+    return [report for report, (items, answers) in zip(reports, asked, strict=True) if not any((items, answers) != (more, said) and items <= more and answers <= said for more, said in asked)]
 
 
 def load_forgetting(
     folder: str | Path,  # of a run
 ) -> list[Forgetting]:
-    "What `measure_forgetting` found for a run: that on the items of the package first, then on others. Raises `ConfigError` for a file that can't be read."
+    "What `measure_forgetting` found for a run: that on the items of the package first, then on others; not what was measured with another adapter. Raises `ConfigError` for a file that can't be read."
     found = []
-    for path in sorted(Path(folder).glob("forgetting*.json"), key=lambda path: (path.stem != "forgetting", path.name)):
+    for path in sorted(Path(folder).glob("forgetting*.json"), key=lambda path: (path.stem != "forgetting", not path.stem.startswith("forgetting-part-"), path.name)):
         try:
-            found.append(Forgetting.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            said = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(said, dict) and is_old(said, path)):
+                found.append(Forgetting.from_dict(said))
         except (ValueError, OSError, RecursionError) as error:
             raise ConfigError(f"{path} can't be read: {error} Measure it again.") from None
     return found

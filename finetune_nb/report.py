@@ -19,7 +19,8 @@ from .diagnosis import Diagnosis, diagnose
 from .display import html_table, markdown_table, md_cell
 from .evaluation import Comparison, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
 from .fitting import Fitting, load_fitting, measure_fitting
-from .forgetting import Forgetting, load_forgetting, measure_forgetting, plot_forgetting
+from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
+from .kept import is_old, save_kept
 from .metrics import Difference, paired_difference
 from .scores import difference_text, finite
 from .sweep import load_sweep
@@ -75,6 +76,7 @@ class Findings:
     forgetting: Sequence[Forgetting] = ()
     baselines: BaselineReport | None = None
     fitting: Fitting | None = None
+    old: Sequence[str] = ()  # files of the folder that were measured with another adapter, and count for nothing
 
     @property
     def against_asking(self) -> Difference | None:
@@ -142,7 +144,9 @@ def answers_to(
         spent = f"{clock_time(run.facts['seconds'])} of training, {run.facts['peak_memory_gib']:.2f} GiB at most{size}. "
     forgot = " ".join(f"{report.items}: {report.reason}" for report in found.forgetting) or "Forgetting was not measured. measure_forgetting(run) tells."
     fitting = f"{found.fitting.verdict.capitalize()}. {found.fitting.reason}" if found.fitting else missing("measure_fitting(run)")
-    return [("Did it get better?", better), ("At what price?", spent + forgot), ("Should one have?", _should(found)), ("Learned, or by heart?", fitting)]
+    answers = [("Did it get better?", better), ("At what price?", spent + forgot), ("Should one have?", _should(found)), ("Learned, or by heart?", fitting)]
+    left_out = f"{', '.join(found.old)}: measured before the training went on, with another adapter. Measure again; write_report(run, measure=True) does."
+    return answers + ([("Left out, as it is old", left_out)] if found.old else [])
 
 
 def _should(found: Findings) -> str:
@@ -204,10 +208,10 @@ class RunReport:
         folder: str | Path,  # where to write it
     ) -> Path:
         "Writes report.html, report.md and report.json; returns the path of the page."
-        texts = {"html": self.to_html(), "md": self.to_markdown(), "json": json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False, default=str)}
-        for ending, text in texts.items():
+        for ending, text in {"html": self.to_html(), "md": self.to_markdown()}.items():
             with replacing(Path(folder) / f"report.{ending}") as file:
                 file.write(text)
+        save_kept(json.loads(json.dumps(self.to_dict(), allow_nan=False, default=str)), Path(folder) / "report.json")
         return Path(folder) / "report.html"
 
 
@@ -263,8 +267,21 @@ def _findings(run: Run, given: dict[str, Section]) -> Findings:
     forgetting = [part for part in given.values() if isinstance(part, Forgetting)]
     kept = [report for report in load_forgetting(run.folder) if report.items not in [part.items for part in forgetting]]
     return Findings(
-        one(Comparison) or load_comparison(run.folder), [*forgetting, *kept], one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
+        one(Comparison) or load_comparison(run.folder), fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
+        _old_files(run.folder, given),
     )  # fmt: skip
+
+
+def _old_files(folder: Path, given: dict[str, Section]) -> list[str]:
+    "The files of a run's folder that were measured with another adapter, and what of them."
+    kinds, found = {"report": Comparison, "fitting": Fitting, "forgetting": Forgetting, "baselines": BaselineReport}, []
+    for path in sorted(path for kind in kinds for path in folder.glob(f"{kind}*.json" if kind == "forgetting" else f"{kind}.json")):
+        kind = path.stem.partition("-")[0]
+        said = json.loads(path.read_text(encoding="utf-8"))
+        holds = {"report": "comparison" in said, "baselines": any(way.get("name") == TUNED for way in said.get("ways", []))}.get(kind, True)
+        if holds and is_old(said, path) and not any(isinstance(part, kinds[kind]) for part in given.values()):
+            found.append(path.name + (" (the tuned model)" if kind == "baselines" else ""))
+    return found
 
 
 def _sweep_of(run: Run) -> dict[str, Section]:
@@ -279,7 +296,7 @@ def _measure_missing(run: Run) -> None:
     "Measures what the folder does not hold yet; each keeps its own file there."
     if run.test and load_comparison(run.folder) is None:
         evaluate_run(run)
-    if not load_forgetting(run.folder):
+    if not any("items that ship" in report.items and not is_part(report) for report in load_forgetting(run.folder)):
         measure_forgetting(run)
     if load_fitting(run.folder) is None:
         measure_fitting(run)

@@ -14,10 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, FinetuneError, replacing
+from .config import ConfigError, FinetuneError
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import asked_chats, evaluate, evaluate_run, load_comparison, packing_of
+from .kept import is_old, save_kept
 from .metrics import Difference
 from finetune_nb.scores import (
     LENGTH,
@@ -211,8 +212,8 @@ class _Asked:
                 self.source = one
             return replace(saved.tuned, name=folder.name)
         kept = folder / f"compared-{wanted[:12]}.json" if wanted else None
-        if kept is not None and kept.is_file():
-            return replace(EvalReport.from_dict(json.loads(kept.read_text(encoding="utf-8"))), name=folder.name)
+        if kept is not None and (report := _read(kept)):
+            return replace(report, name=folder.name)
         return self._made(one, first, kept) if self.missing else saved and replace(saved.tuned, name=folder.name)
 
     def _made(self, one: Run | str | Path, first: EvalReport | None, kept: Path | None) -> EvalReport:
@@ -246,6 +247,14 @@ def _ask(run: Run, chats: list[Chat], first: EvalReport | None, kept: Path) -> E
         run.model, run.tokenizer, chats, None, run.folder.name, how.get("max_new_tokens", config.max_new_tokens), packing_of(run),
         config.generation_batch_size, config.chat_template_kwargs, pattern, how.get("temperature", 0.0), how.get("top_p", 1.0), how.get("seed", config.seed),
     )  # fmt: skip
-    with replacing(kept) as file:
-        json.dump(report.to_dict(), file, ensure_ascii=False, allow_nan=False)
+    save_kept(report.to_dict(), kept)
     return report
+
+
+def _read(path: Path) -> EvalReport | None:
+    "A kept report; None where there is none, or the adapter is another one since."
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return EvalReport.from_dict(said) if said is not None and not (isinstance(said, dict) and is_old(said, path)) else None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read: {error} Delete it, and compare again.") from None

@@ -1,6 +1,7 @@
 """The project holds together: exported, clean, documented, importable without weight."""
 
 import ast
+import builtins
 import configparser
 import json
 import re
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = "config display choices reading rows formats sources chats duplicates data_report personal answers quality data planted turns masks chat_template models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks training metrics range_test sweep checks scores tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report export controls data_view train_view compare_view runs_view panel cli".split()
+ORDER = "config display choices reading rows formats sources chats duplicates data_report personal answers quality data planted turns masks chat_template models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks training metrics range_test sweep checks scores kept tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report export controls data_view train_view compare_view runs_view panel cli".split()
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_every_public_name_is_there():
         assert getattr(finetune_nb, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         finetune_nb.trian  # noqa: B018
+
+
+def test_every_name_of_the_readme_is_imported_there():
+    import finetune_nb
+
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+        nodes = list(ast.walk(ast.parse(block)))
+        given = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "finetune_nb" for alias in node.names}
+        known = given | {alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        assert not {node.id for node in nodes if isinstance(node, ast.Name)} - known
+        assert all(getattr(finetune_nb, name) for name in given)
 
 
 def test_imports_go_one_way():

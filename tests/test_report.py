@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import html5lib
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from test_scores import report as scored
 
 from finetune_nb.baselines import TUNED, BaselineReport, WayResult, load_baselines
@@ -13,9 +14,10 @@ from finetune_nb.cli import main
 from finetune_nb.config import ConfigError
 from finetune_nb.data import Chat, Splits
 from finetune_nb.evaluation import Answer, Comparison, EvalReport, EvalRow, evaluate_run, load_comparison
-from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, measure_fitting
+from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, load_fitting, measure_fitting
 from finetune_nb.forgetting import Forgetting, ItemDrift, load_forgetting, measure_forgetting, save_forgetting
 from finetune_nb.report import Findings, RunReport, answers_to, write_report
+from finetune_nb.several import _ask, _read
 from finetune_nb.sweep import sweep
 from finetune_nb.training import TrainingError, train
 from finetune_nb.ways import Prompts
@@ -124,6 +126,36 @@ def test_the_folder_of_a_run_holds_all_that_was_measured(run):
     assert BaselineReport.from_dict(said["baselines"]).table() == asked(20).table() and Fitting.from_dict(said["fitting"]) == fitting
     assert load_comparison(run.folder).to_dict() == comparison.to_dict(), "the comparison is still found after the report was written"
     assert "## What was forgotten" in (run.folder / "report.md").read_text()
+
+
+def test_what_was_measured_with_another_adapter_counts_for_nothing(run):
+    comparison, fitting = evaluate_run(run), measure_fitting(run, limit=6, max_new_tokens=4)
+    measure_forgetting(run, limit=12, answers=False)
+    asked(20, 39).save(run.folder)
+    compared = _ask(run, run.test, None, run.folder / "compared-x.json")
+    assert not write_report(run).found.old and _read(run.folder / "compared-x.json").rows == compared.rows
+    path = run.folder / "adapter" / "adapter_model.safetensors"
+    kept = path.read_bytes()
+    save_file({name: weight * 1.01 for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    assert load_comparison(run.folder) is None and load_fitting(run.folder) is None and load_forgetting(run.folder) == [] and _read(run.folder / "compared-x.json") is None
+    assert [r.name for r in load_baselines(run.folder).results] == ["plain", "better prompt"]
+    path.write_bytes(kept)
+    assert load_comparison(run.folder).to_dict() == comparison.to_dict() and load_fitting(run.folder) == fitting, "the same weights, whatever the date"
+    save_file({name: weight * 1.01 for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    report = write_report(run)
+    assert "Not judged yet" in report.found.headline() and [name.partition("-")[0] for name in report.found.old] == ["baselines.json (the tuned model)", "fitting.json", "forgetting", "report.json"]
+    assert "fitting.json" in dict(report.answers)["Left out, as it is old"] and "Left out, as it is old" in report.to_markdown()
+
+
+def test_a_part_never_replaces_the_whole(run):
+    whole, part = forgot(0.0, n=40), forgot(0.5, n=12)
+    shown = lambda report, told: replace(report, items=told, rows=[replace(row, question=f"q{i}") for i, row in enumerate(report.rows)])  # noqa: E731
+    whole, part = shown(whole, "40 items that ship with the package"), shown(part, "a sample of 12 (seed 0) of the 40 items that ship with the package")
+    mine, other = shown(part, "12 given items"), replace(shown(part, "12 given items"), rows=forgot(0.1, n=5).rows)
+    for report in (whole, part, mine, other):
+        save_forgetting(report, run.folder)
+    assert [r.items for r in load_forgetting(run.folder)] == [whole.items, part.items, mine.items, other.items], "nothing was overwritten"
+    assert [r.items for r in write_report(run).found.forgetting] == [whole.items, other.items]
 
 
 def test_sections_of_ones_own(run):
