@@ -40,6 +40,7 @@ from finetune_nb.config import (
 )
 from .data import Splits, fingerprint
 from .display import html_table, text_table
+from .locks import LockError, held_elsewhere, hold, is_mine
 from .lora import load_adapter
 from .metrics import Difference, paired_difference
 from .models import cache_folder
@@ -331,7 +332,7 @@ def sweep(
     retry: bool = False,  # try again what failed in an earlier call
     say: Callable[[str], None] = print,  # takes what there is to be told, line by line
 ) -> Sweep:
-    "Trains every combination on one loaded base model, or goes on where an earlier call ended, and says which settings to take."
+    "Trains every combination on one loaded base model, or goes on where an earlier call ended, and says which settings to take. Raises `LockError` where the sweep, or one of its runs, is at work elsewhere."
     plan = combinations(config, grid, name)
     _check_rungs(rungs, keep)
     if config.eval_strategy == "no":
@@ -342,12 +343,22 @@ def sweep(
     for one in plan:
         _check_kept(one, splits)
     bench = _Bench(config, splits, plan[0].folder.parent, base, callbacks or [], stop or Stop(), say, retry)
-    bench.note(grid={setting: list(values) for setting, values in grid.items()})
-    save_config(config, bench.folder / "sweep.yaml")
-    bench.work(plan, list(rungs), keep)
-    result = bench.result(plan)
-    result.plot().savefig(result.folder / "sweep.png", dpi=120)
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    with hold(bench.folder):  # two would write one sweep.json, and begin each other's runs anew
+        for one in plan:
+            _check_free(one)
+        bench.note(grid={setting: list(values) for setting, values in grid.items()})
+        save_config(config, bench.folder / "sweep.yaml")
+        bench.work(plan, list(rungs), keep)
+        result = bench.result(plan)
+        result.plot().savefig(result.folder / "sweep.png", dpi=120)
     return result
+
+
+def _check_free(one: Combination) -> None:
+    "Raises `LockError` while somebody else trains into the folder of a combination."
+    if who := "in another cell of this notebook" if is_mine(one.folder) else held_elsewhere(one.folder):
+        raise LockError(f"{one.folder} is at work {who}. Stop it there, or wait until it has ended.")
 
 
 def _check_rungs(rungs: Sequence[int], keep: float) -> None:
@@ -359,12 +370,9 @@ def _check_rungs(rungs: Sequence[int], keep: float) -> None:
 
 def _check_kept(one: Combination, splits: Splits) -> None:
     "Raises `TrainingError` when the folder of a combination holds a run of other settings or chats."
-    if not one.folder.exists():
-        return
-    try:
-        kept, started = load_config(one.folder / "config.yaml"), json.loads((one.folder / "started.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not all((one.folder / name).is_file() for name in ("config.yaml", "started.json")):
         return  # it ended before it began
+    kept, started = load_config(one.folder / "config.yaml"), read_facts(one.folder, "started.json")
     same_place = {"output_dir": one.config.output_dir, "run_name": one.config.run_name}
     if different := [name for name in vars(kept) if getattr(replace(kept, **same_place), name) != getattr(one.config, name)]:
         raise TrainingError(f"{one.folder} holds a run with another {', '.join(different)}. Give this sweep another name, or move that folder away.")
@@ -463,6 +471,7 @@ class _Bench:
         "Trains a combination, or goes on with it, to its end or to a rung."
         if one.name in self.failed or one.state == "finished" or until is not None and one.state == "stopped" and _loss_at(one, until) is not None:
             return
+        _check_free(one)
         self.say(f"{one}: {'training' if one.state in ('not begun', 'failed') else 'going on'}.")
         stop, _ = _Until(until, self.stop), self.base
         try:
@@ -511,8 +520,11 @@ class _Bench:
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:
-    path = folder / "sweep.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    "What `note` kept; nothing before that."
+    try:
+        return read_facts(folder, "sweep.json")
+    except (ValueError, OSError, RecursionError) as error:
+        raise TrainingError(f"{folder / 'sweep.json'} can't be read: {error} Delete it, and call the sweep again: its finished runs are kept.") from None
 
 
 def _as_noted(folder: Path, kept: dict[str, Any], plan: list[Combination]) -> Sweep:
@@ -527,7 +539,10 @@ def load_sweep(
     folder = Path(folder)
     if not (folder / "sweep.json").is_file():
         raise TrainingError(f"{folder} is not the folder of a sweep: sweep.json is missing.")
-    config, kept = load_config(folder / "sweep.yaml"), _read_notes(folder)
+    kept = _read_notes(folder)
+    if not isinstance(kept.get("grid"), dict) or not isinstance(kept.get("failed"), dict):
+        raise TrainingError(f"{folder / 'sweep.json'} does not say what was tried. Call the sweep again: its finished runs are kept.")
+    config = load_config(folder / "sweep.yaml")
     plan = combinations(replace(config, output_dir=str(folder.parent)), kept["grid"], folder.name)
     late = [one for one in plan if one.state == "finished" and not (one.folder / "validation_losses.json").is_file()]
     if late:

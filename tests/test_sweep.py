@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from finetune_nb import training
 from finetune_nb.chat_template import tokenize_chats
 from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits
+from finetune_nb.locks import LockError
 from finetune_nb.lora import add_lora, remove_lora
 from finetune_nb.models import load_model
 from finetune_nb.packing import chat_losses
@@ -417,3 +420,28 @@ def test_a_range_test_that_can_not_be(quick, splits):
             lr_range_test(quick, splits, **options)
     with pytest.raises(TrainingError, match="no training chats"):
         lr_range_test(quick, Splits([], [], []))
+
+
+HOLDER = "import sys, time\nfrom finetune_nb.locks import hold\nwith hold(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+
+
+@pytest.mark.parametrize("of", ["the sweep", "a run"])
+def test_what_is_at_work_elsewhere_is_left_alone(of, quick, splits):
+    one = combinations(quick, {"r": [2]}, "race")[0]
+    one.folder.mkdir(parents=True)
+    (one.folder / "history.jsonl").write_text("")
+    held = one.folder if of == "a run" else one.folder.parent
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(held)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(LockError, match=f"is at work in process {other.pid}"):
+            sweep(quick, {"r": [2]}, splits, name="race", say=quiet)
+        other.kill()
+    assert (one.folder / "history.jsonl").exists() and not (one.folder / "config.yaml").exists()
+    assert sweep(replace(quick, max_steps=2), {"r": [2]}, splits, name="race", say=quiet).best is not None, "what has died holds nothing"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_record_of_a_sweep_is_named(text, tmp_path):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"sweep\.json (can't be read|does not say)"):
+        load_sweep(tmp_path)
