@@ -153,9 +153,19 @@ def check_command(options: argparse.Namespace) -> None:
 
 
 def _evaluate(run: Any, chats: list | None = None) -> None:
-    from finetune_nb.evaluation import evaluate_run
+    from finetune_nb.evaluation import evaluate_run, report_name
 
-    print(f"\n{evaluate_run(run, chats)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / 'report.html'}")
+    name = report_name(run, chats)
+    whole = name == "report" and '"headline"' in _text(run.folder / "report.json")
+    print(f"\n{evaluate_run(run, chats)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html")
+    if whole:  # the page held more than the comparison
+        from finetune_nb.report import write_report
+
+        write_report(run)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 # %% ../nbs/12_cli.ipynb #542aece3
 def tutorial_path(name: str = "finetune") -> Path:
@@ -331,7 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
     train.set_defaults(run_command=train_command)
 
-    evaluate = commands.add_parser("evaluate", help="base against tuned on held-out chats; writes report.html, report.md and report.json")
+    evaluate = commands.add_parser("evaluate", help="base against tuned on held-out chats; writes report.html, report.md and report.json; with --data under a name of their own")
     evaluate.add_argument("run", metavar="RUN", help="the folder of a finished run, such as runs/run-001")
     evaluate.add_argument("--data", metavar="FILE", help="other chats than the run's own test set")
     evaluate.set_defaults(run_command=evaluate_command)

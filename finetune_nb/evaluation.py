@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'generate', 'room_of', 'evaluate', 'Comparison', 'compare', 'plot_comparison', 'html_page',
-           'comparison_parts', 'to_html', 'evaluate_run', 'asked_chats', 'packing_of', 'load_comparison']
+           'comparison_parts', 'to_html', 'evaluate_run', 'report_name', 'asked_chats', 'packing_of', 'load_comparison']
 
 # %% ../nbs/09_evaluation.ipynb #728943c5
 import hashlib
@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat_template import end_of_turn_id, neutralise, render_prompt, tokenize_chats
 from .checks import Check, judge, make_checks, pattern_checks
-from .config import ConfigError, replacing
-from .data import Chat, fingerprint
+from .config import ConfigError, FinetuneError, replacing
+from .data import Chat, check_leaks, fingerprint
 from .display import html_table, md_cell, text_table
 from .generation import Sampling, continuations, greedy
 from .kept import is_old, save_kept
@@ -46,7 +46,7 @@ from finetune_nb.scores import (
     finite,
     wins,
 )
-from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, peak_memory_gib
+from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, kept_sets, peak_memory_gib
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)
@@ -153,8 +153,9 @@ class Comparison:
     def reason(self) -> str:
         "The verdict with the figures that it rests on."
         name, base, tuned = self.base.main, self.base.figures(), self.tuned.figures()
+        shared = f"{self.facts['shared questions']} " if "shared questions" in self.facts else ""
         said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {len(self.base.rows)} test chats: {self.told.get(name, self.verdict)}."
-        return said if LOSS not in self.told or name == LOSS else f"{said} Loss per token: {self.told[LOSS]}."
+        return shared + (said if LOSS not in self.told or name == LOSS else f"{said} Loss per token: {self.told[LOSS]}.")
 
     @cached_property
     def told(self) -> dict[str, str]:
@@ -269,7 +270,7 @@ def plot_comparison(
         errors = [[s - low for s, (low, _) in zip(shares, bounds, strict=True)], [high - s for s, (_, high) in zip(shares, bounds, strict=True)]]
         places = [i + offset for i in range(len(names))]
         axes.barh(places, shares, 0.36, color=colour, label=report.name, xerr=[[max(e, 0) for e in row] for row in errors], ecolor="#555")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel=f"share of {len(comparison.base.rows)} held-out test chats")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel=f"share of {len(comparison.base.rows)} {'given' if ' given,' in comparison.facts.get('test chats', '') else 'held-out'} test chats")
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
@@ -334,7 +335,7 @@ def evaluate_run(
     temperature: float = 0.0,  # 0: the likeliest token each time; above: drawn, with the seed of the run
     top_p: float = 1.0,  # draws among the likeliest tokens that have this probability together
 ) -> Comparison:
-    "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder."
+    "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder, for other chats or drawn answers under a name of their own (see `report_name`)."
     config, everything = run.config, run.test if chats is None else chats
     sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []
@@ -347,10 +348,38 @@ def evaluate_run(
             )  # fmt: skip
         reports.append(report)
     how = f"drawn at temperature {temperature:g}, top_p {top_p:g}, seed {config.seed}" if temperature else "greedy"
-    facts = _run_facts(run, len(sample), len(everything)) | {"answers": f"{how}, at most {config.max_new_tokens} tokens"}
-    comparison = compare(*reports, facts=facts)
-    _save_report(comparison, run.folder)
+    facts = _run_facts(run, len(sample), len(everything), _is_own(run, chats)) | {"answers": f"{how}, at most {config.max_new_tokens} tokens"}
+    shared = _shared(run, None if _is_own(run, chats) else sample)
+    comparison = compare(*reports, facts=facts | ({"shared questions": shared} if shared else {}))
+    _save_report(comparison, run.folder, report_name(run, chats, temperature, top_p))
     return comparison
+
+
+def report_name(
+    run: Run,  # a finished run
+    chats: list[Chat] | None = None,  # None: its own test set
+    temperature: float = 0.0,  # of the answers
+    top_p: float = 1.0,  # of the answers
+) -> str:
+    "The name of the files of `evaluate_run`: `report` for the run's own test set and the likeliest answers, on which the verdict rests; else one with what was asked."
+    drawn = f"-t{temperature:g}" + (f"-p{top_p:g}" if top_p != 1 else "") if temperature else ""
+    return "report" + ("" if _is_own(run, chats) else f"-{fingerprint(chats)[:12]}") + drawn
+
+
+def _is_own(run: Run, chats: list[Chat] | None) -> bool:
+    "Whether these are the run's own test chats."
+    return chats is None or fingerprint(chats) == run.facts["data"]["test"]["sha256"]
+
+
+def _shared(run: Run, chats: list[Chat] | None) -> str:
+    "What test questions have in common with the training; None: as it was found when the run began."
+    if chats is None:
+        return " ".join(told for told in run.facts.get("leaks", []) if "test chats ask what a train chat asks" in told)
+    try:
+        leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+    except (FinetuneError, OSError) as error:
+        return f"Whether training has seen these questions is not known: {error}"
+    return f"{len(leaks)} of {len(chats)} test chats ask what a training chat asks: they test memory. First: {leaks[0]}." if leaks else ""
 
 
 def asked_chats(
@@ -384,12 +413,12 @@ def load_comparison(
         raise ConfigError(f"{path} can't be read: {error} Evaluate the run again.") from None
 
 
-def _run_facts(run: Run, answered: int, held_out: int) -> dict[str, str]:
+def _run_facts(run: Run, answered: int, given: int, own: bool) -> dict[str, str]:
     facts = run.facts
-    drawn = "all" if answered == held_out else f"drawn with seed {run.config.seed}"
+    drawn = "all" if answered == given else f"drawn with seed {run.config.seed}"
     return {
         "base model": run.config.model_name_or_path,
-        "test chats": f"{answered} of {held_out} held out, {drawn}",
+        "test chats": f"{answered} of {given} {'held out' if own else 'given'}, {drawn}",
         "training chats": f"{facts['data']['train']['chats']}",
         "training": f"{facts['steps']} steps in {clock_time(facts['seconds'])}, seed {facts['seed']}",
         "adapter": facts["parameters"],
@@ -399,14 +428,14 @@ def _run_facts(run: Run, answered: int, held_out: int) -> dict[str, str]:
     }
 
 
-def _save_report(comparison: Comparison, folder: Path) -> None:
+def _save_report(comparison: Comparison, folder: Path, name: str) -> None:
     "Writes the report for people and for machines, and every answer of both models."
-    save_kept({"comparison": comparison.to_dict()}, folder / "report.json")
-    with replacing(folder / "report.md") as file:
+    save_kept({"comparison": comparison.to_dict()}, folder / f"{name}.json")
+    with replacing(folder / f"{name}.md") as file:
         file.write("# Did it get better?\n\n" + comparison.to_markdown(n=10))
-    with replacing(folder / "report.html") as file:
+    with replacing(folder / f"{name}.html") as file:
         file.write(to_html(comparison, folder / "loss.png"))
-    with replacing(folder / "answers.jsonl") as file:
+    with replacing(folder / f"answers{name.removeprefix('report')}.jsonl") as file:
         for report in (comparison.base, comparison.tuned):
             for row in report.rows:
                 file.write(json.dumps({"model": report.name, **asdict(row)}, ensure_ascii=False) + "\n")

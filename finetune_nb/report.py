@@ -8,23 +8,24 @@ __all__ = ['TITLES', 'Section', 'Trained', 'Findings', 'answers_to', 'RunReport'
 # %% ../nbs/09h_report.ipynb #43669d82
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
 from .baselines import TUNED, BaselineReport, load_baselines
-from .config import ConfigError, changed_settings, replacing
+from .config import ConfigError, FinetuneError, changed_settings, replacing
+from .data import check_leaks
 from .diagnosis import Diagnosis, diagnose
 from .display import html_table, markdown_table, md_cell
-from .evaluation import Comparison, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
+from .evaluation import Comparison, compare, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
 from .kept import is_old, save_kept
 from .metrics import Difference, paired_difference
 from .scores import difference_text, finite
 from .sweep import load_sweep
-from .training import Run, TrainingError, clock_time, inlined, load_run, plot_history
+from .training import Run, TrainingError, clock_time, inlined, kept_sets, load_run, plot_history
 
 # %% ../nbs/09h_report.ipynb #b009d765
 class Section(Protocol):
@@ -76,6 +77,8 @@ class Findings:
     forgetting: Sequence[Forgetting] = ()
     baselines: BaselineReport | None = None
     fitting: Fitting | None = None
+    leaks: str = ""  # what the run knows of test questions that stand in its training
+    rests_on_leaks: bool = False  # whether the verdict is another one, or none, without those
     old: Sequence[str] = ()  # files of the folder that were measured with another adapter, and count for nothing
 
     @property
@@ -86,7 +89,7 @@ class Findings:
     @property
     def worth_it(self) -> str:
         "`yes`, `yes, at a price`, `no` or `can't tell`."
-        if self.comparison is None or self.comparison.verdict == "can't tell":
+        if self.comparison is None or self.rests_on_leaks or self.comparison.verdict == "can't tell":
             return "can't tell"
         if self.comparison.verdict == "worse" or (self.baselines and _asking_does(self)):
             return "no"
@@ -99,6 +102,8 @@ class Findings:
         "The verdict in one sentence."
         if self.comparison is None:
             return "Not judged yet: the test set was not answered. Let evaluate_run do that."
+        if self.rests_on_leaks:
+            return f"Can't tell: {self.leaks.partition(' First: ')[0]}"
         if self.worth_it == "no":
             return "No: it got worse." if self.comparison.verdict == "worse" else "No: it got better, but asking the base model better does as well."
         if self.worth_it == "can't tell" and self.comparison.verdict == "better":
@@ -137,6 +142,9 @@ def answers_to(
     "What a reader asks first, and the answers: better, price, should one have, learned or by heart."
     missing = "Not measured. {} tells.".format
     better = found.comparison.reason if found.comparison else missing("evaluate_run(run)")
+    if found.leaks and found.comparison:
+        without = "Without them the verdict is another one, or none." if found.rests_on_leaks else "Without them the verdict is the same."
+        better = f"{found.leaks} {without} {better.removeprefix(found.leaks).strip()}"
     spent = ""
     if run:
         adapter = run.folder / "adapter" / "adapter_model.safetensors"
@@ -266,10 +274,26 @@ def _findings(run: Run, given: dict[str, Section]) -> Findings:
     one = lambda kind: next((part for part in given.values() if isinstance(part, kind)), None)  # noqa: E731
     forgetting = [part for part in given.values() if isinstance(part, Forgetting)]
     kept = [report for report in load_forgetting(run.folder) if report.items not in [part.items for part in forgetting]]
+    comparison = one(Comparison) or load_comparison(run.folder)
     return Findings(
-        one(Comparison) or load_comparison(run.folder), fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
-        _old_files(run.folder, given),
+        comparison, fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
+        *_leaks(run, comparison), _old_files(run.folder, given),
     )  # fmt: skip
+
+
+def _leaks(run: Run, comparison: Comparison | None) -> tuple[str, bool]:
+    "What the run knows of test questions that stand in its training, and whether the verdict rests on them."
+    told = " ".join(said for said in run.facts.get("leaks", []) if "test chats ask what a train chat asks" in said)
+    if not told or comparison is None:
+        return "", False
+    try:
+        leaked = [leak.chat for leak in check_leaks(run.test, kept_sets(run.folder, run.config).train)]
+    except (FinetuneError, OSError):  # the chats are gone, so nobody knows which
+        return told, True
+    known = {(chat.prompt[-1]["content"], chat.answer) for chat in leaked} | {chat.where for chat in leaked if chat.where}
+    clean = [at for at, row in enumerate(comparison.tuned.rows) if row.where not in known and (row.question, row.expected) not in known]
+    both = (replace(report, rows=[report.rows[at] for at in clean]) for report in (comparison.base, comparison.tuned))
+    return told, not clean or compare(*both).verdict != comparison.verdict
 
 
 def _old_files(folder: Path, given: dict[str, Section]) -> list[str]:

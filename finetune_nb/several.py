@@ -162,19 +162,21 @@ def compare_runs(
     chats: list[Chat] | None = None,  # test chats for all of them; None: those of the first
     missing: bool = True,  # evaluate runs that have no report on these chats yet; False: leave them out
 ) -> SeveralRuns:
-    "Holds runs against the first of them on identical prompts. Raises `ConfigError` for fewer than two, and where the first has no report and may not be evaluated."
+    "Holds runs against the first of them on identical prompts. Raises `ConfigError` for fewer than two, and where the first was trained on the test chats, or has no report and may not be evaluated."
     if len(runs) < 2 or isinstance(runs, (str, Path)):
         raise ConfigError("There is nothing to compare: give at least two runs, their folders, or reports, as a list.")
     asked = _Asked(chats, missing)
     first = asked.report(runs[0], None)
     if first is None:
         raise ConfigError(f"{_name(runs[0])} was not evaluated on these chats yet. Evaluate it first, or allow it with missing=True.")
+    if learned := asked.learned(runs[0], first):
+        raise ConfigError(f"{first.name} can't be what others are held against: {learned} Put another run first, or give chats=… that none of them has seen.")
     reports, left_out = [first], {}
     for one in runs[1:]:
         name = _new_name(_name(one), [*(report.name for report in reports), *left_out])
         try:
             report = asked.report(one, first)
-            why = why_not(first, report) if report else "has no report on these chats"
+            why = (why_not(first, report) or asked.learned(one, first)) if report else "has no report on these chats"
         except FinetuneError as error:
             report, why = None, f"has no report: {error}"
         if why:
@@ -212,7 +214,8 @@ class _Asked:
                 self.source = one
             return replace(saved.tuned, name=folder.name)
         kept = folder / f"compared-{wanted[:12]}.json" if wanted else None
-        if kept is not None and (report := _read(kept)):
+        report = _read(kept) if kept is not None else None
+        if report and (first is None or not self.missing or _as_asked(first, report)):
             return replace(report, name=folder.name)
         return self._made(one, first, kept) if self.missing else saved and replace(saved.tuned, name=folder.name)
 
@@ -227,6 +230,21 @@ class _Asked:
             if run is not one:
                 run.release()
 
+    def learned(self, one: Run | EvalReport | str | Path, first: EvalReport) -> str:
+        "How many of the test chats a run was trained on, in words; empty for none, and for a report, which does not know."
+        if isinstance(one, EvalReport):
+            return ""
+        return _learned(one if isinstance(one, Run) else load_run(one), self._questions(first))
+
+    def _questions(self, first: EvalReport) -> list[Chat]:
+        "The test chats, or, where they are not there any more, what the report of the first has of them."
+        try:
+            if fingerprint(chats := self._chats()) == first.about.get("test_sha256"):
+                return chats
+        except (FinetuneError, OSError):
+            pass
+        return [Chat([{"role": "user", "content": row.question}, {"role": "assistant", "content": row.expected}], row.where) for row in first.rows]
+
     def _chats(self) -> list[Chat]:
         "The test chats of the first run, as it was asked them."
         if self.chats is None:
@@ -239,16 +257,30 @@ class _Asked:
 
 def _ask(run: Run, chats: list[Chat], first: EvalReport | None, kept: Path) -> EvalReport:
     "Lets a run answer the chats in the manner of the first one, and keeps its report."
-    if leaks := check_leaks(chats, kept_sets(run.folder, run.config).train):
-        raise FinetuneError(f"{len(leaks)} of these {len(chats)} test chats stand among those that it was trained on. First: {leaks[0]}")
+    if learned := _learned(run, chats):
+        raise FinetuneError(learned)
     config, how = run.config, first.about if first else {}
     pattern = first.pattern if first else config.answer_pattern or None
+    checks = {name: check for name, check in how.get("checks", {}).items() if check != "a function"}  # of a function only the name is kept
     report = evaluate(
-        run.model, run.tokenizer, chats, None, run.folder.name, how.get("max_new_tokens", config.max_new_tokens), packing_of(run),
+        run.model, run.tokenizer, chats, checks, run.folder.name, how.get("max_new_tokens", config.max_new_tokens), packing_of(run),
         config.generation_batch_size, config.chat_template_kwargs, pattern, how.get("temperature", 0.0), how.get("top_p", 1.0), how.get("seed", config.seed),
     )  # fmt: skip
     save_kept(report.to_dict(), kept)
     return report
+
+
+def _learned(run: Run, chats: list[Chat]) -> str:
+    "How many of the chats a run was trained on, in words; empty for none."
+    leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+    return f"{len(leaks)} of these {len(chats)} test chats stand among those that it was trained on. First: {leaks[0]}." if leaks else ""
+
+
+def _as_asked(first: EvalReport, kept: EvalReport) -> bool:
+    "Whether a kept report was made in the manner of the first run's."
+    texts = {name: check for name, check in first.about.get("checks", {}).items() if check != "a function"}
+    same = all(first.about.get(name) == kept.about.get(name) for name in HOW) and first.pattern == kept.pattern
+    return same and all(kept.about.get("checks", {}).get(name) == check for name, check in texts.items())
 
 
 def _read(path: Path) -> EvalReport | None:

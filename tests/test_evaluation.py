@@ -15,7 +15,9 @@ from finetune_nb.evaluation import (
     evaluate,
     evaluate_run,
     generate,
+    load_comparison,
     pattern_checks,
+    report_name,
     to_html,
     wilson_interval,
 )
@@ -99,6 +101,22 @@ def test_the_base_model_is_judged_without_the_adapter(quick, chats):
     for name in ("report.md", "report.html"):
         assert "exact match" in (run.folder / name).read_text()
     assert len((run.folder / "answers.jsonl").read_text().splitlines()) == 10
+
+
+def test_other_chats_and_drawn_answers_leave_the_verdict_of_the_run_alone(quick, chats):
+    run = train(replace(quick, max_steps=2, eval_strategy="no"), Splits(chats[:24], [], chats[30:]), say=lambda line: None)
+    own = evaluate_run(run)
+    kept = {name: (run.folder / name).read_bytes() for name in ("report.json", "report.md", "report.html", "answers.jsonl")}
+    learned = evaluate_run(run, chats[:10])
+    assert learned.facts["test chats"] == "10 of 10 given, all" and "10 of 10 test chats ask what a training chat asks" in learned.reason
+    fresh = evaluate_run(run, [chats[25]])
+    assert "shared questions" not in fresh.facts and own.facts["test chats"].startswith("10 of 10 held out")
+    drawn = evaluate_run(run, temperature=1.0)
+    assert drawn.facts["test chats"].startswith("10 of 10 held out") and "drawn at temperature 1" in drawn.facts["answers"]
+    assert kept == {name: (run.folder / name).read_bytes() for name in kept} and load_comparison(run.folder).to_dict() == own.to_dict()
+    assert report_name(run, list(run.test)) == "report" and report_name(run, temperature=0.5, top_p=0.9) == "report-t0.5-p0.9"
+    name = report_name(run, chats[:10])
+    assert {f"{name}.json", f"{name}.md", f"{name}.html", f"answers{name[6:]}.jsonl", "report-t1.md"} <= {path.name for path in run.folder.iterdir()}
 
 
 def test_nothing_to_judge_on(quick, chats):

@@ -12,7 +12,7 @@ from test_scores import report as scored
 from finetune_nb.baselines import TUNED, BaselineReport, WayResult, load_baselines
 from finetune_nb.cli import main
 from finetune_nb.config import ConfigError
-from finetune_nb.data import Chat, Splits
+from finetune_nb.data import Chat, Splits, save_chats
 from finetune_nb.evaluation import Answer, Comparison, EvalReport, EvalRow, evaluate_run, load_comparison
 from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, load_fitting, measure_fitting
 from finetune_nb.forgetting import Forgetting, ItemDrift, load_forgetting, measure_forgetting, save_forgetting
@@ -145,6 +145,32 @@ def test_what_was_measured_with_another_adapter_counts_for_nothing(run):
     report = write_report(run)
     assert "Not judged yet" in report.found.headline() and [name.partition("-")[0] for name in report.found.old] == ["baselines.json (the tuned model)", "fitting.json", "forgetting", "report.json"]
     assert "fitting.json" in dict(report.answers)["Left out, as it is old"] and "Left out, as it is old" in report.to_markdown()
+
+
+def test_questions_that_stand_in_the_training_come_first(quick, chats):
+    run = train(replace(quick, max_steps=2, eval_strategy="no"), Splits(chats[:24], [], chats[20:30]), say=lambda line: None)
+    evaluate_run(run)
+    found = write_report(run).found
+    assert found.leaks.startswith("4 of 10 test chats ask what a train chat asks")
+    said = dict(answers_to(found))["Did it get better?"]
+    assert said.startswith("4 of 10 test chats") and said.count("they test memory") == 1 and "Without them the verdict is" in said
+    rows = lambda right: [EvalRow(chat.where, chat.prompt[-1]["content"], chat.answer, "x", {"exact match": i < right, "ended by itself": True}, 1.0, 4) for i, chat in enumerate(chats[:40])]  # noqa: E731
+    better = Comparison(EvalReport("base", rows(0)), EvalReport("tuned", rows(40)))
+    assert better.verdict == "better" and write_report(run, [better]).found.worth_it == "yes", "34 of them are new"
+    only = Comparison(*(replace(report, rows=report.rows[20:24] * 8) for report in (better.base, better.tuned)))
+    report = write_report(run, [only])
+    assert report.found.worth_it == "can't tell" and report.found.headline().startswith("Can't tell: 4 of 10 test chats ask what a train chat asks")
+
+
+def test_the_command_line_leaves_the_whole_page_whole(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.folder.parent)
+    evaluate_run(run)
+    write_report(run)
+    assert main(["evaluate", "run-001"]) == 0
+    assert "was it worth it?" in (run.folder / "report.md").read_text() and "headline" in json.loads((run.folder / "report.json").read_text())
+    save_chats(list(run.test[:3]), "others.jsonl")
+    assert main(["evaluate", "run-001", "--data", "others.jsonl"]) == 0
+    assert "run-001/report-" in capsys.readouterr().out and "headline" in json.loads((run.folder / "report.json").read_text())
 
 
 def test_a_part_never_replaces_the_whole(run):

@@ -51,6 +51,28 @@ def test_who_has_learned_from_the_test_chats_is_left_out(runs, quick, chats):
     assert "6 of these 6 test chats stand among those that it was trained on" in found.left_out["leaky"]
 
 
+def test_a_kept_report_and_the_first_run_are_no_excuse(runs, quick, chats):
+    config = replace(quick, run_name="leaky", eval_strategy="no", num_train_epochs=1, max_steps=1)
+    leaky = train(config, Splits(chats[20:36], [], chats[30:36]), say=lambda line: None)
+    evaluate_run(leaky)
+    assert "6 of these 6 test chats" in compare_runs([runs[0], leaky.folder]).left_out["leaky"]
+    with pytest.raises(ConfigError, match="leaky can't be what others are held against: 6 of these 6"):
+        compare_runs([leaky.folder, runs[0]])
+
+
+def test_a_kept_report_was_asked_as_the_first_was(runs, chats):
+    some, config = chats[26:30], load_run(runs[0]).config
+    compare_runs(runs[:2], some)
+    first = evaluate_run(load_run(runs[0]), some, checks={"short": ".{1,3}"}).tuned
+    found = compare_runs([replace(first, name="first"), runs[1]], some)
+    assert "short" in found.reports[1].shares and found.reports[1].about["checks"] == {"short": ".{1,3}"}
+    shorter = replace(first, about=first.about | {"max_new_tokens": config.max_new_tokens - 2})
+    assert compare_runs([shorter, runs[1]], some).reports[1].about["max_new_tokens"] == config.max_new_tokens - 2
+    (kept,) = runs[1].glob("compared-*.json")
+    kept.write_text("{broken")
+    assert "can't be read" in compare_runs([shorter, runs[1]], some).left_out["two"]
+
+
 def test_chats_for_all(runs, chats):
     found = compare_runs(runs[:2], chats[26:30])
     assert [len(r.rows) for r in found.reports] == [4, 4] and len(list(runs[0].glob("compared-*.json"))) == 1
