@@ -321,11 +321,12 @@ def to_html(
     comparison: Comparison,  # what to show
     picture: Path | None = None,  # a PNG of the loss curves
     n: int = 10,  # examples of each kind
+    told: str = "",  # what else to say, below the title
 ) -> str:
     "The report as one HTML page."
     verdict, *rest = comparison_parts(comparison, n)
     curves = [inlined(picture.read_bytes())] if picture and picture.is_file() else []
-    return html_page("Fine-tuning report", ["<h1>Did it get better?</h1>", verdict, rest[0], *curves, *rest[1:]])
+    return html_page("Fine-tuning report", ["<h1>Did it get better?</h1>", *([f"<p>{escape(told)}</p>"] if told else []), verdict, rest[0], *curves, *rest[1:]])
 
 # %% ../nbs/09_evaluation.ipynb #e137abca
 def evaluate_run(
@@ -430,11 +431,14 @@ def _run_facts(run: Run, answered: int, given: int, own: bool) -> dict[str, str]
 
 def _save_report(comparison: Comparison, folder: Path, name: str) -> None:
     "Writes the report for people and for machines, and every answer of both models."
+    before = folder / f"{name}.json"
+    whole = before.is_file() and '"headline"' in before.read_text(encoding="utf-8", errors="replace")  # of write_report
+    told = "This is the comparison alone; write_report(run) puts what else is known of the run beside it again." if whole else ""
     save_kept({"comparison": comparison.to_dict()}, folder / f"{name}.json")
     with replacing(folder / f"{name}.md") as file:
-        file.write("# Did it get better?\n\n" + comparison.to_markdown(n=10))
+        file.write("# Did it get better?\n\n" + (f"{told}\n\n" if told else "") + comparison.to_markdown(n=10))
     with replacing(folder / f"{name}.html") as file:
-        file.write(to_html(comparison, folder / "loss.png"))
+        file.write(to_html(comparison, folder / "loss.png", told=told))
     with replacing(folder / f"answers{name.removeprefix('report')}.jsonl") as file:
         for report in (comparison.base, comparison.tuned):
             for row in report.rows:

@@ -21,9 +21,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, FinetuneError
+from .display import markdown_table, md_cell, text_table
 from .lora import without_adapter
 from .losses import mixed_precision
 from .metrics import Difference, bootstrap_interval, paired_difference, wilson_interval
+from .scores import finite
 from .training import Run
 
 # %% ../nbs/09da_lm_eval.ipynb #e4a8669e
@@ -76,10 +78,12 @@ class TaskReport:
         return [score.cells() for score in self.scores]
 
     def __str__(self) -> str:
-        rows = [HEAD, *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.name}, lm-eval {self.version}", *lines, *self.said])
+        return "\n".join([f"{self.name}, lm-eval {self.version}", *text_table(HEAD, self.table()), *self.said])
+
+    def to_markdown(self) -> str:
+        "The table as Markdown."
+        head = f"**{md_cell(self.name)}**, lm-eval {md_cell(self.version)}"
+        return "\n\n".join([head, markdown_table(HEAD, self.table()), *map(md_cell, self.said)]) + "\n"
 
     def _repr_html_(self) -> str:
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag} style='text-align:left'>{escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
@@ -89,7 +93,7 @@ class TaskReport:
     def to_dict(self) -> dict[str, Any]:
         "Everything as plain values for JSON."
         scores = [{**asdict(s), "difference": asdict(s.difference), "verdict": s.difference.verdict} for s in self.scores]
-        return {"name": self.name, "version": self.version, "said": self.said, "scores": scores}
+        return finite({"name": self.name, "version": self.version, "said": self.said, "scores": scores})
 
 # %% ../nbs/09da_lm_eval.ipynb #9ec45058
 def paired_scores(

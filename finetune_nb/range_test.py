@@ -6,17 +6,20 @@
 __all__ = ['Base', 'SMOOTH', 'make_bare', 'has_diverged', 'RangeTest', 'lr_range_test']
 
 # %% ../nbs/08b_range_test.ipynb #56ad6b4b
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .config import ConfigError, FinetuneConfig, check_value
 from .data import Splits
+from .display import md_cell
 from .lora import remove_lora
 from .losses import recompute_blocks, smoothed
 from .models import release_memory
@@ -124,6 +127,15 @@ class RangeTest:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         return figure
+
+    def to_dict(self) -> dict[str, Any]:
+        "Everything as plain values for JSON; None for a loss that was no number."
+        losses = [loss if math.isfinite(loss) else None for loss in self.losses]
+        return {"rates": self.rates, "losses": losses, "ended_by": self.ended_by, "suggestion": self.suggestion, "reason": self.reason}
+
+    def to_markdown(self) -> str:
+        "What it suggests, and why."
+        return md_cell(self.reason) + "\n"
 
     def __str__(self) -> str:
         return self.reason

@@ -16,6 +16,8 @@ from finetune_nb.data import Chat, Splits, save_chats
 from finetune_nb.evaluation import Answer, Comparison, EvalReport, EvalRow, evaluate_run, load_comparison
 from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, load_fitting, measure_fitting
 from finetune_nb.forgetting import Forgetting, ItemDrift, load_forgetting, measure_forgetting, save_forgetting
+from finetune_nb.lm_eval_tasks import TaskReport, TaskScore
+from finetune_nb.range_test import RangeTest
 from finetune_nb.report import Findings, RunReport, answers_to, write_report
 from finetune_nb.several import _ask, _read
 from finetune_nb.sweep import sweep
@@ -168,6 +170,9 @@ def test_the_command_line_leaves_the_whole_page_whole(run, capsys, monkeypatch):
     write_report(run)
     assert main(["evaluate", "run-001"]) == 0
     assert "was it worth it?" in (run.folder / "report.md").read_text() and "headline" in json.loads((run.folder / "report.json").read_text())
+    evaluate_run(run)
+    assert all("comparison alone" in (run.folder / f"report.{ending}").read_text() for ending in ("md", "html"))
+    write_report(run)
     save_chats(list(run.test[:3]), "others.jsonl")
     assert main(["evaluate", "run-001", "--data", "others.jsonl"]) == 0
     assert "run-001/report-" in capsys.readouterr().out and "headline" in json.loads((run.folder / "report.json").read_text())
@@ -202,6 +207,16 @@ def test_sections_of_ones_own(run):
     for wrong in ({"x": "text"}, ["text"], [None]):
         with pytest.raises(ConfigError, match="no section of a report"):
             write_report(run, wrong)
+
+
+def test_a_range_test_and_tasks_are_sections(run):
+    rates = RangeTest([10.0**-k for k in range(6, 0, -1)] * 4, [5 - i / 10 for i in range(23)] + [float("nan")], "the plan")
+    tasks = TaskReport("<b>run|", [TaskScore("a|b", "acc", [0.0, 1.0] * 20, [1.0] * 40)], ["<i>said"], "1")
+    report = write_report(run, {"Range test": rates, "Tasks": tasks})
+    said = json.loads((run.folder / "report.json").read_text())["sections"]
+    assert said["Range test"]["ended_by"] == "the plan" and said["Range test"]["losses"][-1] is None and said["Tasks"]["scores"][0]["task"] == "a|b"
+    text = report.to_markdown()
+    assert rates.reason[:20] in text and "a\\|b" in text and "<b>run" not in text and "<i>" not in text
 
 
 def test_a_sweep_is_part_of_the_report(quick, chats):
