@@ -201,7 +201,7 @@ def test_what_never_began_can_not_go_on(steady, splits, tmp_path):
     assert not list((tmp_path / "runs").glob("*")), "nothing is left of it"
     with pytest.raises(JobError, match="never began"):
         continue_job(job)
-    with pytest.raises(FinetuneError, match="does not exist"):
+    with pytest.raises(FinetuneError, match="is no run any more"):
         continue_job(tmp_path / "none")
     with pytest.raises(FinetuneError, match="neither in a package"):
         job.wait()
