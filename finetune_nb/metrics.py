@@ -291,7 +291,7 @@ class Difference:
     @property
     def too_few(self) -> str:
         "Why there can be no verdict; empty where the pairs are many enough."
-        return f"{self.n} test chats are too few for a verdict, it takes {FEWEST} at least" if self.n < FEWEST else ""
+        return f"{self.n} chats are too few for a verdict, it takes {FEWEST} at least" if self.n < FEWEST else ""
 
     def to_dict(self) -> dict[str, Any]:
         "As plain values for JSON."

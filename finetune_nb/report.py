@@ -103,7 +103,8 @@ class Findings:
             return f"Can't tell: it got better than the base model asked plainly, but whether it is better than {self.baselines.best.name!r} these test chats can't say."
         if self.worth_it == "can't tell":
             return f"Can't tell: {len(self.comparison.base.rows)} test chats show no difference that is more than chance."
-        lost = [word for word, hit in (("something was forgotten", any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]
+        what = ", ".join(name for report in self.forgetting for name in report.forgot_alone)
+        lost = [word for word, hit in (("something was forgotten" + (f" ({what})" if what else ""), any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]
         return f"Yes, at a price: it got better, but {' and '.join(lost)}." if lost else "Yes: it got better" + (", and nothing much was forgotten." if any(r.verdict == "kept" for r in self.forgetting) else ".")
 
 

@@ -242,9 +242,9 @@ def difference_text(
     verdict = NO_DIRECTION.get(name, {}).get(difference.verdict, difference.verdict)
     if not difference.mean:
         return verdict
-    low, high = (max(-1, difference.low), min(1, difference.high)) if share else (difference.low, difference.high)
-    size = f"{100 * low:+.0f} to {100 * high:+.0f} points" if share else f"{low:+.2g} to {high:+.2g}"
-    more = f"; shows with about {difference.needed:,} questions" if difference.needed else ""
+    low, high = difference.low, difference.high
+    size = f"{100 * low:+.0f} to {100 * high:+.0f} points" if share else f"{low:+.2g} to {high:+.2g}" if math.isfinite(low) else "one alone says nothing"
+    more = f"; {difference.too_few}" if difference.too_few else f"; shows with about {difference.needed:,} questions" if difference.needed else ""
     return f"{verdict} ({size}{more})"
 
 
@@ -258,7 +258,7 @@ def difference_texts(
     said = {name: difference_text(name, gap, name in shares) for name, gap in found.items()}
     if LOSS in found and found[LOSS].mean:
         low, high = (math.exp(min(x, 50)) for x in (found[LOSS].low, found[LOSS].high))
-        said[PERPLEXITY] = f"{found[LOSS].verdict} (×{low:.3g} to ×{high:.3g})"
+        said[PERPLEXITY] = f"{found[LOSS].verdict}" + (f" (×{low:.3g} to ×{high:.3g})" if math.isfinite(low) else "")
     return said
 
 # %% ../nbs/08e_scores.ipynb #b4903e5c
