@@ -164,15 +164,18 @@ class Classification:
 def classification_report(
     answers: Sequence[str],  # what the model said
     expected: Sequence[str],  # the right answers, from a closed set
+    normal: bool = False,  # what is the same once normalised is the same label, as for the normalised match
 ) -> Classification:
     "How each label fares. Raises `ConfigError` when there are none, or not as many answers as right ones."
     if not expected or len(answers) != len(expected):
         raise ConfigError(f"There are {len(answers)} answers for {len(expected)} right ones; a report needs one for each, and at least one.")
     labels = sorted({text.strip() for text in expected})
-    places = {label: at for at, label in enumerate(labels)}
+    forms = {normalised(label) for label in labels}
+    form = normalised if normal and len(forms - {""}) == len(labels) else str.strip  # "C" and "C++" have to stay two
+    places = {form(label): at for at, label in enumerate(labels)}
     confusion = np.zeros((len(labels), len(labels) + 1), int)
     for said, right in zip(answers, expected, strict=True):
-        confusion[places[right.strip()], places.get(said.strip(), len(labels))] += 1
+        confusion[places[form(right)], places.get(form(said), len(labels))] += 1
     return Classification(labels, confusion)
 
 
@@ -291,7 +294,7 @@ class Difference:
     @property
     def too_few(self) -> str:
         "Why there can be no verdict; empty where the pairs are many enough."
-        return f"{self.n} chats are too few for a verdict, it takes {FEWEST} at least" if self.n < FEWEST else ""
+        return f"{self.n} {'chat is' if self.n == 1 else 'chats are'} too few for a verdict, it takes {FEWEST} at least" if self.n < FEWEST else ""
 
     def to_dict(self) -> dict[str, Any]:
         "As plain values for JSON."

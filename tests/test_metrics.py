@@ -138,7 +138,7 @@ def test_too_few_pairs_are_no_verdict():
     "However far apart: four answers in a row come by chance, too."
     for n in range(1, FEWEST):
         found = paired_difference([0] * n, [1] * n)
-        assert found.verdict == "can't tell" and f"{n} test chats are too few" in str(found) and found.needed >= FEWEST
+        assert found.verdict == "can't tell" and f"{n} chat{' is' if n == 1 else 's are'} too few" in str(found) and found.needed >= FEWEST
     assert paired_difference([0] * FEWEST, [1] * FEWEST).verdict == "better" and paired_difference([0] * 10, [1] * 4 + [0] * 6).verdict == "can't tell"
     assert paired_difference([2.0, 2.1], [1.0, 1.2], higher_is_better=False).verdict == "can't tell"
 
@@ -188,6 +188,13 @@ def test_labels_by_hand():
     assert report.labels == ["no", "yes"] and report.confusion.tolist() == [[0, 1, 1], [1, 1, 0]] and report.accuracy == 0.25
     assert report.table()["yes"] == (0.5, 0.5, 0.5, 2) and report.table()["no"] == (0, 0, 0, 2)
     assert "<" not in classification_report(["<b>"], ["<b>"])._repr_markdown_() and closed_set(["yes", "no"] * 5) and not closed_set(list("abcdef"))
+
+
+def test_labels_that_are_the_same_once_normalised():
+    right = ["positive"] * 3 + ["negative"] * 2
+    said = ["Positive", "positive.", "negative", "Negative!", "none"]
+    assert classification_report(said, right).accuracy == 0 and classification_report(said, right, normal=True).accuracy == 0.6
+    assert classification_report(["C", "C++"], ["C", "C++"], normal=True).labels == ["C", "C++"], "which are not to be mixed up"
 
 
 def test_forms_are_checked_and_wrong_ones_named():
