@@ -38,7 +38,7 @@ def pattern_checks(
         match = regex.fullmatch(text.strip())
         return match and match[group]
 
-    checks: dict[str, Check] = {"right form": lambda answer, chat: regex.fullmatch(answer) is not None}
+    checks: dict[str, Check] = {"right form": lambda answer, chat: regex.fullmatch(answer.strip()) is not None}
     if group:
         checks[f"right {group}"] = lambda answer, chat: key(answer) is not None and key(answer) == key(chat.answer)
         checks[f"right {group} anywhere"] = lambda answer, chat: _named(key(chat.answer), answer)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGE_TEST', 'RULES', 'begin_and_end', 'not_a_number', 'rate_too_high', 'still_warming_up', 'rate_too_low',
-           'too_few_steps', 'still_learning', 'overfitted', 'not_falling', 'is_gibberish', 'gibberish', 'Rule']
+           'too_few_steps', 'still_learning', 'risen', 'overfitted', 'not_falling', 'is_gibberish', 'gibberish', 'Rule']
 
 # %% ../nbs/09dc_curve_rules.ipynb #353c6491
 import math
@@ -142,6 +142,14 @@ def still_learning(record: RunRecord) -> Found | None:
     )
 
 # %% ../nbs/09dc_curve_rules.ipynb #3dd6bfb0
+def risen(
+    best: float,  # the lowest validation loss after the first step
+    last: float,  # that of the last look
+) -> bool:
+    "Whether the validation loss rose by more than noise: by a tenth, and by 0.05 nats at least."
+    return last >= best + max(0.1 * best, 0.05)
+
+
 def overfitted(record: RunRecord) -> Found | None:
     "The validation loss turned and rose while the training loss went on falling."
     looks = [(step, loss) for step, loss in record.looks if step]
@@ -150,7 +158,7 @@ def overfitted(record: RunRecord) -> Found | None:
     (best_step, best), (step, last) = min(looks, key=lambda look: look[1]), looks[-1]
     then = [row["loss"] for row in record.history if "loss" in row and row["step"] <= best_step]
     later = [row["loss"] for row in record.history if "loss" in row and row["step"] > best_step]
-    if last < best + max(0.1 * best, 0.05) or not then or not later or begin_and_end(later)[1] >= begin_and_end(then)[1]:
+    if not risen(best, last) or not then or not later or begin_and_end(later)[1] >= begin_and_end(then)[1]:
         return None
     return Found(
         f"Overfitting: from step {best_step} on the model learned the training chats by heart.",

@@ -37,6 +37,7 @@ from .packing import PackingCollator, chat_losses
 from .planning import forget_peak
 from finetune_nb.scores import (
     LOSS,
+    LOWER_IS_BETTER,
     EvalReport,
     EvalRow,
     alike,
@@ -101,14 +102,18 @@ def evaluate(
     temperature: float = 0.0,  # 0: the likeliest token each time; above: drawn, the higher the wilder
     top_p: float = 1.0,  # draws among the likeliest tokens that have this probability together
     seed: int = 0,  # of the draws
+    score: str | None = None,  # the check or score that a verdict rests on; None: see `main_figures`
 ) -> EvalReport:
     "Answers and scores `chats`; `ended by itself` is the share that stopped before the limit. Raises `TrainingError` for no chats, `ConfigError` for what is no check, before anything is computed."
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
     made, sampling = make_checks(checks, pattern), Sampling(temperature, top_p, seed) if temperature else None
-    judge(chats[0].answer, chats[0], made)  # a check that can't work is told before minutes are spent
+    passed, scores = judge(chats[0].answer, chats[0], made)  # a check that can't work is told before minutes are spent
+    if score is not None and score not in (known := [*passed, *scores, "ended by itself"]):
+        raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}.")
     about = _about(tokenizer, chats, chat_template_kwargs) | {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     about["checks"] = {label: check if isinstance(check, (str, dict)) else "a function" for label, check in (checks or {}).items()}
+    about |= {"score": score} if score else {}
     forget_peak()
     tokenized = list(tokenize_chats(chats, tokenizer, 10**9, train_on="last", chat_template_kwargs=chat_template_kwargs))  # nothing is cut, whatever its length
     losses = zip(*chat_losses(model, tokenized, collator, len(tokenized)), strict=True)
@@ -162,11 +167,13 @@ class Comparison:
         "Every difference in words."
         return difference_texts(self.base, self.tuned, self.differences)
 
-    def examples(self, check: str = "exact match", n: int = 3) -> dict[str, list[tuple[EvalRow, EvalRow]]]:
-        "Up to `n` pairs of rows each that got better, got worse, or are wrong in both."
-        pairs = list(zip(self.base.rows, self.tuned.rows, strict=True))
-        kinds = {"got better": (False, True), "got worse": (True, False), "still wrong": (False, False)}
-        found = {kind: [p for p in pairs if (p[0].passed[check], p[1].passed[check]) == want][:n] for kind, want in kinds.items()}
+    def examples(self, by: str | None = None, n: int = 3) -> dict[str, list[tuple[EvalRow, EvalRow]]]:
+        "Up to `n` pairs of rows each that got better, got worse, or are as wrong as before, by a check or score, or by the figure that the verdict rests on."
+        by = by or self.base.main
+        moved = changed_most(self.base, self.tuned, by, len(self.base.rows))
+        found = {kind: [(a, b) for gap, a, b in moved if (gap > 0) == up][:n] for kind, up in (("got better", by not in LOWER_IS_BETTER), ("got worse", by in LOWER_IS_BETTER))}
+        wrong = lambda row: not row.passed.get(by, row.passed.get("exact match", False))  # noqa: E731
+        found["still wrong"] = [(a, b) for a, b in zip(self.base.rows, self.tuned.rows, strict=True) if a.value(by) == b.value(by) and wrong(a) and wrong(b)][:n]
         changed = [(before, after) for _, before, after in changed_most(self.base, self.tuned, n=n)]
         return ({"changed most, by the loss per token": changed} if changed else {}) | found
 
@@ -335,6 +342,7 @@ def evaluate_run(
     checks: dict[str, Check | str | dict] | None = None,  # more checks, by name, besides config.answer_pattern
     temperature: float = 0.0,  # 0: the likeliest token each time; above: drawn, with the seed of the run
     top_p: float = 1.0,  # draws among the likeliest tokens that have this probability together
+    score: str | None = None,  # the check or score that the verdict rests on; None: the answer_pattern, then your own checks, see `main_figures`
 ) -> Comparison:
     "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder, for other chats or drawn answers under a name of their own (see `report_name`)."
     config, everything = run.config, run.test if chats is None else chats
@@ -345,7 +353,7 @@ def evaluate_run(
             report = evaluate(
                 run.model, run.tokenizer, sample, checks, name,
                 config.max_new_tokens, packing, config.generation_batch_size, config.chat_template_kwargs,
-                config.answer_pattern or None, temperature, top_p, config.seed,
+                config.answer_pattern or None, temperature, top_p, config.seed, score,
             )  # fmt: skip
         reports.append(report)
     how = f"drawn at temperature {temperature:g}, top_p {top_p:g}, seed {config.seed}" if temperature else "greedy"

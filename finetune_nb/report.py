@@ -22,7 +22,7 @@ from .evaluation import Comparison, compare, comparison_parts, evaluate_run, htm
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
 from .kept import is_old, save_kept
-from .metrics import Difference, paired_difference
+from .metrics import FEWEST, Difference, paired_difference
 from .scores import difference_text, finite
 from .sweep import load_sweep
 from .training import Run, TrainingError, clock_time, inlined, kept_sets, load_run, plot_history
@@ -89,11 +89,11 @@ class Findings:
     @property
     def worth_it(self) -> str:
         "`yes`, `yes, at a price`, `no` or `can't tell`."
-        if self.comparison is None or self.rests_on_leaks or self.comparison.verdict == "can't tell":
+        if self.comparison is None or self.rests_on_leaks:
             return "can't tell"
-        if self.comparison.verdict == "worse" or (self.baselines and _asking_does(self)):
+        if self.comparison.verdict == "worse" or (self.baselines and _asking_does(self)):  # also where the tuned model can't be told from the plain one
             return "no"
-        if self.against_asking is not None and self.against_asking.verdict != "better":
+        if self.comparison.verdict == "can't tell" or (self.against_asking is not None and self.against_asking.verdict != "better"):
             return "can't tell"
         paid = any(report.verdict == "forgot" for report in self.forgetting) or (self.fitting and self.fitting.verdict == "learned by heart")
         return "yes, at a price" if paid else "yes"
@@ -105,12 +105,17 @@ class Findings:
         if self.rests_on_leaks:
             return f"Can't tell: {self.leaks.partition(' First: ')[0]}"
         if self.worth_it == "no":
-            return "No: it got worse." if self.comparison.verdict == "worse" else "No: it got better, but asking the base model better does as well."
+            return {"worse": "No: it got worse.", "better": "No: it got better, but asking the base model better does as well."}.get(
+                self.comparison.verdict, f"No: a gain can't be told from chance, and asking the base model does as well ({self.baselines and self.baselines.best.name!r})."
+            )
         if self.worth_it == "can't tell" and self.comparison.verdict == "better":
             return f"Can't tell: it got better than the base model asked plainly, but whether it is better than {self.baselines.best.name!r} these test chats can't say."
         if self.worth_it == "can't tell":
+            if len(self.comparison.base.rows) < FEWEST:
+                return f"Can't tell: {len(self.comparison.base.rows)} test chats are too few for a verdict, it takes {FEWEST} at least."
             return f"Can't tell: {len(self.comparison.base.rows)} test chats show no difference that is more than chance."
-        lost = [word for word, hit in (("something was forgotten", any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]
+        what = ", ".join(name for report in self.forgetting for name in report.forgot_alone)
+        lost = [word for word, hit in (("something was forgotten" + (f" ({what})" if what else ""), any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]
         return f"Yes, at a price: it got better, but {' and '.join(lost)}." if lost else "Yes: it got better" + (", and nothing much was forgotten." if any(r.verdict == "kept" for r in self.forgetting) else ".")
 
 

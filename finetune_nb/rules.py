@@ -26,7 +26,7 @@ class Found(NamedTuple):
         return "\n".join([self.cause, *(f"  {name}: {value}" for name, value in self.evidence.items()), f"  To do: {self.remedy}"])
 
 # %% ../nbs/09db_rules.ipynb #9bacff19
-NO_MEMORY = ("out of memory", "memoryerror", "not enough memory", "does not fit into the memory", "can't allocate memory", "cannot allocate memory", "bad alloc")
+NO_MEMORY = ("out of memory", "memoryerror", "not enough memory", "does not fit into the memory", "can't allocate memory", "cannot allocate memory", "bad alloc", "bad_alloc", "alloc_failed")
 
 
 def out_of_memory(record: RunRecord) -> Found | None:
@@ -39,8 +39,9 @@ def out_of_memory(record: RunRecord) -> Found | None:
     ways = [f"set max_tokens_at_once to {at_once // 2:,}" if at_once else "set max_tokens_at_once, such as 2048"]
     ways += [] if config.gradient_checkpointing else ["set gradient_checkpointing to true"]
     ways += [] if config.load_in_4bit else ["set load_in_4bit to true (QLoRA)"]
-    evidence = {"it ended with": f"{record.failure['kind']}: {record.failure['words'][:300]}", "at step": record.failure.get("step", "0")}
-    evidence |= {"planned peak": f"{record.facts['planned']['peak_memory_gib']:.2f} GiB"} if "planned" in record.facts else {}
+    evidence = {"it ended with": f"{record.failure.get('kind', 'an error')}: {str(record.failure.get('words', ''))[:300]}", "at step": record.failure.get("step", "0")}
+    planned = record.facts.get("planned", {}).get("peak_memory_gib")  # a run that broke off early may not know it
+    evidence |= {"planned peak": f"{planned:.2f} GiB"} if isinstance(planned, (int, float)) else {}
     evidence |= {"in use at most": f"{most:.2f} GiB"} if most is not None else {}
     return Found(
         "The memory of the device was full.",

@@ -29,6 +29,7 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
+    main_figures,
 )
 from .training import Run, kept_sets, load_run
 
@@ -111,11 +112,13 @@ class SeveralRuns:
     def verdict(self) -> str:
         "Which runs are better or worse than the first, by the figure that tells most."
         first, told = self.reports[0], []
+        known = [name for name in main_figures(first) if all(name in self.differences[other.name] for other in self.reports[1:])]
+        by = known[0] if known else first.main  # your own check counts only where every run was judged by it
         for other in self.reports[1:]:
             said = difference_texts(first, other, self.differences[other.name])
-            told.append(f"{other.name} {said.get(first.main, 'not comparable')}")
+            told.append(f"{other.name} {said.get(by, 'not comparable')}")
         n = len(first.rows)
-        return f"By {first.main} on {n} test chats, against {first.name} ({first.figures().get(first.main, '–')}): {'; '.join(told) or 'there is nothing to compare it with'}."
+        return f"By {by} on {n} test chats, against {first.name} ({first.figures().get(by, '–')}): {'; '.join(told) or 'there is nothing to compare it with'}."
 
     @property
     def head(self) -> list[str]:

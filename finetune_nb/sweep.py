@@ -212,6 +212,8 @@ class Sweep:
         rank = f"the best of {len(self.finished)}" if len(self.finished) > 1 else "the only one that came to its end"
         said = [f"{self.best} is {rank}: validation loss {self.best.loss:.4f}, base model {np.average(self.base_losses, weights=self.tokens):.4f}."]
         gain = self._against(self.base_losses, self.best)
+        if gain.too_few:
+            return [*said, f"{gain.too_few}: whether it is better than the others, or than the base model, can't be told."]
         if gain.verdict != "better":
             return [*said, f"That is not better than the base model, as far as {gain.n} validation chats can tell: none of these settings is worth training."]
         others = self.equals[1:]

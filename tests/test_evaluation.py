@@ -1,11 +1,13 @@
 """The verdict: independent of batching, fair, escaped."""
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
+from finetune_nb.config import ConfigError
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats
 from finetune_nb.evaluation import (
     Comparison,
@@ -78,6 +80,7 @@ def test_generation_leaves_the_mode_as_it_was(embedded):
 def test_pattern_checks(answer, form, code, anywhere):
     chat = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "The ICD-10 code for hay fever is J30.1 (Allergic rhinitis due to pollen)."}])
     checks = pattern_checks(ANSWER_PATTERN)
+    assert checks["right form"](f"{answer}\n", chat) is form, "white space around an answer is no part of its form"
     assert {name: check(answer, chat) for name, check in checks.items()} == {"right form": form, "right code": code, "right code anywhere": anywhere}
 
 
@@ -139,6 +142,25 @@ def test_examples_are_sorted_by_what_became_of_them():
     tuned = [row("1", ok=True), row("2"), row("3"), row("4", ok=True)]
     found = compare(EvalReport("a", base), EvalReport("b", tuned)).examples()
     assert {kind: [one.question for one, _ in pairs] for kind, pairs in found.items()} == {"got better": ["1"], "got worse": ["2"], "still wrong": ["3"]}
+
+
+def test_examples_go_by_the_figure_of_the_verdict():
+    def rows(*scores):
+        return [EvalRow("x", str(i), "a", "b", {"exact match": False}, 2.0, 4, {"token F1": score}) for i, score in enumerate(scores)]
+
+    found = compare(EvalReport("a", rows(0.5, 0.6, 0.2, 0.0)), EvalReport("b", rows(0.4, 0.1, 0.3, 0.0)))
+    assert found.base.main == "token F1"
+    assert {kind: [one.question for one, _ in pairs] for kind, pairs in found.examples().items()} == {"got better": ["2"], "got worse": ["1", "0"], "still wrong": ["3"]}
+    assert [one.question for one, _ in found.examples("exact match")["still wrong"]] == ["0", "1", "2"]
+
+
+def test_the_check_of_the_user_counts(quick, chats, tiny_model):
+    model, tokenizer = load_model(tiny_model, torch.float32, use_cpu=True, say=lambda line: None)
+    ask = lambda **more: evaluate(model, tokenizer, chats[:3], {"short": lambda answer, chat: len(answer) < 9, "long": lambda answer, chat: len(answer)}, max_new_tokens=2, **more)  # noqa: E731
+    assert ask().main == "short" and ask(score="long").main == "long" and ask(score="exact match").main == "exact match"
+    assert EvalReport.from_dict(json.loads(json.dumps(ask(score="long").to_dict()))).main == "long"
+    with pytest.raises(ConfigError, match="no score 'shrot'; there are exact match"):
+        ask(score="shrot")
 
 
 def test_intervals_agree_with_published_values():

@@ -21,6 +21,7 @@ from finetune_nb.fitting import (
     measure_fitting,
     measure_recitation,
 )
+from finetune_nb.metrics import Difference
 from finetune_nb.models import load_tokenizer
 from finetune_nb.training import TrainingError, load_run, train
 
@@ -90,7 +91,9 @@ def curve(*looks):
 
 @pytest.mark.parametrize(("looks", "opened", "words"), [
     (((2, 1.9), (1.2, 1.6), (0.5, 1.9)), 20, "The gap opened at step 20"),
-    (((2, 1.9), (1.2, 1.6), (0.5, 1.61)), None, "stayed within 2% of it"),
+    (((2, 1.9), (1.2, 1.6), (0.5, 1.61)), None, "stayed near it to the end (+0.6%)"),
+    (((2, 1.9), (1.2, 1.6), (0.5, 1.7)), None, "stayed near it"),
+    (((0.01, 0.0072), (0.007, 0.0070), (0.006, 0.0078)), None, "stayed near it"),
     (((2, 1.9), (1.2, 1.6)), None, "still falling"),
     (((2, 1.9),), None, "one look"),
     (((2, 1.5), (2.5, 1.9)), None, "lowest at step 10"),
@@ -99,6 +102,12 @@ def test_where_the_gap_opened(looks, opened, words):
     gap = gap_of(curve(*looks))
     assert gap.opened == opened and words in gap.reason
     assert gap_of([]) is None is gap_of([{"step": 0, "eval_loss": 1.0}]) and gap_of([*curve((2, 1.0)), {"step": 20, "eval_loss": float("nan")}]).last.step == 10
+
+
+def test_a_rise_that_the_chats_do_not_confirm_is_not_too_far():
+    gap = gap_of(curve((2, 1.9), (1.2, 1.6), (0.5, 1.9)))
+    last = [Difference(0.3, low, 0.9, n, None, False) for low, n in ((-0.1, 40), (0.1, 40), (-0.1, 4))]
+    assert [Fitting("x", gap, one, 20, None).verdict for one in last] == ["can't tell", "went too far", "went too far"]
 
 
 def test_questions_are_altered_so_that_the_answer_is_not_warranted():

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -244,7 +245,22 @@ def test_the_report_is_escaped_and_json():
 def test_a_category_of_few_items_is_named_only_when_it_is_sure():
     rows = made(100, 0.0) + [replace(row, category="b") for row in made(20, 0.4)]
     report = Forgetting("x", "y", rows)
-    assert "By itself above ×1.10: b." in report.reason and drift_figures(rows[100:]).ratio[1] > 1.1
+    assert report.verdict == "forgot" and report.forgot_alone == ["b"] and "by itself: b (×1." in report.reason and drift_figures(rows[100:]).ratio[1] > 1.1
+    assert Forgetting("x", "y", rows[:109]).forgot_alone == [], "nine items are too few"
+
+
+def test_a_category_whose_right_answers_went_is_forgotten():
+    rows = made(200, 0.0) + [replace(row, category="refusal", right_before=i < 20, right_after=i < 8) for i, row in enumerate(made(31, 0.02))]
+    report = Forgetting("x", "y", rows)
+    assert report.figures["all items"].ratio[2] < 1.1 and report.forgot_alone == ["refusal"] and "right answers from 20 to 8 of 31" in report.reason
+
+
+def test_categories_are_seldom_forgotten_by_chance():
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(40):
+        rows = [replace(row, category=str(i % 8), loss_after=row.loss_before + rng.normal(0, 0.3), right_before=bool(rng.random() < 0.7), right_after=bool(rng.random() < 0.7)) for i, row in enumerate(made(160, 0.0))]
+        alarms += bool(Forgetting("x", "y", rows).forgot_alone)
+    assert alarms <= 6
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

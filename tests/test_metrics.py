@@ -7,6 +7,7 @@ import pytest
 
 from finetune_nb.config import ConfigError
 from finetune_nb.metrics import (
+    FEWEST,
     bootstrap_interval,
     classification_report,
     closed_set,
@@ -16,6 +17,7 @@ from finetune_nb.metrics import (
     normalised,
     normalised_match,
     paired_difference,
+    paired_interval,
     token_f1,
     wilson_interval,
 )
@@ -96,6 +98,51 @@ def test_a_paired_difference_is_covered_and_sharper():
     assert np.ptp(interval((one, two), 0)) < min(apart) / 1.5
 
 
+@pytest.mark.parametrize(
+    ("n", "lost", "gained"),
+    [(12, 0.02, 0.15), (30, 0.01, 0.1), (60, 0.01, 0.06), (100, 0, 0.04), (100, 0.01, 0.05), (100, 0.05, 0.15), (20, 0.2, 0.4), (60, 0, 0.5), (30, 0, 0.9)],
+)
+def test_a_difference_of_shares_is_covered(n, lost, gained):
+    "Where hardly any answer changes, a sample holds too few changes to be sharper: there the interval may hold the truth more often."
+    assert 0.93 <= covered(*shares_apart(n, lost, gained)) <= (0.97 if n * min(lost, gained) >= 3 else 1)
+
+
+@pytest.mark.parametrize(("n", "gained"), [(30, 0.97), (50, 0.99), (30, 0.95), (100, 0.99), (200, 0.99), (10, 0.95)])
+def test_a_difference_of_nearly_all_is_covered(n, gained):
+    assert covered(*shares_apart(n, 0, gained)) >= 0.93
+
+
+def shares_apart(n, lost, gained):
+    def draw(rng):
+        at = rng.random(n)
+        return np.where(at < lost, -1, at > 1 - gained)
+
+    return draw, gained - lost, lambda gaps, seed: interval_of(paired_difference(gaps < 0, gaps > 0))
+
+
+def interval_of(difference):
+    return difference.low, difference.high
+
+
+def test_a_difference_of_shares_is_never_outside_or_sure():
+    for n in (1, 2, 10, 29, 30, 100):
+        for gained in range(0, n + 1, max(1, n // 10)):
+            for lost in range(0, n + 1 - gained, max(1, n // 10)):
+                low, high = paired_interval(gained, lost, n)
+                assert -1 <= low <= (gained - lost) / n <= high <= 1 and low < high and paired_interval(lost, gained, n) == pytest.approx((-high, -low))
+    assert interval_of(paired_difference([0] * 50, [1] * 50)) == paired_interval(50, 0, 50)
+    assert paired_interval(20, 4, 100) == pytest.approx((0.0637, 0.2500), abs=1e-4)  # 21/102 - 5/102 ± 1.96·√(…/102), by hand
+
+
+def test_too_few_pairs_are_no_verdict():
+    "However far apart: four answers in a row come by chance, too."
+    for n in range(1, FEWEST):
+        found = paired_difference([0] * n, [1] * n)
+        assert found.verdict == "can't tell" and f"{n} chat{' is' if n == 1 else 's are'} too few" in str(found) and found.needed >= FEWEST
+    assert paired_difference([0] * FEWEST, [1] * FEWEST).verdict == "better" and paired_difference([0] * 10, [1] * 4 + [0] * 6).verdict == "can't tell"
+    assert paired_difference([2.0, 2.1], [1.0, 1.2], higher_is_better=False).verdict == "can't tell"
+
+
 def test_no_difference_is_rarely_called_one():
     def pair(rng):
         return rng.random(120) < 0.8, rng.random(120) < 0.8
@@ -141,6 +188,13 @@ def test_labels_by_hand():
     assert report.labels == ["no", "yes"] and report.confusion.tolist() == [[0, 1, 1], [1, 1, 0]] and report.accuracy == 0.25
     assert report.table()["yes"] == (0.5, 0.5, 0.5, 2) and report.table()["no"] == (0, 0, 0, 2)
     assert "<" not in classification_report(["<b>"], ["<b>"])._repr_markdown_() and closed_set(["yes", "no"] * 5) and not closed_set(list("abcdef"))
+
+
+def test_labels_that_are_the_same_once_normalised():
+    right = ["positive"] * 3 + ["negative"] * 2
+    said = ["Positive", "positive.", "negative", "Negative!", "none"]
+    assert classification_report(said, right).accuracy == 0 and classification_report(said, right, normal=True).accuracy == 0.6
+    assert classification_report(["C", "C++"], ["C", "C++"], normal=True).labels == ["C", "C++"], "which are not to be mixed up"
 
 
 def test_forms_are_checked_and_wrong_ones_named():

@@ -37,6 +37,15 @@ def forgot(gain, text="x", n=40):
     return Forgetting(text, f"made up {text}", [ItemDrift(text, text, text, text, 8, 1.0, 1.0 + rng.normal(gain, 0.02), abs(gain), text, text, True, gain < 0.05) for _ in range(n)])
 
 
+def few(comparison, n):
+    return Comparison(*(replace(report, rows=report.rows[:n]) for report in (comparison.base, comparison.tuned)))
+
+
+def by_category(gain):
+    rows = forgot(-0.05, n=300).rows + [replace(row, category="refusal") for row in forgot(gain, n=20).rows]
+    return Forgetting("x", "made up", rows)
+
+
 def asked(best, tuned=None, text="", n=40):
     chats = [Chat([{"role": "user", "content": f"{text}q{i}"}, {"role": "assistant", "content": f"{text}e"}], "x") for i in range(n)]
     prompts = Prompts(chats, [10] * n, [0] * n)
@@ -61,6 +70,10 @@ def fitted(recited=0, text="x"):
     (Findings(compared(20, 21)), "can't tell", "no difference that is more than chance"),
     (Findings(compared(), baselines=asked(40)), "no", "asking the base model better does as well"),
     (Findings(compared(), baselines=asked(5)), "yes", "Yes"),
+    (Findings(compared(20, 21), baselines=asked(40)), "no", "asking the base model does as well ('better prompt')"),
+    (Findings(compared(20, 21), baselines=asked(5)), "can't tell", "no difference that is more than chance"),
+    (Findings(few(compared(0, 40), 4)), "can't tell", "4 test chats are too few"),
+    (Findings(compared(), [by_category(0.5)]), "yes, at a price", "something was forgotten (refusal)"),
     (Findings(compared(), baselines=asked(38, 39)), "can't tell", "whether it is better than 'better prompt'"),
     (Findings(compared(), baselines=asked(5, 39)), "yes", "Yes"),
 ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,3 +171,15 @@ def test_a_wrong_type_of_check_is_a_score_or_a_share():
     chat = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "here")
     passed, scores = judge("a", chat, make_checks({"none": lambda a, c: None, "bool": lambda a, c: np.bool_(True), "one": lambda a, c: 1, "np": lambda a, c: np.float32(0.5)}))
     assert passed["none"] is False and passed["bool"] is True and scores["one"] == 1.0 and scores["np"] == 0.5
+
+
+def test_an_answer_without_the_form_has_no_right_label():
+    rows = [replace(one, expected="It is A." if i % 2 else "none", answer="It is A." if i % 2 else "nothing") for i, one in enumerate(report("x", 12).rows)]
+    found = EvalReport("x", rows, pattern=r"It is (?P<code>\w)\.").classification
+    assert found.accuracy == 0.5 and found.confused() == [("(no label known)", "(none of them)", 6)]
+
+
+def test_small_comparisons_say_why_there_is_no_verdict():
+    rows = lambda right: [row(i, right, 1.0 + i % 2 - right / 2, 4, 0.5, 3, True) for i in range(4)]  # noqa: E731
+    told = difference_texts(EvalReport("a", rows(False)), EvalReport("b", rows(True)))
+    assert told["exact match"] == "can't tell (+7 to +100 points; 4 chats are too few for a verdict, it takes 10 at least)"

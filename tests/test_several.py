@@ -19,7 +19,7 @@ from finetune_nb.training import load_run, train
 def runs(quick, chats):
     "Two runs on the same test chats, and one that was tested on others; the second is not evaluated yet."
     made = []
-    for name, rate, test in (("one", 1e-4, chats[30:36]), ("two", 1e-2, chats[30:36]), ("three", 1e-2, chats[36:])):
+    for name, rate, test in (("one", 1e-4, chats[24:36]), ("two", 1e-2, chats[24:36]), ("three", 1e-2, chats[36:])):
         config = replace(quick, run_name=name, learning_rate=rate, eval_strategy="no", num_train_epochs=1, r=4)
         made.append(train(config, Splits(chats[:24], [], test), say=lambda line: None))
     for run in (made[0], made[2]):
@@ -30,11 +30,11 @@ def runs(quick, chats):
 def test_runs_are_held_against_the_first(runs, monkeypatch):
     found = compare_runs(runs, missing=False)
     assert [r.name for r in found.reports] == ["one"] and list(found.left_out) == ["two", "three"]
-    assert "no report" in found.left_out["two"] and "0 of its 4 questions are among the 6 of one" in found.left_out["three"]
+    assert "no report" in found.left_out["two"] and "0 of its 4 questions are among the 12 of one" in found.left_out["three"]
     found = compare_runs(runs)
     assert [r.name for r in found.reports] == ["one", "two", "three"] and not found.left_out
     assert found.differences["two"][LOSS].verdict == "better" and set(found.apart["two"]) == set()
-    assert len(found.reports[2].rows) == 6 and len(load_comparison(runs[2]).tuned.rows) == 4, "its own report stays as it was"
+    assert len(found.reports[2].rows) == 12 and len(load_comparison(runs[2]).tuned.rows) == 4, "its own report stays as it was"
     assert found.reports[1].rows == evaluate_run(load_run(runs[1])).tuned.rows
     monkeypatch.setattr(several, "evaluate", None)
     monkeypatch.setattr(several, "evaluate_run", None)
@@ -48,7 +48,7 @@ def test_who_has_learned_from_the_test_chats_is_left_out(runs, quick, chats):
     config = replace(quick, run_name="leaky", eval_strategy="no", num_train_epochs=1)
     train(config, Splits(chats[20:36], [], chats[36:]), say=lambda line: None)
     found = compare_runs([runs[0], runs[0].parent / "leaky"])
-    assert "6 of these 6 test chats stand among those that it was trained on" in found.left_out["leaky"]
+    assert "12 of these 12 test chats stand among those that it was trained on" in found.left_out["leaky"]
 
 
 def test_a_kept_report_and_the_first_run_are_no_excuse(runs, quick, chats):
