@@ -20,7 +20,7 @@ demo:
 
 test:
 	@sh .ci/environment $(VENV) test
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 # After editing a notebook: the package, the clean notebooks and the README.
 build:

@@ -14,6 +14,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy wit
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests in a browser share one worker, and with it a server and a browser; all others go to whoever is free (marks of groups are lost with pytest 9.2)."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneBrowser(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "browser" if nodeid.split("::")[0].endswith("browser.py") else nodeid
+
+    return OneBrowser(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."

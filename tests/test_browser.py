@@ -6,8 +6,6 @@ import ipywidgets
 import pytest
 from browser import ROOT
 
-pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
-
 SLIDER = """
 import ipywidgets as widgets
 from IPython.display import display

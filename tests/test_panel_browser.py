@@ -8,8 +8,6 @@ from itertools import product
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
-
 SLOW = 300  # seconds that what trains or answers may take where the machine has other things to do
 BAD = "<img src=x onerror=window.hacked=1>"
 PICTURE = "() => [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetParent)[0]?.src"
