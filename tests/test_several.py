@@ -53,10 +53,10 @@ def test_who_has_learned_from_the_test_chats_is_left_out(runs, quick, chats):
 
 def test_a_kept_report_and_the_first_run_are_no_excuse(runs, quick, chats):
     config = replace(quick, run_name="leaky", eval_strategy="no", num_train_epochs=1, max_steps=1)
-    leaky = train(config, Splits(chats[20:36], [], chats[30:36]), say=lambda line: None)
+    leaky = train(config, Splits(chats[20:36], [], chats[24:36]), say=lambda line: None)
     evaluate_run(leaky)
-    assert "6 of these 6 test chats" in compare_runs([runs[0], leaky.folder]).left_out["leaky"]
-    with pytest.raises(ConfigError, match="leaky can't be what others are held against: 6 of these 6"):
+    assert "12 of these 12 test chats" in compare_runs([runs[0], leaky.folder]).left_out["leaky"]
+    with pytest.raises(ConfigError, match="leaky can't be what others are held against: 12 of these 12"):
         compare_runs([leaky.folder, runs[0]])
 
 
