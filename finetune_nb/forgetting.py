@@ -323,6 +323,8 @@ def _verdict(figures: DriftFigures, warn_at: float) -> str:
     ratio, low, high = figures.ratio
     if figures.n < FEWEST:
         return "can't tell"
+    if figures.kl[0] == 0 and figures.drift.mean == 0:  # the same predictions at every token: the adapter does nothing here
+        return "kept"
     if (ratio > warn_at and low > 1) or (figures.right and figures.right.verdict == "worse"):
         return "forgot"
     return "kept" if high <= warn_at else "can't tell"

@@ -311,7 +311,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(quick, chats, pair
         ({"target": "0.9"}, ConfigError, "target='0.9'"),
         ({"system": ["a"]}, ConfigError, "system: expected a text"),
         ({"system": "word " * 9000}, ConfigError, r"better prompt: .* tokens long without any example"),
-        ({"checks": {"exact match": lambda a, c: True}}, ConfigError, "a score 'exact match' already"),
+        ({"checks": {"exact match": lambda a, c: True}}, ConfigError, "a check 'exact match' already"),
         ({"checks": {"mine": lambda a, c: 1 / 0}}, ConfigError, "'mine' fails at the right answer of chats.jsonl, line 1: ZeroDivisionError"),
         ({"checks": {"mine": lambda a, c: None}}, ConfigError, "returns a number or a bool"),
         ({"checks": {"mine": "("}}, ConfigError, "no regular expression"),
