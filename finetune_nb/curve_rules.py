@@ -102,16 +102,21 @@ def _moved(record: RunRecord) -> float:
     return (first - last) / first if first else 0.0
 
 
+def _course(record: RunRecord) -> dict[str, str]:
+    "The training loss at both ends, as evidence."
+    first, last = begin_and_end(record.losses)
+    return {"training loss": f"{first:.4f} at first, {last:.4f} at the end of {record.steps} steps"}
+
+
 def rate_too_low(record: RunRecord) -> Found | None:
     "The loss barely moved in ten steps or more, at a rate far below what LoRA wants."
     top = max(record.rates, default=0.0)
     if record.steps < 10 or not record.losses or top >= 2e-5 or abs(_moved(record)) > 0.02:  # a tenth of the usual 2e-4
         return None
-    first, last = begin_and_end(record.losses)
     return Found(
         "The learning rate is too low: the loss barely moved.",
         f"Raise it: LoRA usually wants 1e-4 to 1e-3, ten times that of full fine-tuning. {RANGE_TEST}",
-        {"training loss": f"{first:.4f} at first, {last:.4f} at the end of {record.steps} steps", "highest learning rate": f"{top:.2g}"},
+        _course(record) | {"highest learning rate": f"{top:.2g}"},
     )
 
 
@@ -171,11 +176,10 @@ def not_falling(record: RunRecord) -> Found | None:
     "The loss is where it was, after ten steps or more."
     if len(record.losses) < 3 or record.steps < 10 or not any(record.losses) or not _moved(record) < 0.02:
         return None
-    first, last = begin_and_end(record.losses)
     return Found(
         "The loss does not fall.",
         f"If nothing above explains it: raise learning_rate (or lower it, where the curve jumps), take target_modules: all-linear, and look at the labels with show_labels. {RANGE_TEST}",
-        {"training loss": f"{first:.4f} at first, {last:.4f} at the end of {record.steps} steps", "learning rate": f"{max(record.rates, default=0):.2g} at most"},
+        _course(record) | {"learning rate": f"{max(record.rates, default=0):.2g} at most"},
     )
 
 # %% ../nbs/09dc_curve_rules.ipynb #5e29edb8

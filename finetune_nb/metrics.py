@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .config import ConfigError
-from .display import md_cell
+from .display import markdown_table, md_cell
 
 # %% ../nbs/08a_metrics.ipynb #dc1409b6
 def exact_match(
@@ -149,16 +149,15 @@ class Classification:
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "labels": self.labels, "by_label": table, "confusion": self.confusion.tolist()}
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {md_cell(label)} | {p:.2f} | {r:.2f} | {f:.2f} | {n} |" for label, (p, r, f, n) in self.table().items()]
-        head = f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.2f}\n\n| label | precision | recall | F1 | test chats |\n| --- | --- | --- | --- | --- |\n"
-        return head + "\n".join(rows) + "\n\n" + self._confusion()
+        rows = [(label, f"{p:.2f}", f"{r:.2f}", f"{f:.2f}", str(n)) for label, (p, r, f, n) in self.table().items()]
+        table = markdown_table(("label", "precision", "recall", "F1", "test chats"), rows)
+        return f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.2f}\n\n{table}\n\n{self._confusion()}"
 
     def _confusion(self, most: int = 12) -> str:
         "The confusion matrix as Markdown; where it would be too wide, the confusions that came most often."
         if len(self.labels) > most:
             return "\n".join(["Taken for another most often:", *(f"- {md_cell(right)} for {md_cell(said)}: {n}" for right, said, n in self.confused())])
-        head, lines = self.confusion_rows()
-        return "\n".join(f"| {' | '.join(map(md_cell, line))} |" for line in (head, ["---"] * len(head), *lines))
+        return markdown_table(*self.confusion_rows())
 
 
 def classification_report(

@@ -39,7 +39,7 @@ from finetune_nb.config import (
     yaml_value,
 )
 from .data import Splits, fingerprint
-from .display import html_table, text_table
+from .display import html_table, markdown_table, md_cell, text_table
 from .locks import LockError, held_elsewhere, hold, is_mine
 from .lora import load_adapter
 from .metrics import Difference, paired_difference
@@ -269,10 +269,7 @@ class Sweep:
 
     def to_markdown(self) -> str:
         "Verdict and table as Markdown."
-        head, lines = self.cells()
-        plain = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "\\|")  # noqa: E731
-        table = [f"| {' | '.join(map(plain, line))} |" for line in (head, ["---"] * len(head), *lines)]
-        return "\n".join([plain(self.verdict), "", *table, "", *map(plain, self.failures)]).strip() + "\n"
+        return "\n".join([md_cell(self.verdict), "", markdown_table(*self.cells()), "", *map(md_cell, self.failures)]).strip() + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         "Everything as plain values for JSON."
