@@ -37,11 +37,13 @@ def work(shape: str, r: int, length: int, method: str, tokens: int, folder: str)
 
     from finetune_nb import planning
     from finetune_nb.config import FinetuneConfig
+    from finetune_nb.lora import add_lora
     from finetune_nb.losses import recompute_blocks
     from finetune_nb.models import load_tokenizer, release_memory
     from finetune_nb.packing import PackingCollator
     from finetune_nb.planning import blocks_to_recompute, estimate, forget_peak, peak_bytes, resident_bytes
-    from finetune_nb.training import add_lora, load_base, make_trainer
+    from finetune_nb.trainer import make_trainer
+    from finetune_nb.training import load_base
 
     path = Path(folder) / shape
     if not path.is_dir():  # made by the first process; the others find it

@@ -161,7 +161,7 @@ def _ours(config, model, tokenizer, rows):
     from finetune_nb.lora import add_lora
     from finetune_nb.packing import PackingCollator
     from finetune_nb.planning import token_budget
-    from finetune_nb.training import make_trainer
+    from finetune_nb.trainer import make_trainer
 
     tuned = add_lora(model, config)
     collator = PackingCollator("shared", token_budget(config, rows), tokenizer.pad_token_id)

@@ -31,7 +31,8 @@ from .models import cache_folder, load_tokenizer
 from .planning import Plan
 from .runs import GREY
 from .tasks import Task, in_words
-from .training import DEMO_SETS, Picture, load_splits
+from .pictures import Picture
+from .training import DEMO_SETS, load_splits
 
 # %% ../nbs/10c_data_view.ipynb #54b8d43d
 def plot_lengths(

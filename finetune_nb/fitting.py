@@ -38,7 +38,10 @@ from .lora import set_adapter_weights, without_adapter
 from .metrics import FEWEST, Difference, estimate_share, paired_difference
 from .packing import chat_losses
 from .scores import finite
-from .training import Picture, Run, TrainingError, inlined, kept_sets, last_checkpoint
+from .pictures import Picture, inlined
+from .run_folder import last_checkpoint
+from .stop import TrainingError
+from .training import Run, kept_sets
 
 # %% ../nbs/09g_fitting.ipynb #a25d9f7a
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ from .losses import Batch, inner_model, mixed_precision, supervised_states
 from .metrics import FEWEST, Difference, bootstrap_interval, follows_pattern, paired_difference, paired_interval, wilson_interval
 from .packing import PackingCollator
 from .scores import finite
-from .training import Picture, Progress, Run
+from .pictures import Picture
+from .progress import Progress
+from .training import Run
 
 # %% ../nbs/09d_forgetting.ipynb #236e406f
 def forgetting_items(

@@ -29,22 +29,10 @@ from .locks import held_elsewhere
 from .losses import inner_model
 from .models import load_tokenizer, release_memory
 from .tasks import ACTIVE, Task, in_words
-from finetune_nb.training import (
-    Run,
-    Stop,
-    StoppedEarly,
-    how_it_ended,
-    is_training,
-    kept_sets,
-    load_splits,
-    progress_to,
-    read_facts,
-    read_history,
-    read_lines,
-    resume,
-    train,
-    why_not_on,
-)
+from .progress import progress_to
+from .run_folder import how_it_ended, read_facts, read_history, read_lines, why_not_on
+from .stop import Stop, StoppedEarly
+from .training import Run, is_training, kept_sets, load_splits, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #677a725e
 @dataclass(frozen=True)

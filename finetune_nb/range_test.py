@@ -23,7 +23,9 @@ from .display import md_cell
 from .lora import remove_lora
 from .losses import recompute_blocks, smoothed
 from .models import release_memory
-from .training import Picture, Stop, TrainingError, inlined, train
+from .pictures import Picture, inlined
+from .stop import Stop, TrainingError
+from .training import train
 
 # %% ../nbs/08b_range_test.ipynb #869849a0
 Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -21,7 +21,8 @@ from .jobs import Sample, read_samples
 from .lora import ADAPTER_FILES, adapter_norm
 from .models import base_mark, load_tokenizer, tokenizer_mark
 from .runs import read_run
-from .training import Run, read_lines
+from .run_folder import read_lines
+from .training import Run
 
 # %% ../nbs/09da_record.ipynb #5e9ca9c7
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ from .kept import is_old, save_kept
 from .metrics import FEWEST, Difference, paired_difference
 from .scores import difference_text, finite
 from .sweep import load_sweep
-from .training import Run, TrainingError, clock_time, inlined, kept_sets, load_run, plot_history
+from .pictures import inlined, plot_history
+from .progress import clock_time
+from .stop import TrainingError
+from .training import Run, kept_sets, load_run
 
 # %% ../nbs/09h_report.ipynb #b009d765
 class Section(Protocol):

@@ -20,7 +20,9 @@ from .display import html_table, text_table
 from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
 from .losses import smoothed
-from .training import Picture, clock_time, how_it_ended, last_checkpoint, read_facts, read_history
+from .pictures import Picture
+from .progress import clock_time
+from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 
 # %% ../nbs/09b_runs.ipynb #5452f3d2
 @dataclass(frozen=True)

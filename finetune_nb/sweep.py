@@ -46,24 +46,11 @@ from .metrics import Difference, paired_difference
 from .models import cache_folder
 from .packing import PackingCollator, chat_losses
 from .range_test import Base, make_bare
-from finetune_nb.training import (
-    Picture,
-    Progress,
-    Stop,
-    TrainingError,
-    check_base,
-    clock_time,
-    how_it_ended,
-    inlined,
-    last_checkpoint,
-    load_base,
-    load_splits,
-    progress_to,
-    read_facts,
-    read_history,
-    resume,
-    train,
-)
+from .pictures import Picture, inlined
+from .progress import Progress, clock_time, progress_to
+from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
+from .stop import Stop, TrainingError
+from .training import check_base, load_base, load_splits, resume, train
 
 # %% ../nbs/08c_sweep.ipynb #26bf0e12
 FIXED = ("bias", "eval_strategy", "report_to", "output_dir", "run_name", "use_cpu", "per_device_eval_batch_size")  # one for all runs of a sweep

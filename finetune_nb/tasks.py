@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import FinetuneError
-from .training import Progress, progress_to
+from .progress import Progress, progress_to
 
 # %% ../nbs/08d_tasks.ipynb #a43e361d
 class Task:

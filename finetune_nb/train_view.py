@@ -31,7 +31,9 @@ from finetune_nb.jobs import (
 )
 from .runs import GREY, list_runs, plot_runs
 from .tasks import in_words
-from .training import clock_time, inlined, last_checkpoint
+from .pictures import inlined
+from .progress import clock_time
+from .run_folder import last_checkpoint
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
 STATES = {

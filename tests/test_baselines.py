@@ -17,7 +17,8 @@ from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits
 from finetune_nb.evaluation import Answer, evaluate, generate, pattern_checks
 from finetune_nb.models import load_model
-from finetune_nb.training import TrainingError, train
+from finetune_nb.stop import TrainingError
+from finetune_nb.training import train
 from finetune_nb.ways import (
     Prompts,
     Retriever,

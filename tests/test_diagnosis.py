@@ -16,7 +16,8 @@ from finetune_nb.curve_rules import RULES, is_gibberish, overfitted, rate_too_hi
 from finetune_nb.diagnosis import Diagnosis, diagnose
 from finetune_nb.models import base_mark
 from finetune_nb.record import RunRecord, read_record
-from finetune_nb.training import Stop, StoppedEarly, load_run, resume
+from finetune_nb.stop import Stop, StoppedEarly
+from finetune_nb.training import load_run, resume
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from finetune_nb.evaluation import (
 )
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
-from finetune_nb.training import TrainingError, load_run, train
+from finetune_nb.stop import TrainingError
+from finetune_nb.training import load_run, train
 
 
 @pytest.fixture(scope="module")

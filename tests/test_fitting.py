@@ -23,7 +23,8 @@ from finetune_nb.fitting import (
 )
 from finetune_nb.metrics import Difference
 from finetune_nb.models import load_tokenizer
-from finetune_nb.training import TrainingError, load_run, train
+from finetune_nb.stop import TrainingError
+from finetune_nb.training import load_run, train
 
 ASKED = ("Who owns the {}?", "Tell me who has the {} now.", "Whose is that {} over there?", "The {} belongs to whom?")
 THINGS = "river tower bridge garden window kettle ladder pencil mirror candle".split()

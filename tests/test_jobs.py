@@ -36,9 +36,11 @@ from finetune_nb.jobs import (
     start_job,
 )
 from finetune_nb.losses import smoothed
+from finetune_nb.run_folder import last_checkpoint
 from finetune_nb.runs import read_run, trash_run
+from finetune_nb.stop import TrainingError
 from finetune_nb.tasks import ACTIVE, Task, in_words
-from finetune_nb.training import TrainingError, last_checkpoint, load_run, load_splits, resume, train
+from finetune_nb.training import load_run, load_splits, resume, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
 
@@ -213,7 +215,7 @@ class Boom(Exception):
 
 def failing_at(step, monkeypatch, error=None):
     "Training breaks inside a step."
-    from finetune_nb.training import FinetuneTrainer
+    from finetune_nb.trainer import FinetuneTrainer
 
     whole, kept = FinetuneTrainer.training_step, monkeypatch
 
@@ -249,7 +251,7 @@ def test_a_failure_before_the_first_point_leaves_no_folder(steady, splits, monke
 
 
 def test_a_loss_that_is_no_number(steady, splits, monkeypatch):
-    from finetune_nb.training import FinetuneTrainer
+    from finetune_nb.trainer import FinetuneTrainer
 
     monkeypatch.setattr(FinetuneTrainer, "training_step", lambda self, *args, **kwargs: torch.tensor(float("nan"), requires_grad=True))
     job = start_job(steady, splits, False)
@@ -386,7 +388,7 @@ def stop_when(said):
 
 @pytest.mark.parametrize("said", ["No question of one set", "trainable", "tokens: about"])
 def test_a_stop_while_getting_ready_ends_there(said, steady, splits, tmp_path, monkeypatch):
-    from finetune_nb.training import FinetuneTrainer
+    from finetune_nb.trainer import FinetuneTrainer
 
     monkeypatch.setattr(FinetuneTrainer, "training_step", lambda *args: pytest.fail("a step was taken"))
     job = start_job(steady, splits, False, [stop_when(said)])

@@ -36,10 +36,11 @@ from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
+from finetune_nb.pictures import Picture
 from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
 from finetune_nb.runs_view import ExportView, RunsView, copy_adapter, empty_trash, loading_code
 from finetune_nb.train_view import FOREGROUND, TrainView, job_figures
-from finetune_nb.training import Picture, load_run, load_splits, train
+from finetune_nb.training import load_run, load_splits, train
 
 EVIL = "<img src=x onerror=alert(1)>"
 EVILS = (EVIL, f"""'">{EVIL}</pre></td>{EVIL}""")

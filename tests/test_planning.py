@@ -249,7 +249,8 @@ from datasets import Dataset
 from finetune_nb.config import load_config
 from finetune_nb.lora import add_lora
 from finetune_nb.packing import PackingCollator
-from finetune_nb.training import load_base, make_trainer
+from finetune_nb.trainer import make_trainer
+from finetune_nb.training import load_base
 
 folder = Path(sys.argv[1])
 config = load_config(folder / "config.yaml")

@@ -20,8 +20,9 @@ from finetune_nb.lm_eval_tasks import TaskReport, TaskScore
 from finetune_nb.range_test import RangeTest
 from finetune_nb.report import Findings, RunReport, answers_to, write_report
 from finetune_nb.several import _ask, _read
+from finetune_nb.stop import TrainingError
 from finetune_nb.sweep import sweep
-from finetune_nb.training import TrainingError, train
+from finetune_nb.training import train
 from finetune_nb.ways import Prompts
 
 EVIL = ["<img src=x onerror=alert(1)>", "</td></table><script>alert(1)</script>", "```\n<svg onload=x>", "[a](javascript:alert(1)) | ![b](http://evil/x.png)", "\"><iframe src='//evil'>", "</style><b onclick=x>"]

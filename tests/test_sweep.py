@@ -23,8 +23,9 @@ from finetune_nb.models import load_model
 from finetune_nb.packing import chat_losses
 from finetune_nb.range_test import RangeTest, lr_range_test, make_bare
 from finetune_nb.runs import list_runs
+from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.sweep import combinations, load_sweep, sweep
-from finetune_nb.training import Stop, TrainingError, load_base, load_run, train
+from finetune_nb.training import load_base, load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
 GRID = {"r": [2, 8], "learning_rate": [1e-4, 1e-2]}

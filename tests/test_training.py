@@ -20,16 +20,9 @@ from finetune_nb.lora import AdapterError, add_lora, load_adapter
 from finetune_nb.losses import mean_loss, token_losses
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
-from finetune_nb.training import (
-    Stop,
-    TrainingError,
-    last_checkpoint,
-    load_run,
-    load_splits,
-    resume,
-    total_steps,
-    train,
-)
+from finetune_nb.run_folder import last_checkpoint
+from finetune_nb.stop import Stop, TrainingError
+from finetune_nb.training import load_run, load_splits, resume, total_steps, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
 
