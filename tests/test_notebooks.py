@@ -1,15 +1,26 @@
 """Every notebook runs top to bottom in a real kernel from a fresh start."""
 
+import sys
+
+import kernels
 import pytest
 from conftest import ROOT
+from jupyter_client.provisioning import local_provisioner
 
 from finetune_nb.cli import run_notebook
 
 CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    "Kernels come out of a process that has loaded torch; on Windows, which has no fork, they load it themselves."
+    if sys.platform != "win32":
+        monkeypatch.setattr(local_provisioner, "launch_kernel", kernels.Forked)
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_chapter(name, tmp_path):
+def test_chapter(name, tmp_path, forked):
     run_notebook(ROOT / "nbs" / name, tmp_path / name, {})
 
 
