@@ -105,8 +105,7 @@ def test_the_tutorial_by_hand(lab):
     press(lab, "Train")
     until_card(lab, "step", "^[1-9]")
     picture = lab.wait(PICTURE, "there is a curve")
-    answer = lab.execute("6 * 7")
-    assert answer.text == "42" and answer.seconds < 0.5, answer
+    assert lab.execute("room.train.job.state, 6 * 7").text == "('running', 42)"  # how fast: benchmarks/panel_speed.py
     lab.wait(f"before => ({PICTURE})() !== before", "the curve has grown", picture)
     press(lab, "Stop")
     lab.see("Stopped and saved", SLOW)
