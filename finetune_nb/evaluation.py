@@ -29,7 +29,7 @@ from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, md_cell, text_table
 from .generation import Sampling, continuations, greedy
-from .kept import is_old, save_kept
+from .kept import MARK, adapter_mark, is_old, save_kept
 from .lora import without_adapter
 from .losses import inner_model
 from .metrics import Difference, wilson_interval
@@ -450,4 +450,4 @@ def _save_report(comparison: Comparison, folder: Path, name: str) -> None:
     with replacing(folder / f"answers{name.removeprefix('report')}.jsonl") as file:
         for report in (comparison.base, comparison.tuned):
             for row in report.rows:
-                file.write(json.dumps({"model": report.name, **asdict(row)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"model": report.name, **asdict(row), MARK: adapter_mark(folder)}, ensure_ascii=False) + "\n")

@@ -24,6 +24,7 @@ from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_f
 from .kept import is_old, save_kept
 from .metrics import FEWEST, Difference, paired_difference
 from .scores import difference_text, finite
+from .several import resting_on
 from .sweep import load_sweep
 from .training import Run, TrainingError, clock_time, inlined, kept_sets, load_run, plot_history
 
@@ -246,13 +247,14 @@ def write_report(
     run: Run | str | Path,  # a finished run, or its folder
     sections: dict[str, Section] | Sequence[Section] = (),  # more of them, by title: a sweep, a comparison of runs, your own; also reports of this run that are not in its folder
     measure: bool = False,  # measure what is missing: answer the test set, forgetting, fitting
+    score: str | None = None,  # the check or score that the verdict rests on; None: that of the comparison, as it is kept
 ) -> RunReport:
     "Puts all that the folder of a run holds into report.html, report.md and report.json there. Raises `TrainingError` for no finished run, `ConfigError` for what is no section or can't be read."
     run = run if isinstance(run, Run) else load_run(run)
-    given = _titled(sections)
+    given = {title: _resting_on(part, score) if isinstance(part, Comparison) else part for title, part in _titled(sections).items()}
     if measure:
         _measure_missing(run)
-    found = _findings(run, given)
+    found = _findings(run, given, score)
     forgetting = {TITLES["forgetting"] + (f": {report.items}" if n else ""): report for n, report in enumerate(found.forgetting)}
     own = {TITLES["comparison"]: found.comparison, **forgetting, TITLES["baselines"]: found.baselines, TITLES["fitting"]: found.fitting}
     shown = {title: part for title, part in own.items() if part is not None}
@@ -261,6 +263,15 @@ def write_report(
     report = RunReport(run.folder.name, found, answers_to(found, run), shown | {TITLES["training"]: Trained(run)})
     report.save(run.folder)
     return report
+
+
+def _resting_on(comparison: Comparison | None, score: str | None) -> Comparison | None:
+    "The comparison by another score; it is kept so until another one is chosen."
+    if score is None:
+        return comparison
+    if comparison is None:
+        raise ConfigError(f"There is no verdict to rest on {score!r}: the test set was not answered. Let evaluate_run do that, or measure=True.")
+    return replace(comparison, base=resting_on(comparison.base, score), tuned=resting_on(comparison.tuned, score))
 
 
 def _titled(sections: dict[str, Section] | Sequence[Section]) -> dict[str, Section]:
@@ -274,12 +285,12 @@ def _titled(sections: dict[str, Section] | Sequence[Section]) -> dict[str, Secti
     return named
 
 
-def _findings(run: Run, given: dict[str, Section]) -> Findings:
+def _findings(run: Run, given: dict[str, Section], score: str | None) -> Findings:
     "What was given of this run, else what its folder holds."
     one = lambda kind: next((part for part in given.values() if isinstance(part, kind)), None)  # noqa: E731
     forgetting = [part for part in given.values() if isinstance(part, Forgetting)]
     kept = [report for report in load_forgetting(run.folder) if report.items not in [part.items for part in forgetting]]
-    comparison = one(Comparison) or load_comparison(run.folder)
+    comparison = one(Comparison) or _resting_on(load_comparison(run.folder), score)
     return Findings(
         comparison, fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
         *_leaks(run, comparison), _old_files(run.folder, given),

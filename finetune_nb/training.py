@@ -924,6 +924,7 @@ def make_trainer(
 ) -> FinetuneTrainer:
     "The trainer of a run; call its `train` inside `collator.attention(model)`."
     arguments = training_arguments(config, Path(folder), len(rows["train"]), needs_autocast(model), resumed)
+    arguments.use_cache = getattr(model.config, "use_cache", True)  # the Trainer writes it into the model, where "no" would make generation slow
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, or a step would hold more chats than was asked for
     validation = rows.get("validation") if config.eval_strategy != "no" else None
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
