@@ -7,10 +7,10 @@
 when there is none yet. Ours runs twice: as `generate` does in an evaluation, where the right answers serve as guesses too, and
 `blind`, where they are not known. Prints for each engine the median seconds over the rounds (CPU time of the process, which other
 work on the machine disturbs least, and by the clock), answers per second, the ratio to the pipeline, how many answers are the
-pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. Greedy; each engine answers a question before it
-is timed. In fp32 all answers are to be the same; in bfloat16, which an evaluation uses where the machine has it, what is computed together
-decides the last bit, and with it now and then a word, in the pipeline too: `--again 1` asks it once more with batches of one, and says
-how many of its answers stay the same.
+pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. Greedy; each engine answers
+a question before it is timed. In fp32 all answers are to be the same; in bfloat16, which an evaluation uses where the machine has
+it, what is computed together decides the last bit, and with it now and then a word, in the pipeline too: `--again 1` asks it once
+more with batches of one, and says how many of its answers stay the same.
 """
 
 import argparse
