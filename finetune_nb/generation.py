@@ -470,7 +470,7 @@ def continuations(
         return [writer.answers[i] for i in range(len(prompts))]
     finally:
         model.train(training)
-        release_memory()
+        release_memory(cycles=False)
 
 
 def _write(writer: _Writer, n: int, told: Callable[[int], None]) -> None:
@@ -489,6 +489,7 @@ def _write(writer: _Writer, n: int, told: Callable[[int], None]) -> None:
         writer.slots.kept.clear()  # outside of the handler, which holds on to what was computed
         release_memory()
         writer.start(n)
+    writer.slots.kept.clear()
 
 # %% ../nbs/08ca_generation.ipynb #d9c2fb4c
 def _tell_once(model: PreTrainedModel, reason: str) -> None:

@@ -337,7 +337,7 @@ class FinetuneTrainer(Trainer):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     losses = token_losses(self.model, batch.to(self.args.device))
                 sums += torch.tensor([losses.double().sum().item(), len(losses)])
-        release_memory()
+        release_memory(cycles=False)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1), f"{metric_key_prefix}_runtime": time.monotonic() - started}
         self.log(metrics)

@@ -1,5 +1,6 @@
 """Kernels that are forked from a process which has imported the package: each is a fresh start, without the seconds that torch takes to load."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ def _server() -> Any:
 
 
 def _kernel(connection: str, cwd: str | None, env: dict[str, str]) -> None:
+    gc.freeze()  # what is loaded by now is no garbage, and need not be looked at each time that garbage is collected
     os.setsid()
     os.chdir(cwd or ".")
     os.environ.clear()
