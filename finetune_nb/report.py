@@ -22,7 +22,7 @@ from .evaluation import Comparison, compare, comparison_parts, evaluate_run, htm
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
 from .kept import is_old, save_kept
-from .metrics import FEWEST, Difference, paired_difference
+from .metrics import FEWEST, Difference, free_name, paired_difference
 from .scores import difference_text, finite
 from .several import resting_on
 from .sweep import load_sweep
@@ -279,6 +279,7 @@ def _titled(sections: dict[str, Section] | Sequence[Section]) -> dict[str, Secti
     for part in () if isinstance(sections, dict) else sections:
         title = str(getattr(part, "title", None) or type(part).__name__)
         named[title if title not in named else f"{title} ({len(named) + 1})"] = part
+    named = {free_name(title, TITLES.values()): part for title, part in named.items()}
     for title, part in named.items():
         if missing := [name for name in ("to_dict", "to_markdown", "_repr_html_") if not hasattr(part, name)]:
             raise ConfigError(f"{title}: a {type(part).__name__} is no section of a report, as it has no {', '.join(missing)}.")

@@ -19,15 +19,15 @@ from .data import Chat, check_leaks, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import asked_chats, evaluate, evaluate_run, html_page, load_comparison, packing_of
 from .kept import is_old, save_kept
-from .metrics import Difference
+from .metrics import Difference, holm
 from finetune_nb.scores import (
     LENGTH,
     LOSS,
     PERPLEXITY,
     EvalReport,
     alike,
+    comparisons,
     difference_texts,
-    differences,
     finite,
     main_figures,
 )
@@ -116,14 +116,19 @@ class SeveralRuns:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        "By run, the paired differences to the first by the name of the figure."
-        first = self.reports[0]
-        return {other.name: {name: gap for name, gap in differences(first, other).items() if name not in self.apart[other.name]} for other in self.reports[1:]}
+        "By run, the paired differences to the first by the name of the figure; the verdicts of a figure hold together."
+        found = {other.name: comparisons(self.reports[0], other) for other in self.reports[1:]}
+        told = {}
+        for name in dict.fromkeys(name for figures in found.values() for name in figures):
+            told[name] = holm({run: figures[name] for run, figures in found.items() if name in figures and name not in self.apart[run]})
+        return {run: {name: told[name][run] for name in figures if run in told[name]} for run, figures in found.items()}
 
     @property
     def notes(self) -> list[str]:
-        "What is not comparable, and why."
+        "What is not comparable, and why; and how verdicts were corrected."
         said = [f"Not compared: {name} {why}." for name, why in self.left_out.items()]
+        if len(self.reports) > 2:
+            said.append(f"{len(self.reports) - 1} runs are held against {self.reports[0].name}: the verdicts of a figure hold together (Holm's correction), each with the interval by which it was decided.")
         for other in self.reports[1:]:
             said += [f"{what[0].upper()}{what[1:]}." for what in conditions_apart(self.reports[0], other)]
             for why in dict.fromkeys(self.apart[other.name].values()):

@@ -339,14 +339,27 @@ def test_the_verdict(quick, splits):
     hard, base = rng.random(100), rng.random(100) + 3
     told = planted(result, [hard + 1 + rng.normal(0, 0.02, 100), hard + 0.505 + rng.normal(0, 0.1, 100), hard + 0.5 + rng.normal(0, 0.1, 100)], base)
     low, mid, high = told.combinations
-    assert told.best is high and told.equals == [high, mid] and told.advice is mid
+    assert told.best is high and told.not_told_apart == [high, mid] and told.advice is mid
     assert told.differences[low.name].verdict == "worse" and told.differences[low.name].mean == pytest.approx(0.5, abs=0.05)
     assert "r=8, learning_rate=0.001 is the best of 3" in told.verdict and "Not to be told from it on 100 validation chats: r=4" in told.verdict
-    assert "Take r=4, learning_rate=0.001: as good, with an adapter of" in told.verdict and "r=8 is the highest that was tried" in told.verdict
+    assert "Take r=4, learning_rate=0.001: it can't be told from the best, with an adapter of" in told.verdict and "The 2 verdicts against the best hold together (Holm" in told.verdict and "as good" not in told.verdict and "r=8 is the highest that was tried" in told.verdict
     told = planted(result, [hard + 1, hard + 0.4, hard + 0.9], base)
-    assert told.equals == [told.combinations[1]] and "Every other one is worse by more than chance" in told.verdict and "may lie beyond" not in told.verdict
+    assert told.not_told_apart == [told.combinations[1]] and "Every other one is worse by more than chance" in told.verdict and "may lie beyond" not in told.verdict
+    told = planted(result, [hard, hard + 0.01 * rng.normal(0, 1, 100), hard + 0.2], hard + 0.01 * rng.normal(0, 1, 100))
+    assert told.gain.verdict == "can't tell" and "Whether that is better than the base model 100 validation chats can't tell" in told.verdict and "Take" not in told.verdict
     told = planted(result, [hard, hard + 0.1, hard + 0.2], hard - 0.5)
-    assert "none of these settings is worth training" in told.verdict and "Take" not in told.verdict
+    assert "worse than the base model: none of these settings is worth training" in told.verdict and "Take" not in told.verdict
+
+
+def test_many_settings_that_change_nothing_are_rarely_told_apart(quick, splits):
+    result = sweep(replace(quick, max_steps=1, eval_strategy="steps"), {"r": [2, 3, 4, 5, 6, 7, 8, 9]}, splits, say=quiet)
+    told = []
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        hard = rng.random(60)
+        found = planted(result, [hard + rng.normal(0, 0.3, 60) for _ in result.combinations], hard + 3)
+        told.append(len(found.not_told_apart) == 8)
+    assert np.mean(told) >= 0.75, "one by one, the luckiest of eight is told from some other more often than not"
 
 
 def test_the_losses_of_chats_are_those_of_the_run(done, tokenizer):
