@@ -45,6 +45,7 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
+    how_many,
     wins,
 )
 from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, kept_sets, peak_memory_gib
@@ -164,7 +165,7 @@ class Comparison:
         "The verdict with the figures that it rests on."
         name, base, tuned = self.base.main, self.base.figures(), self.tuned.figures()
         shared = f"{self.facts['shared questions']} " if "shared questions" in self.facts else ""
-        said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {len(self.base.rows)} test chats: {self.told.get(name, self.verdict)}."
+        said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
         return shared + (said if LOSS not in self.told or name == LOSS else f"{said} Loss per token: {self.told[LOSS]}.")
 
     @cached_property
@@ -196,7 +197,7 @@ class Comparison:
     @property
     def head(self) -> tuple[str, str, str, str]:
         "The names of the columns of `lines`."
-        return f"{len(self.base.rows)} test chats", self.base.name, self.tuned.name, "difference"
+        return how_many(len(self.base.rows)), self.base.name, self.tuned.name, "difference"
 
     def wins(self) -> list[tuple[str, str, str, str]]:
         "For each figure, on how many chats the tuned model is better, worse, alike."

@@ -170,7 +170,8 @@ def _should(found: Findings) -> str:
     against = ""
     if gap is not None:
         share = set(report.results[0].scores[report.score]) <= {0.0, 1.0}
-        against = f" The tuned model against {report.best.name!r}, the best way of asking: {difference_text(report.score, gap, share)}."
+        if all(way.name != TUNED for way in report.results):  # else its own reason says so
+            against = f" The tuned model against {report.best.name!r}, the best way of asking: {difference_text(report.score, gap, share)}."
     return f"{report.verdict.capitalize()}. {report.reason}{against}"
 
 # %% ../nbs/09h_report.ipynb #33706173

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'NO_DIRECTION', 'EvalRow', 'EvalReport', 'labels_of', 'main_figures', 'finite', 'comparisons',
-           'differences', 'difference_text', 'difference_texts', 'wins', 'changed_most', 'alike']
+           'differences', 'difference_text', 'how_many', 'difference_texts', 'wins', 'changed_most', 'alike']
 
 # %% ../nbs/08e_scores.ipynb #133c5624
 import math
@@ -18,6 +18,7 @@ from .checks import ENDED, GUESSED, LENGTH, LOSS, PERPLEXITY, group_of, telling_
 from .display import md_cell
 from .kept import reading
 from finetune_nb.metrics import (
+    FEWEST,
     Classification,
     Difference,
     Estimate,
@@ -250,8 +251,15 @@ def difference_text(
         return verdict
     low, high = difference.low, difference.high
     size = f"{100 * low:+.0f} to {100 * high:+.0f} points" if share else f"{low:+.2g} to {high:+.2g}" if math.isfinite(low) else "one alone says nothing"
-    more = f"; {difference.too_few}" if difference.too_few else f"; shows with about {difference.needed:,} questions" if difference.needed else ""
+    more = f"; shows with about {difference.needed:,} questions" if difference.needed and not difference.too_few else ""
     return f"{verdict} ({size}{more})"
+
+
+def how_many(
+    n: int,  # test chats
+) -> str:
+    "The size of a test set, and whether it is too small for a verdict."
+    return f"{n} test chat{'s' * (n != 1)}" + (f" (too few for a verdict, which takes {FEWEST})" if n < FEWEST else "")
 
 
 def difference_texts(

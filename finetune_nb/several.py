@@ -29,6 +29,7 @@ from finetune_nb.scores import (
     comparisons,
     difference_texts,
     finite,
+    how_many,
     main_figures,
 )
 from .training import Run, kept_sets, load_run
@@ -150,7 +151,7 @@ class SeveralRuns:
     @property
     def head(self) -> list[str]:
         "The names of the columns."
-        return [f"{len(self.reports[0].rows)} test chats", *(report.name for report in self.reports)]
+        return [how_many(len(self.reports[0].rows)), *(report.name for report in self.reports)]
 
     def table(self) -> list[list[str]]:
         "A line for each figure: that of the first run, and those of the others with their difference to it."

@@ -25,6 +25,7 @@ from finetune_nb.scores import (
     changed_most,
     difference_texts,
     differences,
+    how_many,
     labels_of,
     wins,
 )
@@ -204,4 +205,4 @@ def test_no_label_of_a_user_gives_way():
 def test_small_comparisons_say_why_there_is_no_verdict():
     rows = lambda right: [row(i, right, 1.0 + i % 2 - right / 2, 4, 0.5, 3, True) for i in range(4)]  # noqa: E731
     told = difference_texts(EvalReport("a", rows(False)), EvalReport("b", rows(True)))
-    assert told["exact match"] == "can't tell (+7 to +100 points; 4 chats are too few for a verdict, it takes 10 at least)"
+    assert told["exact match"] == "can't tell (+7 to +100 points)" and how_many(4) == "4 test chats (too few for a verdict, which takes 10)"
