@@ -84,7 +84,7 @@ def go_through(album: Album, lab: Lab) -> None:
     album.both("stopped")
     lab.click("Compare")
     album.press("Answer the test set")
-    lab.see("8 test questions", 240)
+    lab.see("16 test questions", 240)
     album.both("compare")
     if not album.everything:
         return
