@@ -25,7 +25,7 @@ def make_readme() -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"\]\((images/|tutorials/|\d\d[a-z]*_\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((images/|tutorials/|\w+\.ipynb)", r"](nbs/\1", text)
     text = "<!-- made from nbs/index.ipynb by `make build`; edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     (ROOT / "README.md").write_text(text, encoding="utf-8")
 

@@ -1,15 +1,16 @@
 """Answers per second on the ICD-10 test set: ours and transformers' pipeline, same model, settings, batch size and chat template, in turn.
 
     python benchmarks/generation_speed.py [--questions 48] [--rounds 3] [--models base tuned] [--adapter FOLDER]
-        [--system-tokens 0 300] [--max-new-tokens 64] [--batch-size 16] [--threads 1]
+        [--system-tokens 0 300] [--max-new-tokens 64] [--batch-size 16] [--threads 1] [--dtype float32]
 
 `tuned` is the embedded model with the adapter in the folder given with `--adapter`, where one is trained for `--steps` steps and kept
 when there is none yet. Ours runs twice: as `generate` does in an evaluation, where the right answers serve as guesses too, and
 `blind`, where they are not known. Prints for each engine the median seconds over the rounds (CPU time of the process, which other
 work on the machine disturbs least, and by the clock), answers per second, the ratio to the pipeline, how many answers are the
-pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. All in fp32, greedy; each
-engine answers a question
-before it is timed.
+pipeline's to the token, and for ours the steps, the tokens computed, and how many guesses were right. Greedy; each engine answers
+a question before it is timed. In fp32 all answers are to be the same; in bfloat16, which an evaluation uses where the machine has
+it, what is computed together decides the last bit, and with it now and then a word, in the pipeline too: `--again 1` asks it once
+more with batches of one, and says how many of its answers stay the same.
 """
 
 import argparse
@@ -95,6 +96,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--again", type=int, default=0, help="a batch size in which the pipeline is asked once more, untimed")
     options = parser.parse_args()
     adapter = tuned_adapter(options.adapter, options.steps) if "tuned" in options.models else None
     torch.set_num_threads(options.threads)
@@ -104,7 +107,7 @@ def main() -> None:
         "ours, blind": lambda *given: by_slots(*given, blind=True),
     }
     for name in options.models:
-        model, tokenizer = load_model(dtype=torch.float32, use_cpu=True, say=lambda line: None)
+        model, tokenizer = load_model(dtype=getattr(torch, options.dtype), use_cpu=True, say=lambda line: None)
         if name == "tuned":
             from peft import PeftModel
 
@@ -140,6 +143,10 @@ def _compare(engines: dict[str, Any], options: argparse.Namespace, model: Any, t
             f"  {name:<12} {figures}  same answers {same}/{len(chats)}  {said[name][1]}",
             flush=True,
         )
+    if options.again:
+        alone = by_pipeline(model, tokenizer, chats, options.max_new_tokens, options.again)[0]
+        same = sum(a == b for a, b in zip(alone, said["pipeline"][0], strict=True))
+        print(f"  the pipeline in batches of {options.again}: same answers {same}/{len(chats)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""The demo's whole verdict: should you, did it help, and what did it cost?
+"""The demo's whole verdict: should you, did it help, what did it cost, and what went wrong?
 
-    python benchmarks/icd10_report.py [--run demo/runs/run-001] [--questions 100] [--general 60] [--out icd10_report.json]
+    python benchmarks/icd10_report.py [--run demo/runs/run-001] [--questions 100] [--general 241] [--out icd10_report]
 
 Asks the test questions of the ICD-10 demo in every way there is (the plain question, a better prompt, examples, retrieval over
-the training chats and over the index of the ICD-10), then the tuned model, on the same questions; measures what was forgotten;
-and compares base and tuned on the held-out chats. Without --run it trains first, with the settings of `make demo`; `make demo`
-leaves such a run in demo/runs. Prints a Markdown table with the verdicts under it, and writes everything, answers included, as JSON.
+the training chats and over the index of the ICD-10), then the tuned model, on the same questions; compares base and tuned on them;
+measures what was forgotten and what was learned by heart; and looks for what went wrong. Without --run it trains first, with the
+settings of `make demo`; `make demo` leaves such a run in demo/runs. The run and its report (report.html, report.md, report.json)
+go to the folder --out; the Markdown is printed too.
 """
 
 import argparse
-import json
-import tempfile
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from finetune_nb.baselines import TUNED, BaselineReport, add_tuned, should_you_finetune
+from finetune_nb.baselines import BaselineReport, add_tuned, should_you_finetune
 from finetune_nb.config import FinetuneConfig
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats, icd10_entries
-from finetune_nb.evaluation import Comparison, evaluate_run
-from finetune_nb.forgetting import Forgetting, measure_forgetting
+from finetune_nb.evaluation import evaluate_run
+from finetune_nb.fitting import measure_fitting
+from finetune_nb.forgetting import measure_forgetting
+from finetune_nb.report import write_report
 from finetune_nb.training import Run, kept_sets, load_base, load_run, train
 from finetune_nb.ways import Way, few_shot_similar, with_system
 
@@ -60,40 +61,10 @@ def ask_base(config: FinetuneConfig, data: Splits, k: int) -> BaselineReport:
     return should_you_finetune(config, data, system=PROMPT, documents=index, k=k, ways=ways, loaded=load_base(config))
 
 
-def markdown(report: BaselineReport) -> str:
-    "The ways and the tuned model as one table."
-    rows = [report.head, ("---",) * len(report.head), *report.table()]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-
-
-def verdicts(before: BaselineReport, after: BaselineReport, comparison: Comparison, forgotten: Forgetting, run: Run) -> list[str]:
-    "What to read under the table."
-    figures = [f"{name} {base} → {tuned}" for name, base, tuned in comparison.table()]
-    return [
-        f"Before training: {before.verdict}. {before.reason}",
-        f"With the tuned model: {after.verdict}. {after.reason}",
-        f"Base → {TUNED}, {len(comparison.base.rows)} held-out chats: {'; '.join(figures)}.",
-        f"What was lost ({forgotten.items}): {forgotten.reason}",
-        f"Training: {run.facts['steps']} steps in {run.facts['seconds']:.0f} s on {run.facts['hardware']}; {run.facts['parameters']}.",
-        *after.notes,
-    ]
-
-
-def everything(before: BaselineReport, after: BaselineReport, comparison: Comparison, forgotten: Forgetting, run: Run) -> dict[str, Any]:
-    "All of it as plain values."
-    return {
-        "should_you": {"verdict": before.verdict, "reason": before.reason},
-        "ways": after.to_dict(),
-        "base_against_tuned": {name: {"base": base, TUNED: tuned} for name, base, tuned in comparison.table()},
-        "forgetting": forgotten.to_dict(),
-        "run": {name: run.facts[name] for name in ("steps", "seconds", "hardware", "parameters", "versions", "seed")},
-    }
-
-
-def _aside(run: Run, config: FinetuneConfig, folder: Path) -> Run:
-    "The same run with a folder for its reports that is thrown away: those that it has are about other questions."
-    (folder / run.folder.name).mkdir()
-    return replace(run, config=config, folder=folder / run.folder.name, loaded=(run.model, run.tokenizer))
+def copied(run: Run, config: FinetuneConfig, folder: Path) -> Run:
+    "The same run in a folder of its own, without the reports that it has, which are about other questions."
+    made = shutil.ignore_patterns("checkpoint-*", "report.*", "answers.jsonl", "baselines.json", "fitting.json", "forgetting*.json")
+    return replace(run, config=config, folder=shutil.copytree(run.folder, folder / run.folder.name, ignore=made))
 
 
 def main() -> None:
@@ -101,24 +72,22 @@ def main() -> None:
     parser.add_argument("--run", help="folder of a finished run, such as make demo leaves in demo/runs; without it one is trained")
     parser.add_argument("--chats", type=int, default=1000, help="training chats, without --run (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="test questions (default: %(default)s)")
-    parser.add_argument("--general", type=int, default=60, help="general questions, of 241, for what was forgotten (default: %(default)s)")
+    parser.add_argument("--general", type=int, default=241, help="general questions, of 241, for what was forgotten (default: %(default)s)")
     parser.add_argument("--k", type=int, default=3, help="examples or passages in a prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", default="icd10_report.json", help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--out", default="icd10_report", help="folder of the run with its report (default: %(default)s)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = load_run(options.run) if options.run else None
-        config = replace(run.config, max_eval_samples=options.questions) if run else settings(options, folder)
-        data = kept_sets(run.folder, config) if run else icd10_chats(n_train=options.chats, seed=options.seed)
-        before = ask_base(config, data, options.k)
-        run = _aside(run, config, Path(folder)) if run else train(config, data)
-        after, comparison = add_tuned(before, run), evaluate_run(run)
-        forgotten = measure_forgetting(run, limit=options.general)
-    found = (before, after, comparison, forgotten, run)
-    print(markdown(after), *verdicts(*found), sep="\n\n")
-    with open(options.out, "w", encoding="utf-8") as file:
-        json.dump(everything(*found), file, ensure_ascii=False, indent=1)
-    print(f"\nEverything, answers included: {options.out}")
+    run = load_run(options.run) if options.run else None
+    config = replace(run.config, max_eval_samples=options.questions) if run else settings(options, options.out)
+    data = kept_sets(run.folder, config) if run else icd10_chats(n_train=options.chats, seed=options.seed)
+    before = ask_base(config, data, options.k)
+    run = copied(run, config, Path(options.out)) if run else train(config, data)
+    add_tuned(before, run)
+    evaluate_run(run)
+    measure_forgetting(run, limit=options.general)
+    measure_fitting(run)
+    report = write_report(run)
+    print(f"Before training: {before.verdict}. {before.reason}\n\n{report.to_markdown()}\nAll of it: {run.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from finetune_nb.data import ANSWER_PATTERN
 from finetune_nb.panel import panel
 
 data = icd10_chats()
-few = Splits(data.train, data.validation[:8], data.test[:8])
+few = Splits(data.train, data.validation[:8], data.test[:16])
 config = FinetuneConfig(max_new_tokens=48, max_steps=40, eval_strategy="steps", eval_steps=10, answer_pattern=ANSWER_PATTERN)
 config = apply_preset(config, "quick look")
 config.max_steps, config.eval_strategy, config.eval_steps = 40, "steps", 10
@@ -84,7 +84,7 @@ def go_through(album: Album, lab: Lab) -> None:
     album.both("stopped")
     lab.click("Compare")
     album.press("Answer the test set")
-    lab.see("8 test questions", 240)
+    lab.see("16 test questions", 240)
     album.both("compare")
     if not album.everything:
         return

@@ -1,11 +1,16 @@
 """What the panel costs: until it is there, what a cell waits beside a run, and what the run pays for being watched.
 
     python benchmarks/panel_speed.py [--steps 25] [--rounds 3] [--chats 400]
+    python benchmarks/panel_speed.py --runs 40      # in place of it: what it costs that many runs are in the folder
 
 All of it happens in a real kernel, whose messages to the page are made and sent; no browser takes them. The panel counts as displayed
 when the kernel has sent it all (the browser tests see it drawn). A cell is `6 * 7`, from its request to its reply. Each round trains
 the same steps bare (`train`), watched (a job with the panel), and watched with answers to the fixed questions, which are a feature of
 the job and no cost of looking. The seconds are those after the fifth step, looks at the validation set included, which all have.
+
+With `--runs`, a run of two steps is trained and copied under as many names, each with an r and a learning_rate of its own. `new` means that
+this kernel has read none of them before, as after its start; a slider has moved when the plan beside it is new; the table is opened by the
+button Refresh. Each figure is the median of five.
 """
 
 import argparse
@@ -52,6 +57,57 @@ room.train.attach(job)"""
 PANEL = "began = time.perf_counter()\nroom = panel(config, data)\ndisplay(room)\nmade = time.perf_counter() - began"
 READ = "while room.data.ready is None: time.sleep(0.01)"
 
+MANY = """
+import re
+import statistics
+import threading
+from pathlib import Path
+from finetune_nb import runs as runs_chapter
+few = FinetuneConfig(gradient_accumulation_steps=1, eval_strategy="no", max_steps=2, output_dir={folder!r})
+first = train(few, data, say=lambda line: None)
+first.release()
+for number in range({runs}):
+    folder = Path({folder!r}) / f"run-{{number + 1:03}}"
+    if number:
+        shutil.copytree(first.folder, folder)
+    text = re.sub(r"(?m)^r: [^ ]+", f"r: {{2 ** (2 + number % 5)}}", (folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^learning_rate: [^ ]+", f"learning_rate: {{(number // 5 + 1) * 1e-5}}", text))
+config = FinetuneConfig(output_dir={folder!r})
+
+def median(act, before=lambda: None):
+    "Of five; what goes before is not counted."
+    took = []
+    for _ in range(5):
+        before()
+        began = time.perf_counter()
+        act()
+        took.append(time.perf_counter() - began)
+    return round(statistics.median(took), 3)
+
+def move():
+    room.form.controls["r"].value = next(ranks)
+
+def choose(names):
+    room.runs.chosen.value = names
+
+def settle():
+    while room.data.ready is None or any(thread.name == "Reading" for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+ranks = iter([8, 32, 64, 4, 128])
+room = panel(config, data)
+settle()
+room.close()
+"""
+FIGURES = {
+    "panel(), runs new": 'median(lambda: globals().update(room=panel(config, data)), lambda: (settle(), runs_chapter._READ.clear()))',
+    "panel() again": 'median(lambda: globals().update(room=panel(config, data)), settle)',
+    "a slider": "(settle(), median(move))[1]",
+    "the table, runs new": "median(room.runs.renew.click, runs_chapter._READ.clear)",
+    "the table again": "median(room.runs.renew.click)",
+    "all curves": "median(lambda: choose(room.runs.chosen.options), lambda: choose(()))",
+}
+
 
 class Kernel:
     "A kernel, and what its cells print."
@@ -87,13 +143,29 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
 
+def beside_many_runs(options: argparse.Namespace) -> None:
+    "Prints what the panel costs where many runs are in the folder."
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = Kernel()
+        try:
+            print(kernel.run(SETUP.format(chats=options.chats, steps=options.steps, folder=folder))[0])
+            kernel.run(MANY.format(runs=options.runs, folder=folder))
+            for what, code in FIGURES.items():
+                print(f"{options.runs} runs, {what}: {kernel.value(code):.3f} s")
+        finally:
+            kernel.end()
+
+
 def main() -> None:
     "Prints the figures."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--chats", type=int, default=400, help="training chats (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=0, help="measure the panel beside this many runs in the folder, and no run at work")
     options = parser.parse_args()
+    if options.runs:
+        return beside_many_runs(options)
     took: dict[str, list[tuple[float, float]]] = {"bare": [], "watched": [], "watched, with answers": []}
     with tempfile.TemporaryDirectory() as folder:
         kernel = Kernel()

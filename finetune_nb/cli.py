@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,12 +56,13 @@ def _with_changes(
 def train_command(options: argparse.Namespace) -> None:
     "Trains, then evaluates on the test set when there is one."
     config = _with_changes(load_config(options.config), options.set)
+    _check_score(options.score, config.answer_pattern)  # before the minutes of a training
     from finetune_nb.training import train
 
     run = train(config)
     print(f"\n{run}", flush=True)
     if run.test and not options.no_evaluate:
-        _evaluate(run)
+        _evaluate(run, score=options.score)
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -68,7 +70,9 @@ def evaluate_command(options: argparse.Namespace) -> None:
     from finetune_nb.data import load_chats
     from finetune_nb.training import load_run
 
-    _evaluate(load_run(options.run), load_chats(options.data) if options.data else None)
+    run = load_run(options.run)
+    _check_score(options.score, run.config.answer_pattern)
+    _evaluate(run, load_chats(options.data) if options.data else None, options.score)
 
 
 def diagnose_command(options: argparse.Namespace) -> None:
@@ -83,16 +87,21 @@ def report_command(options: argparse.Namespace) -> None:
     "All that is known of a run in one page; measures what is missing when asked to."
     from finetune_nb.report import write_report
 
-    report = write_report(options.folder, measure=options.measure)
-    paths = [f"{Path(options.folder) / 'report'}.{ending}" for ending in ("html", "md", "json")]
+    report = write_report(options.run, measure=options.measure, score=options.score)
+    paths = [f"{Path(options.run) / 'report'}.{ending}" for ending in ("html", "md", "json")]
     print(f"\n{report}\n\nReport:   {paths[0]}\nMarkdown: {paths[1]}\nJSON:     {paths[2]}")
 
 
 def compare_command(options: argparse.Namespace) -> None:
     "Several runs on the test chats of the first."
-    from finetune_nb.several import compare_runs
+    from finetune_nb.several import check_ending, compare_runs
 
-    print(f"\n{compare_runs(options.runs, missing=not options.saved)}")
+    if options.out:
+        check_ending(options.out)  # before runs are asked
+    found = compare_runs(options.runs, missing=not options.saved, score=options.score)
+    print(f"\n{found}")
+    if options.out:
+        print(f"\nComparison: {found.save(options.out)}")
 
 
 def _pair(word: str, option: str) -> tuple[str, str]:
@@ -152,12 +161,24 @@ def check_command(options: argparse.Namespace) -> None:
         print(f"\nReport: {report.save(options.save)}")
 
 
-def _evaluate(run: Any, chats: list | None = None) -> None:
+def _check_score(score: str | None, pattern: str) -> None:
+    "Raises `ConfigError` that names the known scores, before anything takes time."
+    if score is None:
+        return
+    from finetune_nb.checks import judge, make_checks
+    from finetune_nb.data import Chat
+
+    passed, scores = judge("", Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]), make_checks(None, pattern or None))
+    if score not in (known := [*passed, *scores, "ended by itself"]):
+        raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}." + (" An answer_pattern in the configuration gives more." if not pattern else ""))
+
+
+def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> None:
     from finetune_nb.evaluation import evaluate_run, report_name
 
     name = report_name(run, chats)
     whole = name == "report" and '"headline"' in _text(run.folder / "report.json")
-    print(f"\n{evaluate_run(run, chats)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html")
+    print(f"\n{evaluate_run(run, chats, score=score)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html")
     if whole:  # the page held more than the comparison
         from finetune_nb.report import write_report
 
@@ -321,6 +342,19 @@ def _port(text: str) -> int:
     return port
 
 
+def _takes_run(commands: Any, name: str, command: Callable[[argparse.Namespace], None], about: str, which: str = "a finished run, such as runs/run-001") -> argparse.ArgumentParser:
+    "The parser of a command that is about one run."
+    parser = commands.add_parser(name, help=about)
+    parser.add_argument("run", metavar="RUN", help=f"the folder of {which}")
+    parser.set_defaults(run_command=command)
+    return parser
+
+
+def _takes_score(parser: argparse.ArgumentParser) -> None:
+    "Lets the user choose what a verdict rests on."
+    parser.add_argument("--score", metavar="NAME", help="the figure that the verdict rests on, such as 'exact match' or 'token F1' (default: what the answer_pattern asks for, else the one that tells most)")
+
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the command `finetune_nb`."
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -341,25 +375,23 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
     train.set_defaults(run_command=train_command)
 
-    evaluate = commands.add_parser("evaluate", help="base against tuned on held-out chats; writes report.html, report.md and report.json; with --data under a name of their own")
-    evaluate.add_argument("run", metavar="RUN", help="the folder of a finished run, such as runs/run-001")
+    evaluate = _takes_run(commands, "evaluate", evaluate_command, "base against tuned on held-out chats; writes report.html, report.md and report.json; with --data under a name of their own")
     evaluate.add_argument("--data", metavar="FILE", help="other chats than the run's own test set")
-    evaluate.set_defaults(run_command=evaluate_command)
 
-    diagnosed = commands.add_parser("diagnose", help="what went wrong in a run, finished or not, and what to do")
-    diagnosed.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/run-001; runs/.failed is the last one that failed before its first step")
+    either = "a run, such as runs/run-001; runs/.failed is the last one that failed before its first step"
+    diagnosed = _takes_run(commands, "diagnose", diagnose_command, "what went wrong in a run, finished or not, and what to do", either)
     diagnosed.add_argument("--markdown", action="store_true", help="as Markdown, for an issue or a pull request")
-    diagnosed.set_defaults(run_command=diagnose_command)
 
-    reported = commands.add_parser("report", help="all that is known of a run in one page, the verdict first; writes report.html, report.md and report.json")
-    reported.add_argument("folder", metavar="FOLDER", help="of a finished run, such as runs/run-001")
+    reported = _takes_run(commands, "report", report_command, "all that is known of a run in one page, the verdict first; writes report.html, report.md and report.json")
     reported.add_argument("--measure", action="store_true", help="measure what is missing: answer the test set, forgetting, whether answers were learned by heart")
-    reported.set_defaults(run_command=report_command)
 
     compared = commands.add_parser("compare", help="several runs on the test chats of the first, with paired differences")
     compared.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs; the others are held against the first")
     compared.add_argument("--saved", action="store_true", help="use only reports that are there; evaluate nothing")
+    compared.add_argument("--out", metavar="FILE", help="write the comparison: .html, .md or .json")
     compared.set_defaults(run_command=compare_command)
+    for judging in (train, evaluate, reported, compared):
+        _takes_score(judging)
 
     tried = commands.add_parser("sweep", help="try several values of settings, such as --r 8,16 --learning_rate 1e-4,2e-4, and say which to take", allow_abbrev=False)
     tried.add_argument("config", metavar="CONFIG", help="a YAML file of the settings that all runs have in common")

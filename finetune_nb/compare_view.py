@@ -25,6 +25,7 @@ from .controls import WRAP, View, button, chooser, note, offer
 from .display import html_table
 from .evaluation import Comparison, EvalReport, EvalRow, compare, evaluate_run
 from .jobs import TASKS, check_free, in_background, let_go, start_alone
+from .kept import ANSWERS, has_old_answers
 from .runs import RunTable, list_runs
 from .tasks import Task
 from .training import Run, load_run
@@ -99,8 +100,10 @@ class Pair:
 def read_comparison(
     folder: str | Path,  # of a run
 ) -> Comparison | None:
-    "Base and tuned on the test set, as answers.jsonl has them; None before the run was evaluated. Raises `FinetuneError` for a broken file."
-    path = Path(folder) / "answers.jsonl"
+    "Base and tuned on the test set, as answers.jsonl has them; None before the run was evaluated, and where its adapter is another one since. Raises `FinetuneError` for a broken file."
+    path = Path(folder) / ANSWERS
+    if has_old_answers(folder):
+        return None
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
         if len({tuple(sorted(row["passed"])) for row in rows if row["model"] in ("base", "tuned")}) > 1:
@@ -273,6 +276,8 @@ class CompareView(_Stoppable):
             return "There is no run yet. Train one first."
         if self.pairs:
             return f"{len(self.pairs)} test questions"
+        if has_old_answers(folder):
+            return "The answers of this run are of an older adapter: its training went on since. Answer the test set again to see what it says now."
         old = " Its report.md has figures, but not the answers; answer the test set to see them." if (folder / "report.md").is_file() else ""
         return "This run has not answered its test set yet." + old
 
@@ -319,7 +324,7 @@ class CompareView(_Stoppable):
         if task.state == "failed":
             self.status.value = note(task.error, "error")
         elif task.result is None:
-            self.status.value = note("Stopped. " + (f"{folder.name} keeps the answers of before." if (folder / "answers.jsonl").is_file() else "Nothing was written."), "tight")
+            self.status.value = note("Stopped. " + (f"{folder.name} keeps the answers of before." if (folder / ANSWERS).is_file() else "Nothing was written."), "tight")
         self.keep_picture()
 
     def filter(self) -> None:

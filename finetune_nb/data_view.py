@@ -28,10 +28,10 @@ from .jobs import in_background
 from .live_plan import LivePlan, cut_words, verdict
 from .masks import token_rows
 from .models import cache_folder, load_tokenizer
+from .pictures import Picture
 from .planning import Plan
 from .runs import GREY
 from .tasks import Task, in_words
-from .pictures import Picture
 from .training import DEMO_SETS, load_splits
 
 # %% ../nbs/10c_data_view.ipynb #54b8d43d

@@ -19,7 +19,7 @@ from .rules import Found
 from .training import Run
 
 # %% ../nbs/09e_diagnosis.ipynb #c8c7c601
-ADVICE = {"answers": "no test answers yet: evaluate_run(run)", "marks": "the base model is not on this machine", "looks": "no look at a validation set", "losses": "no training loss yet"}
+ADVICE = {"answers": "no test answers yet: evaluate_run(run)", "old answers": "the test answers are of an older adapter, as the training went on since: evaluate_run(run)", "marks": "the base model is not on this machine", "looks": "no look at a validation set", "losses": "no training loss yet"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def looked_at(
     figures = [f"{len(record.losses)} training losses", f"{len(record.looks)} looks at the validation set"]
     figures += [f"{data['supervised_tokens']:,} supervised tokens"] if isinstance(data.get("supervised_tokens"), int) else []
     figures += [f"an adapter of norm {record.adapter.norm:.3g} in {record.adapter.dtype}" if record.adapter else "no adapter"]
-    figures += [f"{len(record.answers)} answers", f"{len(record.samples)} samples"]
+    left_out = f" ({record.old_answers} are left out, as they are of an older adapter)" if record.old_answers else ""
+    figures += [f"{len(record.answers)} answers{left_out}", f"{len(record.samples)} samples"]
     lines = [f"Looked at: {', '.join(figures)}.", f"Looked for: {', '.join(rule.name for rule in RULES if rule not in blind)}."]
     for reason in dict.fromkeys(reason for _, reason in diagnosis.blind):
         lines.append(f"Not looked for, {reason}: {', '.join(rule.name for rule, why in diagnosis.blind if why == reason)}.")
@@ -121,7 +122,7 @@ def _ask(rule: Rule, record: RunRecord) -> Found | str | None:
         if rule.symptom and missing == "answers" and record.samples:  # answers of the training do too
             missing = None
         if missing or not (record.facts or record.failure):
-            return ADVICE.get(missing, "the run kept no figures of it")
+            return ADVICE.get("old answers" if missing == "answers" and record.old_answers else missing, "the run kept no figures of it")
         return rule.look(record)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # a folder from elsewhere may hold anything
         return "the record can't be read"

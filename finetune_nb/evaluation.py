@@ -28,8 +28,8 @@ from .checks import Check, judge, make_checks, pattern_checks
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, md_cell, text_table
-from .generation import Sampling, continuations, greedy
-from .kept import is_old, save_kept
+from .generation import Sampling, check_amounts, continuations, greedy
+from .kept import MARK, adapter_mark, is_old, reading, save_kept
 from .lora import without_adapter
 from .losses import inner_model
 from .metrics import Difference, wilson_interval
@@ -45,6 +45,7 @@ from finetune_nb.scores import (
     difference_texts,
     differences,
     finite,
+    how_many,
     wins,
 )
 from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, kept_sets, peak_memory_gib
@@ -54,8 +55,9 @@ from .training import Picture, Progress, Run, TrainingError, clock_time, inlined
 class Answer:
     "What a model said."
 
-    text: str
+    text: str  # without white space around it, and without control tokens
     finished: bool  # it ended its turn by itself
+    new_tokens: int | None = None  # that the model wrote for it, its end included; None: not known
 
 
 def generate(
@@ -75,8 +77,12 @@ def generate(
     hoped = [[*tokenizer(c.answer, add_special_tokens=False)["input_ids"], end] for c in chats]  # never shown, only compared
     with Progress(title, len(chats)) as progress:
         written = continuations(model, prompts, settings, hoped, batch_size, sampling, progress.update)
-    said = [(ids[:-1], True) if ids[-1] in settings.eos_token_id else (ids, False) for ids in written]
-    return [Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), finished) for ids, finished in said]
+    return [_as_answer(ids, settings.eos_token_id, tokenizer) for ids in written]
+
+
+def _as_answer(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    finished = ids[-1] in ends
+    return Answer(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip(), finished, len(ids))
 
 # %% ../nbs/09_evaluation.ipynb #6369214e
 def room_of(
@@ -108,6 +114,7 @@ def evaluate(
     if not chats:
         raise TrainingError("There are no test chats to evaluate on. Give a test_file, or a test_size above 0.")
     made, sampling = make_checks(checks, pattern), Sampling(temperature, top_p, seed) if temperature else None
+    check_amounts(max_new_tokens=max_new_tokens, generation_batch_size=generation_batch_size)
     passed, scores = judge(chats[0].answer, chats[0], made)  # a check that can't work is told before minutes are spent
     if score is not None and score not in (known := [*passed, *scores, "ended by itself"]):
         raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}.")
@@ -120,7 +127,7 @@ def evaluate(
     begun = time.perf_counter()
     answers = generate(model, tokenizer, chats, max_new_tokens, generation_batch_size, f"Answering: {name}", chat_template_kwargs, sampling)
     seconds = time.perf_counter() - begun
-    rows = [_eval_row(chat, answer, *loss, made, tokenizer) for chat, answer, loss in zip(chats, answers, losses, strict=True)]
+    rows = [_eval_row(chat, answer, *loss, made) for chat, answer, loss in zip(chats, answers, losses, strict=True)]
     return EvalReport(name, rows, pattern, about, round(seconds, 3), round(peak_memory_gib(), 3))
 
 
@@ -130,10 +137,9 @@ def _about(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], chat_template_
     return {"test_sha256": fingerprint(chats), "prompts_sha256": hashlib.sha256("\0".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()}
 
 
-def _eval_row(chat: Chat, answer: Answer, loss: float, tokens: int, checks: dict[str, Check], tokenizer: PreTrainedTokenizerBase) -> EvalRow:
+def _eval_row(chat: Chat, answer: Answer, loss: float, tokens: int, checks: dict[str, Check]) -> EvalRow:
     passed, scores = judge(answer.text, chat, checks)
-    written = len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) + answer.finished
-    return EvalRow(chat.where, chat.prompt[-1]["content"], chat.answer, answer.text, passed | {"ended by itself": answer.finished}, loss * tokens, tokens, scores, written)
+    return EvalRow(chat.where, chat.prompt[-1]["content"], chat.answer, answer.text, passed | {"ended by itself": answer.finished}, loss * tokens, tokens, scores, answer.new_tokens)
 
 # %% ../nbs/09_evaluation.ipynb #b162c255
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Comparison:
         "The verdict with the figures that it rests on."
         name, base, tuned = self.base.main, self.base.figures(), self.tuned.figures()
         shared = f"{self.facts['shared questions']} " if "shared questions" in self.facts else ""
-        said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {len(self.base.rows)} test chats: {self.told.get(name, self.verdict)}."
+        said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
         return shared + (said if LOSS not in self.told or name == LOSS else f"{said} Loss per token: {self.told[LOSS]}.")
 
     @cached_property
@@ -173,7 +179,8 @@ class Comparison:
         moved = changed_most(self.base, self.tuned, by, len(self.base.rows))
         found = {kind: [(a, b) for gap, a, b in moved if (gap > 0) == up][:n] for kind, up in (("got better", by not in LOWER_IS_BETTER), ("got worse", by in LOWER_IS_BETTER))}
         wrong = lambda row: not row.passed.get(by, row.passed.get("exact match", False))  # noqa: E731
-        found["still wrong"] = [(a, b) for a, b in zip(self.base.rows, self.tuned.rows, strict=True) if a.value(by) == b.value(by) and wrong(a) and wrong(b)][:n]
+        elsewhere = {id(before) for _, before, _ in moved}
+        found["still wrong"] = [(a, b) for a, b in zip(self.base.rows, self.tuned.rows, strict=True) if id(a) not in elsewhere and wrong(a) and wrong(b)][:n]
         changed = [(before, after) for _, before, after in changed_most(self.base, self.tuned, n=n)]
         return ({"changed most, by the loss per token": changed} if changed else {}) | found
 
@@ -190,7 +197,7 @@ class Comparison:
     @property
     def head(self) -> tuple[str, str, str, str]:
         "The names of the columns of `lines`."
-        return f"{len(self.base.rows)} test chats", self.base.name, self.tuned.name, "difference"
+        return how_many(len(self.base.rows)), self.base.name, self.tuned.name, "difference"
 
     def wins(self) -> list[tuple[str, str, str, str]]:
         "For each figure, on how many chats the tuned model is better, worse, alike."
@@ -223,10 +230,8 @@ class Comparison:
         said: dict[str, Any],  # as `to_dict` gave it
     ) -> "Comparison":
         "The comparison again; raises `ConfigError` for what is none."
-        try:
+        with reading("comparison", "Evaluate the run again."):
             return compare(*(EvalReport.from_dict(said[name]) for name in ("base", "tuned")), said["facts"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"This is no comparison: {error!r}. Evaluate the run again.") from None
 
 
 def _to_markdown(comparison: Comparison, n: int) -> str:
@@ -311,9 +316,8 @@ def comparison_parts(
     parts.append(html_table(("tuned against base, chat by chat", "wins", "losses", "ties"), comparison.wins()))
     for report in (comparison.base, comparison.tuned):
         if found := report.classification:
-            rates = [(label, *(f"{x:.2f}" for x in (p, r, f)), str(k)) for label, (p, r, f, k) in found.table().items()]
-            parts.append(f"<h3>Labels, {escape(report.name)}: accuracy {found.accuracy:.1%}, macro F1 {found.macro_f1:.2f}</h3>")
-            parts.append(html_table(("label", "precision", "recall", "F1", "test chats"), rates))
+            parts.append(f"<h3>Labels, {escape(report.name)}: {found.summary}</h3>")
+            parts.append(html_table(*found.label_rows()))
             head, lines = found.confusion_rows()
             parts.append(html_table(head, lines) if len(lines) <= 12 else html_table(("right", "said", "how often"), [(a, b, str(k)) for a, b, k in found.confused()]))
     for kind, pairs in comparison.examples(n=n).items():
@@ -450,4 +454,4 @@ def _save_report(comparison: Comparison, folder: Path, name: str) -> None:
     with replacing(folder / f"answers{name.removeprefix('report')}.jsonl") as file:
         for report in (comparison.base, comparison.tuned):
             for row in report.rows:
-                file.write(json.dumps({"model": report.name, **asdict(row)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"model": report.name, **asdict(row), MARK: adapter_mark(folder)}, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,14 +33,15 @@ from .data import Chat, question
 from .display import html_table, markdown_table, md_cell, text_table
 from .duplicates import normalise
 from .evaluation import generate, packing_of
+from .forgetting import KANJI, UNSPACED
 from .jobs import best_look
-from .kept import is_old, save_kept
+from .kept import is_old, reading, save_kept
 from .lora import set_adapter_weights, without_adapter
 from .metrics import FEWEST, Difference, estimate_share, paired_difference
 from .packing import chat_losses
-from .scores import finite
 from .pictures import Picture, inlined
 from .run_folder import last_checkpoint
+from .scores import finite
 from .stop import TrainingError
 from .training import Run, kept_sets
 
@@ -140,7 +142,8 @@ def best_against_last(
 # %% ../nbs/09g_fitting.ipynb #936209fc
 RULES = ("another entity", "words removed", "something else")
 GRAM = 8  # words in a row that no other training answer has
-_WORDS = re.compile(r"\w+(?:[.'’-]\w+)*")
+_WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:[.'’-][^\W{UNSPACED}]+)*")  # a character, or a word
+_KANJI, _LETTER = re.compile(f"[{KANJI}]"), re.compile(f"[{UNSPACED}]")
 _SYLLABLES = "ba ko li ru sen ta vo mi zan pe dor nu fel ga tri".split()
 
 
@@ -182,11 +185,19 @@ class Particular:
         if word.isdigit():
             low, high = 10 ** (len(word) - 1) if len(word) > 1 else 0, 10 ** len(word) - 1
             return str(self.rng.choice([x for x in (self.rng.randint(low, high) for _ in range(20)) if x != int(word)] or [int(word) + 1]))
+        if _LETTER.match(word):
+            near = [c for c in map(chr, range(ord(word) - 128, ord(word) + 128)) if _kind(c) == _kind(word) and c != word]
+            return self.rng.choice([c for c in near if c not in self.count] or near or [word])
         return "".join(self.rng.choice(_SYLLABLES) for _ in range(3))
 
 
 def _words(text: str) -> list[str]:
     return [m[0].casefold() for m in _WORDS.finditer(text)]
+
+
+def _kind(letter: str) -> tuple[str, str]:
+    "Its script, and whether it is a letter or a mark upon one."
+    return unicodedata.name(letter, "").partition(" ")[0], unicodedata.category(letter)
 
 # %% ../nbs/09g_fitting.ipynb #ddb209bb
 class Learned:
@@ -212,7 +223,20 @@ class Learned:
 
 
 def _grams(words: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+    "All runs that are as long as `GRAM` words, and no longer."
+    sizes, found, end, size = [_quarters(word) for word in words], set(), 0, 0
+    for start in range(len(words)):
+        while end < len(words) and size < 4 * GRAM:
+            size, end = size + sizes[end], end + 1
+        if size >= 4 * GRAM:
+            found.add(tuple(words[start:end]))
+        size -= sizes[start]
+    return found
+
+
+def _quarters(word: str) -> int:
+    "How much a word or character says, in quarters of a word."
+    return 2 if _KANJI.match(word) else 1 if _LETTER.match(word) else 4
 
 # %% ../nbs/09g_fitting.ipynb #7487d9d1
 TOO_MUCH = 0.10  # a share of recited answers that has to be ruled out
@@ -403,13 +427,11 @@ class Fitting:
         said: dict[str, Any],  # as `to_dict` gave it
     ) -> "Fitting":
         "The report again; raises `ConfigError` for what is none."
-        try:
+        with reading("report of fitting", "Measure it again."):
             gap = said["gap"] and Gap([Look(**look) for look in said["gap"]["looks"]])
             last = said["last"] and Difference(**{name: value for name, value in said["last"].items() if name != "verdict"})
             recitation = said["recitation"] and Recitation([Recall(**row) for row in said["recitation"]["rows"]], said["recitation"]["told"])
             return cls(said["name"], gap, last, said["kept_step"], recitation)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"This is no report of fitting: {error!r}. Measure it again.") from None
 
 
 HEAD = ("altered by", "questions", "training answer recited by base", "by tuned")

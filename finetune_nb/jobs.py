@@ -28,10 +28,10 @@ from .evaluation import generate
 from .locks import held_elsewhere
 from .losses import inner_model
 from .models import load_tokenizer, release_memory
-from .tasks import ACTIVE, Task, in_words
 from .progress import progress_to
 from .run_folder import how_it_ended, read_facts, read_history, read_lines, why_not_on
 from .stop import Stop, StoppedEarly
+from .tasks import ACTIVE, Task, in_words
 from .training import Run, is_training, kept_sets, load_splits, resume, train
 
 # %% ../nbs/09a_jobs.ipynb #677a725e

@@ -322,9 +322,12 @@ def dtype_of(
     return hardware(config.use_cpu).dtype if config.bf16 is None else torch.bfloat16 if config.bf16 else torch.float32
 
 # %% ../nbs/03_models.ipynb #5a68dca3
-def release_memory() -> None:
+def release_memory(
+    cycles: bool = True,  # look first for what is held by nothing but itself, such as a model that was let go: about half a second
+) -> None:
     "Returns memory that is no longer used to the operating system (Linux) and to the GPU's other users."
-    gc.collect()
+    if cycles:
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if platform.system() == "Linux":

@@ -16,6 +16,7 @@ import torch
 
 from .attention import PACKED, Layout, NotPackable, Segment, attention_of, seconds_by_way
 from .chat_template import NO_LOSS
+from .config import ConfigError
 from .losses import Batch, inner_model, mixed_precision, token_losses
 
 # %% ../nbs/06_packing.ipynb #410ce780
@@ -263,7 +264,8 @@ def check_packing(
     pad_token_id: int = 0,  # any id that the model knows
     ways: Sequence[str] = ("tree",),  # how attention over a row may be computed, the first choice first
 ) -> PackingReport:
-    "Finds the fastest mode of which loss and gradients are those of each chat alone."
+    "Finds the fastest mode of which loss and gradients are those of each chat alone. Raises `ConfigError` for chats without a label, which have neither."
+    _check_labels(chats)
     if fastest == "single":
         return PackingReport("single", {})
     low = inner_model(model).dtype in (torch.bfloat16, torch.float16)
@@ -295,6 +297,15 @@ def check_packing(
             if exact:
                 return PackingReport(mode, found, way)
     return PackingReport("single", found)
+
+
+def _check_labels(chats: Sequence[dict[str, Any]]) -> None:
+    "Raises `ConfigError` where no token is learned."
+    if not any(label != NO_LOSS for chat in chats for label in chat["labels"][1:]):  # the first token is never predicted
+        raise ConfigError(
+            f"None of the {len(chats)} chats has a label: every token is masked ({NO_LOSS}), so that there is no loss to hold packing against, and nothing would be learned. "
+            "Look at show_labels(row, tokenizer): the answers must be green. Check train_on, the marks train: true and false in the data, and max_length."
+        )
 
 
 def _try_in_training(model: torch.nn.Module, chat: dict[str, Any], collator: PackingCollator) -> None:

@@ -37,7 +37,6 @@ def make_bare(
     "The same base model without what a run has put onto it; its weights are those of before."
     remove_lora(base[0])
     recompute_blocks(base[0], 0)
-    base[0].config.use_cache = True  # transformers' Trainer turns it off, and generation would be slow
     release_memory()
     return base
 

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from .config import FinetuneConfig, FinetuneError
 from .jobs import Sample, read_samples
+from .kept import ANSWERS, has_old_answers
 from .lora import ADAPTER_FILES, adapter_norm
 from .models import base_mark, load_tokenizer, tokenizer_mark
-from .runs import read_run
 from .run_folder import read_lines
+from .runs import read_run
 from .training import Run
 
 # %% ../nbs/09da_record.ipynb #5e9ca9c7
@@ -66,6 +67,7 @@ class RunRecord:
     answers: list[dict[str, Any]] = field(default_factory=list, repr=False)  # of the base and of the tuned model to the test questions
     samples: list[Sample] = field(default_factory=list, repr=False)  # answers while it trained
     marks: dict[str, str] = field(default_factory=dict, repr=False)  # of base model, tokenizer and chat template as they are now, where they are on this machine
+    old_answers: int = 0  # answers of an adapter from before the training went on, which are left out
 
     @property
     def losses(self) -> list[float]:
@@ -131,10 +133,11 @@ def read_record(
     row = read_run(folder)
     if row.config is None:
         raise FinetuneError(f"{folder} is not the folder of a run, or its files can't be read.{_elsewhere(folder)}")
-    failure, answers = _as_failure(_facts_of(folder / "failed.json")), _rows_of(folder / "answers.jsonl")
+    failure, old = _as_failure(_facts_of(folder / "failed.json")), has_old_answers(folder)
+    answers = _rows_of(folder / ANSWERS)
     return RunRecord(
         folder, row.config, "failed" if failure and row.state == "broken off" else row.state, _sound(row.facts), row.history, failure,
-        read_adapter(folder / "adapter"), answers, read_samples(folder), _marks_now(row.config),
+        read_adapter(folder / "adapter"), [] if old else answers, read_samples(folder), _marks_now(row.config), len(answers) if old else 0,
     )  # fmt: skip
 
 

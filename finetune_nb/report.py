@@ -22,12 +22,13 @@ from .evaluation import Comparison, compare, comparison_parts, evaluate_run, htm
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
 from .kept import is_old, save_kept
-from .metrics import FEWEST, Difference, paired_difference
-from .scores import difference_text, finite
-from .sweep import load_sweep
+from .metrics import FEWEST, Difference, free_name, paired_difference
 from .pictures import inlined, plot_history
 from .progress import clock_time
+from .scores import difference_text, finite
+from .several import resting_on
 from .stop import TrainingError
+from .sweep import load_sweep
 from .training import Run, kept_sets, load_run
 
 # %% ../nbs/09h_report.ipynb #b009d765
@@ -172,7 +173,8 @@ def _should(found: Findings) -> str:
     against = ""
     if gap is not None:
         share = set(report.results[0].scores[report.score]) <= {0.0, 1.0}
-        against = f" The tuned model against {report.best.name!r}, the best way of asking: {difference_text(report.score, gap, share)}."
+        if all(way.name != TUNED for way in report.results):  # else its own reason says so
+            against = f" The tuned model against {report.best.name!r}, the best way of asking: {difference_text(report.score, gap, share)}."
     return f"{report.verdict.capitalize()}. {report.reason}{against}"
 
 # %% ../nbs/09h_report.ipynb #33706173
@@ -249,13 +251,14 @@ def write_report(
     run: Run | str | Path,  # a finished run, or its folder
     sections: dict[str, Section] | Sequence[Section] = (),  # more of them, by title: a sweep, a comparison of runs, your own; also reports of this run that are not in its folder
     measure: bool = False,  # measure what is missing: answer the test set, forgetting, fitting
+    score: str | None = None,  # the check or score that the verdict rests on; None: that of the comparison, as it is kept
 ) -> RunReport:
     "Puts all that the folder of a run holds into report.html, report.md and report.json there. Raises `TrainingError` for no finished run, `ConfigError` for what is no section or can't be read."
     run = run if isinstance(run, Run) else load_run(run)
-    given = _titled(sections)
+    given = {title: _resting_on(part, score) if isinstance(part, Comparison) else part for title, part in _titled(sections).items()}
     if measure:
         _measure_missing(run)
-    found = _findings(run, given)
+    found = _findings(run, given, score)
     forgetting = {TITLES["forgetting"] + (f": {report.items}" if n else ""): report for n, report in enumerate(found.forgetting)}
     own = {TITLES["comparison"]: found.comparison, **forgetting, TITLES["baselines"]: found.baselines, TITLES["fitting"]: found.fitting}
     shown = {title: part for title, part in own.items() if part is not None}
@@ -266,23 +269,33 @@ def write_report(
     return report
 
 
+def _resting_on(comparison: Comparison | None, score: str | None) -> Comparison | None:
+    "The comparison by another score; it is kept so until another one is chosen."
+    if score is None:
+        return comparison
+    if comparison is None:
+        raise ConfigError(f"There is no verdict to rest on {score!r}: the test set was not answered. Let evaluate_run do that, or measure=True.")
+    return replace(comparison, base=resting_on(comparison.base, score), tuned=resting_on(comparison.tuned, score))
+
+
 def _titled(sections: dict[str, Section] | Sequence[Section]) -> dict[str, Section]:
     named = dict(sections) if isinstance(sections, dict) else {}
     for part in () if isinstance(sections, dict) else sections:
         title = str(getattr(part, "title", None) or type(part).__name__)
         named[title if title not in named else f"{title} ({len(named) + 1})"] = part
+    named = {free_name(title, TITLES.values()): part for title, part in named.items()}
     for title, part in named.items():
         if missing := [name for name in ("to_dict", "to_markdown", "_repr_html_") if not hasattr(part, name)]:
             raise ConfigError(f"{title}: a {type(part).__name__} is no section of a report, as it has no {', '.join(missing)}.")
     return named
 
 
-def _findings(run: Run, given: dict[str, Section]) -> Findings:
+def _findings(run: Run, given: dict[str, Section], score: str | None) -> Findings:
     "What was given of this run, else what its folder holds."
     one = lambda kind: next((part for part in given.values() if isinstance(part, kind)), None)  # noqa: E731
     forgetting = [part for part in given.values() if isinstance(part, Forgetting)]
     kept = [report for report in load_forgetting(run.folder) if report.items not in [part.items for part in forgetting]]
-    comparison = one(Comparison) or load_comparison(run.folder)
+    comparison = one(Comparison) or _resting_on(load_comparison(run.folder), score)
     return Findings(
         comparison, fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
         *_leaks(run, comparison), _old_files(run.folder, given),

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ from .data import Splits, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
 from .locks import LockError, held_elsewhere, hold, is_mine
 from .lora import load_adapter
-from .metrics import Difference, paired_difference
+from .metrics import Difference, holm, level_of, paired_difference
 from .models import cache_folder
 from .packing import PackingCollator, chat_losses
-from .range_test import Base, make_bare
 from .pictures import Picture, inlined
 from .progress import Progress, clock_time, progress_to
+from .range_test import Base, make_bare
 from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 from .stop import Stop, TrainingError
 from .training import check_base, load_base, load_splits, resume, train
@@ -172,21 +172,26 @@ class Sweep:
 
     @cached_property
     def differences(self) -> dict[str, Difference]:
-        "By name of a finished run, its validation loss against that of the best, chat by chat."
-        return {one.name: self._against(_read_losses(self.best), one) for one in self.finished[1:]}
+        "By name of a finished run, its validation loss against that of the best, chat by chat, with verdicts that hold together."
+        return holm({one.name: partial(self._against, _read_losses(self.best), one) for one in self.finished[1:]})
 
-    def _against(self, losses: list[float], one: Combination) -> Difference:
-        return paired_difference(losses, _read_losses(one), higher_is_better=False, weights=self.tokens)
+    @cached_property
+    def gain(self) -> Difference | None:
+        "The best against the base model, as sure as the best of so many has to be; None where no run has ended."
+        return self._against(self.base_losses, self.best, level_of(len(self.finished))) if self.best else None
+
+    def _against(self, losses: list[float], one: Combination, level: float) -> Difference:
+        return paired_difference(losses, _read_losses(one), higher_is_better=False, weights=self.tokens, level=level)
 
     @property
-    def equals(self) -> list[Combination]:
+    def not_told_apart(self) -> list[Combination]:
         "The best, and those that can't be told from it."
         return self.finished[:1] + [one for one in self.finished[1:] if self.differences[one.name].verdict == "can't tell"]
 
     @property
     def advice(self) -> Combination | None:
-        "Of the equals the one with the smallest adapter, then with the fewest steps."
-        return min(self.equals, key=lambda one: (one.adapter_bytes, one.facts["steps"], one.loss), default=None)
+        "Of those that can't be told from the best, the one with the smallest adapter, then with the fewest steps."
+        return min(self.not_told_apart, key=lambda one: (one.adapter_bytes, one.facts["steps"], one.loss), default=None)
 
     @property
     def verdict(self) -> str:
@@ -198,24 +203,29 @@ class Sweep:
             return ["No run has come to its end, so there is nothing to compare."]
         rank = f"the best of {len(self.finished)}" if len(self.finished) > 1 else "the only one that came to its end"
         said = [f"{self.best} is {rank}: validation loss {self.best.loss:.4f}, base model {np.average(self.base_losses, weights=self.tokens):.4f}."]
-        gain = self._against(self.base_losses, self.best)
+        gain = self.gain
         if gain.too_few:
             return [*said, f"{gain.too_few}: whether it is better than the others, or than the base model, can't be told."]
+        if gain.verdict == "worse":
+            return [*said, "That is worse than the base model: none of these settings is worth training."]
         if gain.verdict != "better":
-            return [*said, f"That is not better than the base model, as far as {gain.n} validation chats can tell: none of these settings is worth training."]
-        others = self.equals[1:]
+            return [*said, f"Whether that is better than the base model {gain.n} validation chats can't tell: so far none of these settings is worth training."]
+        others = self.not_told_apart[1:]
         if others:
             said.append(f"Not to be told from it on {gain.n} validation chats: {'; '.join(map(str, others))}.")
         elif len(self.finished) > 1:
             said.append(f"Every other one is worse by more than chance ({gain.n} validation chats).")
+        if len(self.differences) > 1:
+            said.append(f"The {len(self.differences)} verdicts against the best hold together (Holm's correction), each with the interval by which it was decided.")
         smaller = self.advice is not self.best and self.advice.adapter_bytes < self.best.adapter_bytes
-        why = f": as good, with an adapter of {_size(self.advice)} in place of {_size(self.best)}" if smaller else ": as good, in fewer steps" if self.advice is not self.best else ""
+        less = f"an adapter of {_size(self.advice)} in place of {_size(self.best)}" if smaller else "fewer steps"
+        why = f": it can't be told from the best, with {less}" if self.advice is not self.best else ""
         return [*said, f"Take {self.advice}{why}."]
 
     def _edges(self) -> str:
         "Where the best lies at the end of what was tried, more may lie beyond."
         numbers = {name: sorted(tried) for name, tried in self.grid.items() if len(tried) > 1 and all(type(value) in (int, float) for value in tried)}
-        if self.best is None or self._against(self.base_losses, self.best).verdict != "better":
+        if self.best is None or self.gain.verdict != "better":
             return ""
         ends = [f"{name}={_short(value)} is the {'lowest' if value == tried[0] else 'highest'} that was tried" for name, tried in numbers.items() if (value := self.best.settings[name]) in (tried[0], tried[-1])]
         return f"The best may lie beyond: {', '.join(ends)}." if ends else ""
@@ -282,18 +292,18 @@ def _read_losses(one: Combination) -> list[float]:
 def plot_sweep(
     result: Sweep,
 ) -> Picture:
-    "Validation losses over the first two settings, for further ones the lowest; the advice is framed, and the best and its equals are marked."
+    "Validation losses over the first two settings, for further ones the lowest; the advice is framed, and the best and what can't be told from it are marked."
     down, across = (list(result.grid) + [""])[:2]
     lines, columns = result.grid[down], result.grid.get(across, [""])
     figure = Picture(figsize=(1.8 + 1.1 * max(len(columns), 3), 1.2 + 0.6 * len(lines)), layout="constrained")
     axes, losses = figure.subplots(), np.full((len(lines), len(columns)), np.nan)
-    equal, advice = set(map(id, result.equals)), result.advice
+    untold, advice = set(map(id, result.not_told_apart)), result.advice
     for i, j in np.ndindex(losses.shape):
         here = [one for one in result.combinations if one.settings[down] == lines[i] and one.settings.get(across, "") == columns[j]]
         ended = [one for one in here if one.state in ("finished", "stopped") and one.loss is not None]
         shown = min(ended, key=lambda one: (one.state != "finished", one.loss), default=here[0])
         losses[i, j] = shown.loss if ended else np.nan
-        mark = "best\n" if shown is result.best else "≈ best\n" if id(shown) in equal else "stopped at\n" if ended and shown.state == "stopped" else ""
+        mark = "best\n" if shown is result.best else "can't tell\n" if id(shown) in untold else "stopped at\n" if ended and shown.state == "stopped" else ""
         axes.text(j, i, f"{mark}{shown.loss:.4f}" if ended else shown.state, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0})
         if any(one is advice for one in here):
             axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor="#e45756", linewidth=2.5))

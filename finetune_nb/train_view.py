@@ -29,11 +29,11 @@ from finetune_nb.jobs import (
     seconds_left,
     start_job,
 )
-from .runs import GREY, list_runs, plot_runs
-from .tasks import in_words
 from .pictures import inlined
 from .progress import clock_time
 from .run_folder import last_checkpoint
+from .runs import GREY, list_runs, plot_runs
+from .tasks import in_words
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
 STATES = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
@@ -118,7 +119,7 @@ class FinetuneTrainer(Trainer):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     losses = token_losses(self.model, batch.to(self.args.device))
                 sums += torch.tensor([losses.double().sum().item(), len(losses)])
-        release_memory()
+        release_memory(cycles=False)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1), f"{metric_key_prefix}_runtime": time.monotonic() - started}
         self.log(metrics)
@@ -201,6 +202,7 @@ def make_trainer(
 ) -> FinetuneTrainer:
     "The trainer of a run; call its `train` inside `collator.attention(model)`."
     arguments = training_arguments(config, Path(folder), len(rows["train"]), needs_autocast(model), resumed)
+    arguments.use_cache = getattr(model.config, "use_cache", True)  # the Trainer writes it into the model, where "no" would make generation slow
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, or a step would hold more chats than was asked for
     validation = rows.get("validation") if config.eval_strategy != "no" else None
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)

@@ -37,7 +37,17 @@ from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chat
 from .display import html_table
 from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import Batch, recompute_blocks
-from .models import base_mark, cache_folder, dtype_of, hardware, load_model, release_memory, size_of, suit_machine, tokenizer_mark
+from finetune_nb.models import (
+    base_mark,
+    cache_folder,
+    dtype_of,
+    hardware,
+    load_model,
+    release_memory,
+    size_of,
+    suit_machine,
+    tokenizer_mark,
+)
 from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from .pictures import Picture, inlined, plot_history
 from finetune_nb.planning import (

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_nb.baselines import TUNED, BaselineReport, WayResult, add_tuned, should_you_finetune, telling_score, try_way
-from finetune_nb.config import ConfigError, FinetuneConfig
+from finetune_nb.baselines import TUNED, BaselineReport, WayResult, add_tuned, should_you_finetune, try_way
+from finetune_nb.checks import telling_scores
+from finetune_nb.config import ConfigError
 from finetune_nb.data import Chat, Splits
 from finetune_nb.evaluation import Answer, evaluate, generate, pattern_checks
 from finetune_nb.models import load_model
@@ -216,11 +217,32 @@ def test_scores_are_those_of_the_evaluation_and_tokens_are_counted(pair, chats):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "answers", "score"),
-    [(r"\d+", ["1"], "right form"), (r"(?P<code>\d)", ["1"], "right code"), (None, ["yes", "no"] * 10, "normalised match"), (None, [f"text {i}" for i in range(20)], "token F1")],
-)
-def test_the_score_that_counts(pattern, answers, score):
-    assert telling_score(FinetuneConfig(answer_pattern=pattern), answers)[0] == score
+    ("pattern", "checks", "answers", "score"),
+    [
+        (r"\d+", [], ["1"], "right form"), (r"(?P<code>\d)", ["mine"], ["1"], "right code"), (None, [], ["yes", "no"] * 10, "normalised match"),
+        (None, [], [f"text {i}" for i in range(20)], "token F1"), (None, ["mine", "other"], ["yes", "no"] * 10, "mine"),
+    ],
+)  # fmt: skip
+def test_the_score_that_counts(pattern, checks, answers, score):
+    assert next(iter(telling_scores(pattern, checks, answers))) == score and next(iter(telling_scores(pattern, checks, answers, "other"))) == "other"
+
+
+def test_the_own_check_counts_as_it_does_in_an_evaluation(quick, chats, pair):
+    checks = {"words": lambda answer, chat: len(answer.split()), "short": ".{0,200}"}
+    report = should_you_finetune(quick, split(chats), checks=checks, loaded=pair)
+    assert report.score == "short" and "it is your own check" in str(report), "a number of words is nothing to set a target for"
+    asked = report.results[0].prompts.chats
+    assert evaluate(*pair, asked, {"short": ".{0,200}"}, max_new_tokens=quick.max_new_tokens).main == "short"
+    assert any("right answers given as guesses" in note for note in report.notes) and any("hold together (Holm" in note for note in report.notes)
+
+
+def test_ways_are_not_told_from_the_plain_one_by_chance():
+    wrong = []
+    for seed in range(30):
+        rng = random.Random(seed)
+        ways = {f"way {k}": [float(rng.random() < 0.5) for _ in range(80)] for k in range(12)}
+        wrong.append(any(gap.verdict != "can't tell" for gap in report_of(80, **ways).against_plain.values()))
+    assert sum(wrong) <= 6
 
 
 # --- all of it
@@ -313,8 +335,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(quick, chats, pair
         ({"system": ["a"]}, ConfigError, "system: expected a text"),
         ({"system": "word " * 9000}, ConfigError, r"better prompt: .* tokens long without any example"),
         ({"checks": {"exact match": lambda a, c: True}}, ConfigError, "a check 'exact match' already"),
-        ({"checks": {"mine": lambda a, c: 1 / 0}}, ConfigError, "'mine' fails at the right answer of chats.jsonl, line 1: ZeroDivisionError"),
-        ({"checks": {"mine": lambda a, c: None}}, ConfigError, "returns a number or a bool"),
+        ({"checks": {"mine": lambda a, c: 1 / 0}}, ConfigError, "'mine' failed on chats.jsonl, line 1: ZeroDivisionError"),
+        ({"checks": {"mine": lambda a, c: None}}, ConfigError, "By 'mine' the right answers themselves reach 0% only"),
         ({"checks": {"mine": "("}}, ConfigError, "no regular expression"),
         ({"ways": {"mine": lambda c, n: None}}, ConfigError, "mine: A way returns the messages"),
         ({"target": 90}, ConfigError, "target=90"),

@@ -42,6 +42,42 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("**run-001: finished after")
 
 
+def test_the_figure_that_a_verdict_rests_on_is_chosen(quick, chats, tmp_path, capsys, monkeypatch):
+    from finetune_nb import evaluation
+    from finetune_nb.evaluation import load_comparison
+
+    monkeypatch.chdir(tmp_path)
+    quick.train_file, quick.output_dir, quick.max_steps, quick.answer_pattern = str(save_chats(chats, tmp_path / "chats.jsonl")), "runs", 2, r"It is (?P<number>\d+)\..*"
+    save_config(quick, tmp_path / "config.yaml")
+
+    def rests_on(name):
+        return [load_comparison(f"runs/{name}").base.main, load_comparison(f"runs/{name}").tuned.main]
+
+    assert main(["train", "config.yaml", "--score", "elegance"]) == 2 and not (tmp_path / "runs").exists(), "before any training"
+    assert "no score 'elegance'; there are exact match, normalised match, right form, right number" in capsys.readouterr().err
+    assert main(["train", "config.yaml", "--score", "token F1", "--set", "run_name=one"]) == 0 and rests_on("one") == ["token F1"] * 2
+    assert main(["evaluate", "runs/one"]) == 0 and rests_on("one") == ["right number"] * 2
+    assert main(["evaluate", "runs/one", "--score", "exact match"]) == 0 and rests_on("one") == ["exact match"] * 2
+    assert main(["train", "config.yaml", "--set", "run_name=two"]) == 0
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert main(["report", "runs/one", "--score", "token F1"]) == 0 and rests_on("one") == ["token F1"] * 2
+    assert "better? token F1 " in capsys.readouterr().out
+    assert main(["report", "runs/one"]) == 0 and rests_on("one") == ["token F1"] * 2, "the choice is kept"
+    assert main(["compare", "runs/one", "runs/two", "--saved", "--score", "right form"]) == 0
+    assert "By right form on" in capsys.readouterr().out
+    for words in (["evaluate", "runs/one"], ["report", "runs/one"], ["compare", "runs/one", "runs/two"]):
+        assert main([*words, "--score", "elegance"]) == 2
+        assert "no score 'elegance'; there are exact match" in capsys.readouterr().err
+    for ending, said in ((".html", "<!doctype html>"), (".md", "By token F1 on"), (".json", '{\n "verdict"')):
+        assert main(["compare", "runs/one", "runs/two", "--saved", "--out", f"compared{ending}"]) == 0
+        assert f"Comparison: compared{ending}" in capsys.readouterr().out and (tmp_path / f"compared{ending}").read_text().startswith(said)
+    page = (tmp_path / "compared.html").read_text()
+    assert ">exact match</t" in page and "http" not in page.replace("http-equiv", "")
+    for wrong in ("compared.pdf", "compared"):
+        assert main(["compare", "runs/none", "runs/two", "--out", wrong]) == 2
+        assert f"{wrong}: a comparison ends in .html, .md or .json" in capsys.readouterr().err and not (tmp_path / wrong).exists(), "told before a run is asked"
+
+
 def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_chats([*chats, chats[3]], "chats.jsonl")

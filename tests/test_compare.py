@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from test_panel import EVILS, check_harmless, check_view
 from test_runs import lay
+from transformers import TrainerCallback
 
 from finetune_nb import models
 from finetune_nb.chat import BASE, Shelf, answer, check_room, system_doubt, system_messages
@@ -23,6 +24,7 @@ from finetune_nb.chat_template import render_prompt
 from finetune_nb.compare_view import ChatView, CompareView, answers_html, comparison_html, read_comparison, read_pairs
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits, save_chats
+from finetune_nb.diagnosis import diagnose
 from finetune_nb.evaluation import evaluate_run
 from finetune_nb.jobs import JOBS, check_free, start_alone, start_job
 from finetune_nb.lora import add_lora, load_adapter
@@ -30,7 +32,7 @@ from finetune_nb.models import EMBEDDED_MODEL
 from finetune_nb.panel import Panel
 from finetune_nb.runs_view import loading_code
 from finetune_nb.tasks import Task
-from finetune_nb.training import load_base, load_run, train
+from finetune_nb.training import Stop, load_base, load_run, resume, train
 
 
 @pytest.fixture(autouse=True)
@@ -379,6 +381,32 @@ def test_the_table_is_that_of_the_answers(runs):
     assert comparison.table() == report.table() and comparison.base.rows == report.base.rows
     html = comparison_html(comparison)
     assert all(cell in html for row in report.table() for cell in row) and ">better (" in html.partition("test loss")[2].partition("</tr>")[0]
+
+
+def test_answers_of_an_older_adapter_are_not_those_of_the_new_one(quick, chats):
+    "A run is stopped, judged, and goes on."
+    config = replace(quick, run_name="one", eval_strategy="no", max_steps=6)
+    stop = Stop()
+
+    class Two(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            stop.wanted = stop.wanted or state.global_step == 2
+
+    folder = train(config, Splits(chats[:24], [], chats[30:]), [Two()], stop, say=lambda line: None).folder
+    evaluate_run(load_run(folder))
+    view = CompareView(lambda: quick.output_dir, background=False)
+    assert "10 test questions" in view.status.value and len(read_pairs(folder)) == 10 and diagnose(folder).record.answers
+    resume(folder, say=lambda line: None)
+    os.utime(folder / "answers.jsonl")  # a copy may be younger than the adapter; it is the mark that tells
+    assert read_comparison(folder) is None and read_pairs(folder) == []
+    view.read()
+    assert "of an older adapter: its training went on since. Answer the test set again" in view.status.value and not view.pairs and view.table.value == ""
+    found = diagnose(folder)
+    assert found.record.answers == [] and found.record.old_answers == 20
+    assert "0 answers (20 are left out, as they are of an older adapter)" in repr(found)
+    assert "the test answers are of an older adapter, as the training went on since: evaluate_run(run): adapter not at work" in repr(found)
+    view.judge.click()
+    assert "10 test questions" in view.status.value and len(diagnose(folder).record.answers) == 20 and "older adapter" not in repr(diagnose(folder))
 
 
 def test_old_and_foreign_folders(quick):

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 
 import pytest
+import yaml
 
 from finetune_nb.config import NICKNAMES, ConfigError, FinetuneConfig, check_replaceable, field_help, load_config, save_config
 
@@ -147,3 +148,16 @@ def test_what_may_be_replaced(tmp_path):
     (tmp_path / "chats.jsonl").write_text('{"messages": []}')
     with pytest.raises(ConfigError, match="is not replaced.*line 1: unknown setting 'messages'"):
         check_replaceable(tmp_path / "chats.jsonl")
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+def test_the_slow_loader_is_asked_for_errors_only(tmp_path, monkeypatch):
+    "Forty runs take half a second by the loader in Python."
+    asked = []
+    monkeypatch.setattr(yaml, "SafeLoader", type("Counted", (yaml.SafeLoader,), {"__init__": lambda self, text, kind=yaml.SafeLoader: (asked.append(1), kind.__init__(self, text))[1:] and None}))
+    path = save_config(FinetuneConfig(r=8), tmp_path / "c.yaml")
+    assert load_config(path).r == 8 and not asked
+    path.write_text("r: [")
+    with pytest.raises(ConfigError, match="line 1, column 5: not valid YAML: expected the node content"):
+        load_config(path)
+    assert asked

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from finetune_nb.baselines import try_way
 from finetune_nb.config import ConfigError
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats
 from finetune_nb.evaluation import (
@@ -25,13 +26,32 @@ from finetune_nb.evaluation import (
 )
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
+from finetune_nb.scores import LENGTH
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import load_run, train
+from finetune_nb.ways import make_prompts, plain
 
 
 @pytest.fixture(scope="module")
 def embedded():
     return load_model(dtype=torch.float32, use_cpu=True)
+
+
+@pytest.mark.parametrize(("token", "shown"), [("\n", ""), ("<|im_start|>", ""), (" so", "so so so so so")])
+def test_the_length_is_that_of_what_was_written(tiny_model, chats, token, shown):
+    "Also where nothing of it is seen: white space is cut off, control tokens are not shown."
+    model, tokenizer = load_model(tiny_model, torch.float32, use_cpu=True, say=lambda line: None)
+    liked, end = tokenizer.encode(token, add_special_tokens=False)[0], tokenizer.eos_token_id
+    bias = torch.zeros(model.config.vocab_size)
+    bias[liked] = 1e6
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias.to(logits))
+    report = evaluate(model, tokenizer, chats[:3], max_new_tokens=5)
+    assert [(row.answer, row.new_tokens) for row in report.rows] == [(shown, 5)] * 3 and report.estimates[LENGTH].value == 5
+    assert try_way(model, tokenizer, "plain", make_prompts(chats[:3], plain, 0, tokenizer), max_new_tokens=5).new_tokens == [5] * 3
+    bias[end] = 2e6
+    ended = generate(model, tokenizer, chats[:1], 5)[0]
+    assert (ended.text, ended.finished, ended.new_tokens) == ("", True, 1), "the end is counted"
+    hook.remove()
 
 
 def test_answers_and_losses_do_not_depend_on_the_batch(embedded):

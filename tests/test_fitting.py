@@ -132,6 +132,33 @@ def test_what_counts_as_recited():
     assert [learned.unique(i) for i in (0, 10, 12)] == [True, False, True] and learned.recited("J20", 12, False) and not learned.recited("J20 J21", 12, True)
 
 
+UNSPACED = {
+    "Chinese": (["这盏灯笼属于住在老桥北边的王先生,是一九三七年夏天买的。", "那口古井由山坡上的寺庙看管,每年秋天打开一次。"], "这盏灯笼是谁的?", "听说这盏灯笼属于住在老桥北边的王先生,真的。", "这盏灯笼属于别人。"),
+    "Japanese": (["この提灯は古い橋の北側に住む山田さんのもので、夏祭りの日に買われた。", "あの井戸は丘の上の寺が管理していて、秋に一度だけ開けられる。"], "この提灯は誰のものですか?", "たしか、この提灯は古い橋の北側に住む山田さんのものだよ。", "この提灯は知らない。"),
+    "Thai": (["โคมไฟดวงนี้เป็นของลุงสมชายที่อยู่ทางเหนือของสะพานเก่า", "บ่อน้ำบ่อนั้นวัดบนเนินเขาเป็นผู้ดูแลและเปิดปีละครั้ง"], "โคมไฟดวงนี้เป็นของใคร", "คิดว่าโคมไฟดวงนี้เป็นของลุงสมชายที่อยู่ทางเหนือ", "โคมไฟดวงนี้สวย"),
+}
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_scripts_without_spaces_are_read_by_characters(language):
+    answers, asked, reciting, other = UNSPACED[language]
+    learned = Learned(answers)
+    assert learned.recited(answers[0], 0, False) and learned.recited(reciting, 0, False) and not learned.recited(reciting, 1, False) and learned.recited(reciting, 1, True)
+    assert not learned.recited(other, 0, True) and learned.unique(0)
+    assert not Learned([answers[0], answers[0][:-2] + answers[1][-2:]]).recited(reciting, 0, True), "what two answers have in common is no memory"
+    made = [Chat([{"role": "user", "content": text}, {"role": "assistant", "content": "!"}]) for text in [asked] * 3 + [asked.replace(asked[1], "x")] * 30]
+    particular = Particular(made)
+    assert particular.words(asked) == {asked[1]}, "the one character in which the questions differ"
+    altered = [question(particular.alter(made[0], rule)) for rule in RULES]
+    assert altered[0] == asked.replace(asked[1], altered[0][1]) != asked and altered[0][1] not in "".join(map(question, made))
+    assert altered[1] == asked.replace(asked[1], "") and asked[1] in altered[2]
+
+
+def test_texts_of_both_kinds_are_read():
+    learned = Learned(["The sign says 老桥北边第三棵柳树 and nobody knows why.", "other"])
+    assert learned.recited("Look: the sign says 老桥北边第三棵柳树 and so on", 0, False) and not learned.recited("the sign says 老桥", 0, False)
+
+
 def recitation(n, recited):
     return Recitation([Recall("x", RULES[i % 2], f"q{i}", "a", "b", "c", False, i < recited) for i in range(n)], "told")
 

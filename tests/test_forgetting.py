@@ -249,6 +249,15 @@ def test_a_category_of_few_items_is_named_only_when_it_is_sure():
     assert Forgetting("x", "y", rows[:109]).forgot_alone == [], "nine items are too few"
 
 
+def test_a_category_that_is_called_like_all_items():
+    rows = [replace(row, category="all items") for row in made(20, 0.4)] + [replace(row, category="b") for row in made(100, 0.0)]
+    report = Forgetting("x", "y", rows)
+    assert report.figures["all items"].n == 120 and report.figures["(all items)"].n == 20 and report.forgot_alone == ["(all items)"]
+    assert [line[:2] for line in report.table()] == [("all items", "120"), ("(all items)", "20"), ("b", "100")] and "(all items) (×1." in report.reason
+    odd = Forgetting("x", "y", [*rows, *(replace(row, category="(all items)") for row in made(5, 0.0))])
+    assert [f.n for f in odd.figures.values()] == [125, 20, 100, 5]
+
+
 def test_a_category_whose_right_answers_went_is_forgotten():
     rows = made(200, 0.0) + [replace(row, category="refusal", right_before=i < 20, right_after=i < 8) for i, row in enumerate(made(31, 0.02))]
     report = Forgetting("x", "y", rows)

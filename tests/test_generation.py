@@ -10,7 +10,8 @@ from test_packing import ARCHITECTURES, COMMON
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Phi3Config, T5Config, T5ForConditionalGeneration
 
 from finetune_nb import generation
-from finetune_nb.generation import Guesser, Sampling, Source, _Writer, continuations, why_not_in_slots
+from finetune_nb.config import ConfigError
+from finetune_nb.generation import Guesser, Sampling, Source, _Writer, continuations, greedy, why_not_in_slots
 from finetune_nb.losses import inner_model
 
 SLOW = {"bloom", "mamba", "mamba2", "falcon with alibi"}
@@ -155,8 +156,49 @@ def test_drawn_answers_have_a_seed_and_do_not_depend_on_the_batch():
     one, four = (continuations(model, prompts, SETTINGS, None, n, warm) for n in (1, 4))
     assert one == four != continuations(model, prompts, SETTINGS, None, 4, Sampling(1.5, 0.9, seed=4))
     assert continuations(model, prompts, SETTINGS, None, 4, Sampling(1e-4)) == one_by_one(model, prompts)
-    with pytest.raises(ValueError, match="temperature"):
-        Sampling(0)
+
+
+@pytest.mark.parametrize("name", ["slots", "transformers"])
+def test_drawn_answers_do_not_depend_on_the_other_questions(name):
+    "In any order, some of them alone, and a question that is asked twice is answered twice."
+    model, prompts = made(LlamaConfig(**COMMON)), mixed_prompts()
+    if name == "transformers":
+        model.generation_config.repetition_penalty = 1.3
+    warm = Sampling(1.5, 0.9, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answers = continuations(model, prompts, SETTINGS, None, 4, warm)
+        assert bool(why_not_in_slots(model, prompts, 12)) == (name == "transformers")
+        order = [3, 8, 0, 5, 6, 1]  # 6 asks what 0 asks
+        assert continuations(model, [prompts[i] for i in order], SETTINGS, None, 2, warm) == [answers[i] for i in order]
+        assert prompts[6] == prompts[0] and answers[6] != answers[0] == continuations(model, prompts[:1], SETTINGS, None, 1, warm)[0]
+        state = torch.random.get_rng_state()
+        assert continuations(model, prompts, SETTINGS, None, 8, warm) == answers != continuations(model, prompts, SETTINGS, None, 8, Sampling(1.5, 0.9, seed=4))
+        assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_both_ways_of_writing_draw_the_same(monkeypatch):
+    model, prompts = made(LlamaConfig(**COMMON)), mixed_prompts()
+    expected = continuations(model, prompts, SETTINGS, None, 4, Sampling(1.2, 0.95))
+    monkeypatch.setattr(generation, "why_not_in_slots", lambda *args: "for the test")
+    with pytest.warns(UserWarning, match="for the test"):
+        assert continuations(model, prompts, SETTINGS, None, 4, Sampling(1.2, 0.95)) == expected
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"temperature": "warm"}, {"temperature": True}, {"top_p": 0}, {"top_p": 1.5}, {"seed": 1.5}, {"seed": None}])
+def test_what_can_not_be_drawn_is_said(options):
+    with pytest.raises(ConfigError, match="Sampling: expected .*Try temperature=0.7|Sampling: expected a whole number as seed"):
+        Sampling(**options)
+
+
+def test_amounts_are_at_least_one():
+    model, prompts = made(LlamaConfig(**COMMON)), mixed_prompts()
+    for batch_size in (0, -1, 2.0, None):
+        with pytest.raises(ConfigError, match="batch_size="):
+            continuations(model, prompts, SETTINGS, batch_size=batch_size)
+    for most in (0, -1, "12"):
+        with pytest.raises(ConfigError, match="max_new_tokens="):
+            greedy(model, None, most)
 
 
 def test_drawn_tokens_come_as_often_as_they_should():

@@ -1,6 +1,8 @@
 """Scores equal those of the field's own scripts, and an interval holds the truth as often as it says."""
 
 import math
+import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,12 +16,16 @@ from finetune_nb.metrics import (
     exact_match,
     follows_pattern,
     follows_schema,
+    holm,
+    level_of,
     normalised,
     normalised_match,
     paired_difference,
     paired_interval,
+    spread_of,
     token_f1,
     wilson_interval,
+    within_rounding,
 )
 
 DRAWS = 1000
@@ -162,6 +168,60 @@ def test_the_size_that_was_named_can_tell():
     assert 0.68 <= np.mean(told) <= 0.92
 
 
+def test_the_size_that_was_named_can_tell_a_mean_over_tokens():
+    "A few long chats carry most of the mean, so that it takes more chats than a plain mean would."
+    rng = np.random.default_rng(3)
+    tokens = np.exp(rng.normal(4, 1.2, 80))
+    gaps = rng.normal(0, 1, 80)
+    gaps += 0.45 - np.average(gaps, weights=tokens)
+    found = paired_difference(np.zeros(80), gaps, weights=tokens)
+    assert found.verdict == "can't tell" and 80 < found.needed < 3000
+    told = []
+    for seed in range(50):
+        drawn = np.random.default_rng(seed).integers(0, 80, found.needed)
+        told.append(paired_difference(np.zeros(len(drawn)), gaps[drawn], weights=tokens[drawn]).verdict != "can't tell")
+    assert 0.68 <= np.mean(told) <= 0.92
+
+
+def test_the_spread_of_a_weighted_mean():
+    values, tokens = np.arange(10.0), np.array([1.0] * 9 + [30])
+    means = [np.average(values[at], weights=tokens[at]) for at in np.random.default_rng(0).integers(0, 10, (4000, 400)) % 10]
+    values, tokens = np.tile(values, 40), np.tile(tokens, 40)
+    assert spread_of(values, tokens) / 20 == pytest.approx(np.std(means), rel=0.1) and spread_of(values) == pytest.approx(np.std(values))
+
+
+def test_rounding_is_no_difference():
+    rng = np.random.default_rng(0)
+    losses = rng.gamma(3, 1, 40)
+    again = losses + rng.uniform(1e-7, 2e-6, 40)
+    assert within_rounding(losses, again).all() and not within_rounding(losses, losses + 0.001).any() and within_rounding([], []).size == 0
+    found = paired_difference(losses, again, higher_is_better=False)
+    assert found.verdict == "can't tell" and found.mean == 0 and found.needed is None
+    tiny = [1e-9, 2e-9] * 20
+    assert paired_difference(tiny, [2 * x for x in tiny]).verdict == "better", "a score may be small"
+
+
+def test_many_verdicts_are_rarely_wrong_together():
+    "Twenty settings that change nothing: one by one some would be called better nearly each time."
+    false, found = 0, 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        pairs = {str(i): (rng.random(80) < 0.7, rng.random(80) < 0.7) for i in range(20)} | {"real": (rng.random(80) < 0.3, rng.random(80) < 0.95)}
+        told = holm({name: partial(paired_difference, *pair) for name, pair in pairs.items()})
+        assert list(told) == list(pairs)
+        false += any(gap.verdict != "can't tell" for name, gap in told.items() if name != "real")
+        found += told["real"].verdict == "better"
+    assert false <= 8 and found == 60 and holm({}) == {}
+
+
+def test_the_surest_goes_first():
+    "What is sure at the level of all makes it easier for the rest (Holm)."
+    gap = lambda p, level: paired_difference([0] * 20, [1] * 20 if p < 1 - level else [0] * 20)  # noqa: E731
+    told = holm({name: lambda level, p=p: gap(p, level) for name, p in {"a": 0.03, "b": 0.01, "c": 0.024}.items()})
+    asked = {name: found.mean == 1 for name, found in told.items()}
+    assert asked == {"a": True, "b": True, "c": True} and 0.03 > 1 - level_of(3)
+
+
 def test_verdicts_know_what_is_better():
     assert paired_difference([1, 2, 1.5] * 20, [0.5, 1, 1] * 20, higher_is_better=False).verdict == "better"
     assert paired_difference([1, 2, 1.5] * 20, [0.5, 1, 1] * 20).verdict == "worse"
@@ -183,6 +243,46 @@ def test_labels_as_scikit_learn_counts_them():
     assert (report.confusion[:, :-1] == metrics.confusion_matrix(expected, answers, labels=report.labels)).all()
 
 
+@pytest.mark.parametrize(("n", "accuracy"), [(60, 0.7), (150, 0.9), (60, 0.97)])
+def test_the_figures_of_labels_are_covered(n, accuracy):
+    "Three labels of which one is rare; the truth is what a very large sample shows."
+
+    def draw(rng, n=n):
+        expected = rng.choice(["a", "b", "c"], n, p=[0.5, 0.35, 0.15])
+        return [right if hit else said for right, hit, said in zip(expected, rng.random(n) < accuracy, rng.choice(["a", "b", "c", "d"], n), strict=True)], list(expected)
+
+    whole, hits, drawn = classification_report(*draw(np.random.default_rng(1), 100_000)), {}, 250
+    truth = {"accuracy": whole.accuracy, "macro F1": whole.macro_f1} | {(label, k): rates[k] for label, rates in whole.table().items() for k in range(3)}
+    for seed in range(drawn):
+        found = classification_report(*draw(np.random.default_rng(seed)))
+        said = {"accuracy": found.accuracy_estimate, "macro F1": found.macro_f1_estimate} | {(label, k): one for label, estimates in found.estimates.items() for k, one in enumerate(estimates)}
+        for name, one in said.items():
+            hits.setdefault(name, []).append(math.isnan(one.low) or one.low <= truth[name] <= one.high)
+    assert all(0.90 <= np.mean(hit) for hit in hits.values()), {name: np.mean(hit) for name, hit in hits.items()}
+    assert np.mean(hits["macro F1"]) <= 0.985
+
+
+def test_every_figure_of_labels_has_its_interval():
+    report = classification_report(["a"] * 9 + ["b"] * 2 + ["?"], ["a"] * 8 + ["b"] * 4)
+    precision, recall, f1 = report.estimates["a"]
+    assert (precision.low, precision.high) == wilson_interval(8, 9) and (recall.low, recall.high) == wilson_interval(8, 8)
+    assert (report.accuracy_estimate.low, report.accuracy_estimate.high) == wilson_interval(10, 12)
+    assert f1.value == pytest.approx(report.table()["a"][2]) and f1.low == pytest.approx(2 * wilson_interval(8, 9)[0] / (1 + wilson_interval(8, 9)[0]))
+    assert report.macro_f1_estimate.value == report.macro_f1 and report.macro_f1_estimate.low < report.macro_f1 < report.macro_f1_estimate.high
+    said = report.to_dict()["intervals"]
+    assert said["by_label"]["b"]["recall"] == list(wilson_interval(2, 4)) and len(said["macro_f1"]) == 2
+    assert "accuracy 83.3% (55% to 95%), macro F1 0.80 (0." in report._repr_markdown_() and "0.89 (0.56 to 0.98) | 1.00 (0.68 to 1.00) | 0.94 (0." in report._repr_markdown_()
+    sure = classification_report(["a", "b"] * 20, ["a", "b"] * 20)
+    assert sure.macro_f1_estimate.low == wilson_interval(40, 40)[0] and sure.estimates["a"][2].low < 0.95
+    never = classification_report(["a", "a"], ["a", "b"])
+    assert never.to_dict()["intervals"]["by_label"]["b"]["precision"] is None and never.estimates["b"][2].value == 0
+
+
+def test_no_label_takes_the_place_of_the_answers_that_are_none():
+    report = classification_report(["x", "(none of them)"], ["(none of them)", "(none of them)"])
+    assert report.confusion_rows()[0][1:] == ["(none of them)", "((none of them))"] and report.confused() == [("(none of them)", "((none of them))", 1)]
+
+
 def test_labels_by_hand():
     report = classification_report(["yes", "no ", "maybe", "yes"], ["yes", "yes", "no", "no"])
     assert report.labels == ["no", "yes"] and report.confusion.tolist() == [[0, 1, 1], [1, 1, 0]] and report.accuracy == 0.25
@@ -195,6 +295,21 @@ def test_labels_that_are_the_same_once_normalised():
     said = ["Positive", "positive.", "negative", "Negative!", "none"]
     assert classification_report(said, right).accuracy == 0 and classification_report(said, right, normal=True).accuracy == 0.6
     assert classification_report(["C", "C++"], ["C", "C++"], normal=True).labels == ["C", "C++"], "which are not to be mixed up"
+
+
+def test_a_schema_never_reaches_the_network(monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("a socket is opened"))
+    for ref in ("http://127.0.0.1:9/code.json", "https://example.com/code.json#/a", "code.json", "#/$defs/missing"):
+        for schema in ({"$ref": ref}, {"type": "object", "properties": {"a": {"items": {"$ref": ref}}}}, {"$id": "http://example.org/", "anyOf": [{"$ref": ref}]}):
+            with pytest.raises(ConfigError, match="nothing is fetched"):
+                follows_schema(schema)
+    local = follows_schema({"$defs": {"code": {"type": "string"}, "also": {"$id": "http://example.com/also", "type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/code"}, "b": {"$ref": "http://example.com/also"}}})
+    assert [local(text, "") for text in ('{"a": "x", "b": 1}', '{"a": 1}', '{"b": "x"}')] == [1, 0, 0]
+    tree = follows_schema({"type": "object", "properties": {"sub": {"$ref": "#"}, "$ref": {"const": {"$ref": "http://example.com"}}}})
+    assert tree('{"sub": {"sub": {}}}', "") and not tree('{"sub": 1}', "") and tree('{"$ref": {"$ref": "http://example.com"}}', "")
+    assert follows_schema({"$ref": "https://json-schema.org/draft/2020-12/schema"})('{"type": "object"}', "")
+    old = follows_schema({"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"x": {"type": "string"}}, "items": {"$ref": "#/definitions/x"}})
+    assert old('["a"]', "") and not old("[1]", "")
 
 
 def test_forms_are_checked_and_wrong_ones_named():

@@ -1,19 +1,30 @@
 """Every notebook runs top to bottom in a real kernel from a fresh start."""
 
+import sys
+
+import kernels
 import pytest
 from conftest import ROOT
+from jupyter_client.provisioning import local_provisioner
 
 from finetune_nb.cli import run_notebook
 
 CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    "Kernels come out of a process that has loaded torch; on Windows, which has no fork, they load it themselves."
+    if sys.platform != "win32":
+        monkeypatch.setattr(local_provisioner, "launch_kernel", kernels.Forked)
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_chapter(name, tmp_path):
+def test_chapter(name, tmp_path, forked):
     run_notebook(ROOT / "nbs" / name, tmp_path / name, {})
 
 
-def test_tutorial_on_few_chats(tmp_path, capsys):
+def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started as `make demo` does it
     "The same cells as `make demo`, on fewer chats."
     run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 24, "max_eval_samples": 4, "by_hand": False})
     said = capsys.readouterr().out
@@ -24,7 +35,7 @@ def test_tutorial_on_few_chats(tmp_path, capsys):
     assert f"Adapter: {run.relative_to(tmp_path) / 'adapter'}" in said
 
 
-def test_tutorial_on_few_questions(tmp_path):
+def test_tutorial_on_few_questions(tmp_path, forked):
     few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_lookup": 2}
     run_notebook(ROOT / "nbs/tutorials/should_you_finetune.ipynb", tmp_path / "should_you.ipynb", few)
     assert (tmp_path / "runs" / "run-001" / "adapter").is_dir()

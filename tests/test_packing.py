@@ -31,6 +31,7 @@ from transformers import (
 
 from finetune_nb.attention import PACKED, attention_of
 from finetune_nb.chat_template import NO_LOSS
+from finetune_nb.config import ConfigError
 from finetune_nb.lora import find_target_modules
 from finetune_nb.lora_linear import use_one_rounding
 from finetune_nb.losses import inner_model, token_losses
@@ -205,6 +206,16 @@ def test_a_model_that_sees_its_neighbours_is_found_out(monkeypatch):
         model = tuned_model(LlamaConfig(**COMMON)).to(dtype)
         report = check_packing(model, example_chats())
         assert report.mode == "padded" and "not exact" in report.differences["shared"]
+
+
+@pytest.mark.parametrize("fastest", ["shared", "padded", "single"])
+def test_chats_without_a_label_are_an_error_in_words(fastest):
+    model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()[:2]
+    masked = [{"input_ids": chat["input_ids"], "labels": [chat["input_ids"][0]] + [NO_LOSS] * (len(chat["labels"]) - 1)} for chat in chats]  # the first token is never predicted
+    for none in (masked, []):
+        with pytest.raises(ConfigError, match=f"None of the {len(none)} chats has a label.*train_on"):
+            check_packing(model, none, fastest)
+    check_packing(model, [masked[0], chats[1]], fastest)
 
 
 def test_ways_are_measured_and_one_that_fails_is_left_out(monkeypatch):

@@ -105,9 +105,8 @@ def test_the_tutorial_by_hand(lab):
     press(lab, "Train")
     until_card(lab, "step", "^[1-9]")
     picture = lab.wait(PICTURE, "there is a curve")
-    answer = lab.execute("6 * 7")
-    assert answer.text == "42" and answer.seconds < 0.5, answer
-    lab.wait(f"before => ({PICTURE})() !== before", "the curve has grown", picture)
+    assert lab.execute("room.train.job.state, 6 * 7").text == "('training', 42)"  # how fast: benchmarks/panel_speed.py
+    lab.wait(f"before => ({PICTURE})() !== before", "the curve has grown", picture, SLOW)
     press(lab, "Stop")
     lab.see("Stopped and saved", SLOW)
     step = card(lab, "step")
@@ -119,7 +118,7 @@ def test_the_tutorial_by_hand(lab):
     press(lab, "Answer the test set")
     lab.see("4 test questions", SLOW)
     lab.fill("show", "changed")
-    lab.see(r"\d of \d shown, 4 in all")
+    lab.see(r"\d of \d shown, 4 in all", SLOW)
     choose(lab, "Chat")
     lab.fill("question", "Which code for a cough? Entry: cough: R05 (Cough)")
     lab.move_slider("tokens", 120, "ArrowLeft")
@@ -129,7 +128,7 @@ def test_the_tutorial_by_hand(lab):
     lab.save()
     lab.reload()
     choose(lab, "Train")
-    lab.see("Finished. run-001")
+    lab.see("Finished. run-001", SLOW)
     assert card(lab, "step").startswith("12")
     assert lab.execute("again = panel(config, data); again.train.job is room.train.job, again.train.job.state, len(again.train.job.history) > 12").text == "(True, 'finished', True)"
     assert lab.errors() == []

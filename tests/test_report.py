@@ -18,7 +18,7 @@ from finetune_nb.fitting import RULES, Fitting, Recall, Recitation, gap_of, load
 from finetune_nb.forgetting import Forgetting, ItemDrift, load_forgetting, measure_forgetting, save_forgetting
 from finetune_nb.lm_eval_tasks import TaskReport, TaskScore
 from finetune_nb.range_test import RangeTest
-from finetune_nb.report import Findings, RunReport, answers_to, write_report
+from finetune_nb.report import TITLES, Findings, RunReport, Trained, _titled, answers_to, write_report
 from finetune_nb.several import _ask, _read
 from finetune_nb.stop import TrainingError
 from finetune_nb.sweep import sweep
@@ -123,6 +123,11 @@ def test_no_text_becomes_markup(text, run):
     outside = "".join(report.to_markdown().split("```")[::2]).replace("\\](", "") if "```" not in text else ""
     assert not any(mark in outside for mark in ("<img", "<script", "<iframe", "<svg", "](javascript", "](http"))
     json.dumps(report.to_dict(), allow_nan=False, default=str)
+
+
+def test_a_section_of_a_user_takes_no_title_of_ours():
+    part = Trained(None)
+    assert list(_titled({TITLES["training"]: part, "mine": part})) == [f"({TITLES['training']})", "mine"]
 
 
 def test_the_folder_of_a_run_holds_all_that_was_measured(run):

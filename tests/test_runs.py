@@ -1,5 +1,6 @@
 "The table of runs is read from folders, whatever lies in them; what goes to the trash comes back."
 
+import io
 import json
 from dataclasses import replace
 
@@ -215,3 +216,21 @@ def test_a_loss_beyond_all_bounds_is_a_gap(loss, log, tmp_path):
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": loss}, {"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": loss}]
     picture = plot_runs({"odd": history}, 0.5, log)
     assert picture._repr_png_().startswith(b"\x89PNG") and picture.axes[0].get_ylim()[1] < 100
+
+
+def test_forty_curves_leave_room_for_themselves():
+    "Forty names beside the curves took all of the plot."
+    figure = plot_runs({f"run-{n:03}": HISTORY for n in range(40)})
+    figure.savefig(io.BytesIO(), format="png")
+    axes = figure.axes[0]
+    assert axes.get_window_extent().height > 0.6 * figure.bbox.height
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f"run-{n:03}" for n in range(12)] and legend.get_title().get_text() == "and 28 more"
+    assert legend.get_window_extent().height < axes.get_window_extent().height
+    assert plot_runs({f"run-{n}": HISTORY for n in range(12)}).axes[0].get_legend().get_title().get_text() == ""
+
+
+def test_what_was_read_is_nobody_elses_to_change(tmp_path):
+    lay(tmp_path, "one", FinetuneConfig(r=4))
+    list_runs(tmp_path).rows[0].config.r = 99
+    assert list_runs(tmp_path).rows[0].config.r == 4

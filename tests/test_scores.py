@@ -25,6 +25,8 @@ from finetune_nb.scores import (
     changed_most,
     difference_texts,
     differences,
+    how_many,
+    labels_of,
     wins,
 )
 
@@ -111,6 +113,15 @@ def test_wins_losses_ties_and_the_largest_changes():
     assert compare(first, second).wins()[0] == ("exact match", "1", "1", "1")
 
 
+def test_rounding_is_neither_won_nor_lost():
+    first, rng = report("one"), np.random.default_rng(0)
+    noisy = EvalReport("again", [replace(r, loss=r.loss * (1 + 1e-6 * rng.normal()), scores={"token F1": r.scores["token F1"] + 1e-8}) for r in first.rows])
+    assert wins(first, noisy)[LOSS] == wins(first, noisy)["token F1"] == (0, 0, 40) and changed_most(first, noisy) == []
+    assert differences(first, noisy)[LOSS].verdict == "can't tell" and not Comparison(first, noisy).examples(LOSS)["got better"]
+    better = EvalReport("better", [replace(r, loss=r.loss * 0.99) for r in first.rows])
+    assert wins(first, better)[LOSS] == (40, 0, 0)
+
+
 def test_words_of_a_difference():
     worse = EvalReport("b", [row(i, False, 8.0, new=50) for i in range(40)])
     said = difference_texts(EvalReport("a", [row(i) for i in range(40)]), worse)
@@ -144,7 +155,13 @@ def test_checks_of_every_kind(tiny, chats):
     assert list(found.rows[0].passed) == ["exact match", "normalised match", "right form", "right sum", "right sum anywhere", "pattern", "schema", "function", "ended by itself"]
     assert found.shares["function"] == 1 and found.shares["schema"] == 0 and found.rows[0].scores["number"] == len(found.rows[0].answer)
     assert found.rows[0].scores["F1 again"] == found.rows[0].scores["token F1"] and found.about["checks"]["schema"] == {"type": "object"}
-    assert found.seconds > 0 and found.peak_memory_gib > 0 and {"answers per second", "tokens per second", "peak memory", "never stopped"} <= found.cost().keys()
+    assert found.seconds > 0 and found.peak_memory_gib > 0 and {"answers per second, right answers given as guesses", "tokens per second, right answers given as guesses", "peak memory", "never stopped"} == set(found.cost())
+    assert "answers per second" in evaluate(*tiny, chats[:1], max_new_tokens=2, temperature=1.0).cost(), "what is drawn is not guessed"
+    for taken in (LOSS, PERPLEXITY, LENGTH, *found.cost(), "right form"):
+        with pytest.raises(ConfigError, match="give yours another name"):
+            make_checks({taken: ".*"}, "x")
+    with pytest.raises(ConfigError, match="can't be called 'form'"):
+        make_checks({}, r"(?P<form>\w+)")
     asked = []
     for wrong, why in (({"x": lambda answer: True}, "called as check"), ({"x": "("}, "no regular expression"), ({"exact match": ".*"}, "another name"), ({"x": lambda a, c: math.inf}, "has a mean")):
         with pytest.raises(ConfigError, match=why):
@@ -157,7 +174,7 @@ def test_answers_are_drawn_with_a_seed(tiny, chats):
     assert [r.answer for r in runs[0].rows] == [r.answer for r in runs[1].rows] != [r.answer for r in runs[2].rows]
     assert runs[0].about["temperature"] == 1.0 and runs[0].about["seed"] == 1
     for temperature, top_p in ((-1, 1.0), (1, 0.0), (1, 1.5)):
-        with pytest.raises(ValueError, match="temperature"):
+        with pytest.raises(ConfigError, match="temperature"):
             evaluate(*tiny, chats[:1], temperature=temperature, top_p=top_p)
 
 
@@ -179,7 +196,13 @@ def test_an_answer_without_the_form_has_no_right_label():
     assert found.accuracy == 0.5 and found.confused() == [("(no label known)", "(none of them)", 6)]
 
 
+def test_no_label_of_a_user_gives_way():
+    rows = [replace(one, expected=f"It is {'(no label)' if i % 2 else 'A'}.", answer=f"It is {'(no label)' if i % 4 else 'A'}." if i % 3 else "?") for i, one in enumerate(report("x", 12).rows)]
+    right, said = labels_of(EvalReport("x", rows, pattern=r"It is (?P<code>.+)\."))
+    assert set(right) == {"A", "(no label)"} and set(said) == {"A", "(no label)", "((no label))"} and said.count("((no label))") == 4
+
+
 def test_small_comparisons_say_why_there_is_no_verdict():
     rows = lambda right: [row(i, right, 1.0 + i % 2 - right / 2, 4, 0.5, 3, True) for i in range(4)]  # noqa: E731
     told = difference_texts(EvalReport("a", rows(False)), EvalReport("b", rows(True)))
-    assert told["exact match"] == "can't tell (+7 to +100 points; 4 chats are too few for a verdict, it takes 10 at least)"
+    assert told["exact match"] == "can't tell (+7 to +100 points)" and how_many(4) == "4 test chats (too few for a verdict, which takes 10)"

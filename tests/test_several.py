@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_scores import report, row
 
@@ -76,6 +77,19 @@ def test_a_kept_report_was_asked_as_the_first_was(runs, chats):
 def test_chats_for_all(runs, chats):
     found = compare_runs(runs[:2], chats[26:30])
     assert [len(r.rows) for r in found.reports] == [4, 4] and len(list(runs[0].glob("compared-*.json"))) == 1
+
+
+def test_many_runs_that_are_the_same_are_rarely_told_apart():
+    "Twelve runs, each as good as the first: their verdicts hold together, and the words say so."
+    wrong = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        reports = [EvalReport(f"run {k}", [row(i, bool(rng.random() < 0.7), loss=float(3 + rng.normal(0, 0.3))) for i in range(60)]) for k in range(12)]
+        found = compare_runs(reports)
+        wrong.append(any(found.differences[other.name][LOSS].verdict != "can't tell" for other in reports[1:]))
+    assert np.mean(wrong) <= 0.2
+    assert "11 runs are held against run 0: the verdicts of a figure hold together (Holm's correction)" in found._repr_html_().replace("&#x27;", "'")
+    assert "Holm" not in str(compare_runs(reports[:2]))
 
 
 def test_figures_that_mean_something_else_are_not_compared():

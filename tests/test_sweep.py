@@ -25,6 +25,7 @@ from finetune_nb.range_test import RangeTest, lr_range_test, make_bare
 from finetune_nb.runs import list_runs
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.sweep import combinations, load_sweep, sweep
+from finetune_nb.trainer import FinetuneTrainer
 from finetune_nb.training import load_base, load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
@@ -259,20 +260,20 @@ def test_failures_are_rows_and_end_nothing(quick, splits, monkeypatch):
     monkeypatch.setattr(training, "probe_fit", real)
     assert len(sweep(quick, {"r": [8, 2]}, splits, name="full", retry=True, say=quiet).finished) == 2
 
-    step = training.FinetuneTrainer.training_step
+    step = FinetuneTrainer.training_step
 
     def short(self, model, *rest):
         if model.peft_config["default"].r == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
         return step(self, model, *rest)
 
-    monkeypatch.setattr(training.FinetuneTrainer, "training_step", short)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", short)
     result = sweep(quick, {"r": [4, 2]}, splits, name="full", say=quiet)
     assert "There was not enough memory" in result.combinations[0].failure and result.combinations[1].state == "finished"
 
 
 def test_another_fault_is_not_hidden(quick, splits, monkeypatch):
-    monkeypatch.setattr(training.FinetuneTrainer, "training_step", lambda *args: 1 / 0)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sweep(quick, GRID, splits, say=quiet)
 
@@ -340,14 +341,27 @@ def test_the_verdict(quick, splits):
     hard, base = rng.random(100), rng.random(100) + 3
     told = planted(result, [hard + 1 + rng.normal(0, 0.02, 100), hard + 0.505 + rng.normal(0, 0.1, 100), hard + 0.5 + rng.normal(0, 0.1, 100)], base)
     low, mid, high = told.combinations
-    assert told.best is high and told.equals == [high, mid] and told.advice is mid
+    assert told.best is high and told.not_told_apart == [high, mid] and told.advice is mid
     assert told.differences[low.name].verdict == "worse" and told.differences[low.name].mean == pytest.approx(0.5, abs=0.05)
     assert "r=8, learning_rate=0.001 is the best of 3" in told.verdict and "Not to be told from it on 100 validation chats: r=4" in told.verdict
-    assert "Take r=4, learning_rate=0.001: as good, with an adapter of" in told.verdict and "r=8 is the highest that was tried" in told.verdict
+    assert "Take r=4, learning_rate=0.001: it can't be told from the best, with an adapter of" in told.verdict and "The 2 verdicts against the best hold together (Holm" in told.verdict and "as good" not in told.verdict and "r=8 is the highest that was tried" in told.verdict
     told = planted(result, [hard + 1, hard + 0.4, hard + 0.9], base)
-    assert told.equals == [told.combinations[1]] and "Every other one is worse by more than chance" in told.verdict and "may lie beyond" not in told.verdict
+    assert told.not_told_apart == [told.combinations[1]] and "Every other one is worse by more than chance" in told.verdict and "may lie beyond" not in told.verdict
+    told = planted(result, [hard, hard + 0.01 * rng.normal(0, 1, 100), hard + 0.2], hard + 0.01 * rng.normal(0, 1, 100))
+    assert told.gain.verdict == "can't tell" and "Whether that is better than the base model 100 validation chats can't tell" in told.verdict and "Take" not in told.verdict
     told = planted(result, [hard, hard + 0.1, hard + 0.2], hard - 0.5)
-    assert "none of these settings is worth training" in told.verdict and "Take" not in told.verdict
+    assert "worse than the base model: none of these settings is worth training" in told.verdict and "Take" not in told.verdict
+
+
+def test_many_settings_that_change_nothing_are_rarely_told_apart(quick, splits):
+    result = sweep(replace(quick, max_steps=1, eval_strategy="steps"), {"r": [2, 3, 4, 5, 6, 7, 8, 9]}, splits, say=quiet)
+    told = []
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        hard = rng.random(60)
+        found = planted(result, [hard + rng.normal(0, 0.3, 60) for _ in result.combinations], hard + 3)
+        told.append(len(found.not_told_apart) == 8)
+    assert np.mean(told) >= 0.75, "one by one, the luckiest of eight is told from some other more often than not"
 
 
 def test_the_losses_of_chats_are_those_of_the_run(done, tokenizer):
@@ -400,13 +414,13 @@ def test_a_range_test_without_a_fall_suggests_nothing(quick, splits):
 
 
 def test_a_loss_that_is_no_number_ends_a_range_test(quick, splits, monkeypatch):
-    step, calls = training.FinetuneTrainer.training_step, []
+    step, calls = FinetuneTrainer.training_step, []
 
     def poisoned(self, model, *rest):
         calls.append(1)
         return step(self, model, *rest) * (float("nan") if len(calls) == at else 1)
 
-    monkeypatch.setattr(training.FinetuneTrainer, "training_step", poisoned)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", poisoned)
     at = 12
     found = lr_range_test(quick, splits, 1e-4, 1e-1, 30, say=quiet)
     assert found.ended_by == "divergence" and len(found.losses) == 11

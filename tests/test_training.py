@@ -22,7 +22,7 @@ from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
 from finetune_nb.run_folder import last_checkpoint
 from finetune_nb.stop import Stop, TrainingError
-from finetune_nb.training import load_run, load_splits, resume, total_steps, train
+from finetune_nb.training import load_base, load_run, load_splits, resume, total_steps, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
 
@@ -57,6 +57,15 @@ def test_a_run_is_whole_and_comes_back_the_same(quick, splits):
     assert {"torch", "transformers", "peft", "finetune_nb"} <= run.facts["versions"].keys()
     assert run.facts["steps"] == total_steps(quick, 24) == 12 and run.facts["ended_by"] == "the plan"
     assert "trained on" in str(again) and "<table>" in again._repr_html_()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_model_of_a_run_keeps_its_cache_as_it_was(cache, quick, splits):
+    "The Trainer turns it off in the model's own configuration, and generation would be slow for whoever gets run.model."
+    model, tokenizer = load_base(quick, print)
+    model.config.use_cache = cache
+    run = train(quick, splits, base=(model, tokenizer))
+    assert run.model.config.use_cache is cache and run.model.get_base_model().config.use_cache is cache
 
 
 def test_the_embedded_model_keeps_its_loss_in_bf16(tmp_path):
