@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NICKNAMES', 'LARGEST', 'setting', 'FinetuneError', 'ConfigError', 'check_value', 'why_not_named', 'field_help',
-           'field_groups', 'FinetuneConfig', 'changed_settings', 'yaml_value', 'replacing', 'save_config',
-           'load_config', 'check_replaceable']
+           'field_groups', 'FinetuneConfig', 'changed_settings', 'yaml_value', 'wait_for_disk', 'replacing',
+           'save_config', 'load_config', 'check_replaceable']
 
 # %% ../nbs/00_config.ipynb #0c436247
 import ast
 import difflib
+import errno
 import io
 import math
 import os
@@ -258,7 +259,7 @@ class FinetuneConfig:
     eval_strategy: str = setting("epoch", choices=("no", "steps", "epoch"))  # when to look at the validation set; "no" also gives up early stopping and the best adapter
     eval_steps: int | None = setting(None, 1, 10_000_000)  # steps between two looks, with eval_strategy "steps"; empty: logging_steps
     per_device_eval_batch_size: int = setting(64, 1, 4096)  # chats packed together when evaluating: more of them share a common beginning
-    save_total_limit: int = setting(2, 1, 1000)  # checkpoints kept on disk, the best one always among them
+    save_total_limit: int = setting(2, 2, 1000)  # checkpoints kept on disk, the last ones; the best adapter so far is in each of them
     early_stopping_patience: int = setting(2, 0, 1000)  # looks without improvement of validation loss before training stops; 0: never stop early
     seed: int = setting(42, 0, 2**32 - 1)  # start of every random choice: the same seed repeats the run on the same machine
     output_dir: str = setting("runs", path=True)  # folder that holds the folders of all runs
@@ -310,6 +311,17 @@ def yaml_value(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
 # %% ../nbs/00_config.ipynb #b8101a44
+def wait_for_disk(
+    handle: int,  # of an open file or folder
+) -> None:
+    "Returns when it is on the disk; some mounts know no such thing, and then there is nothing to wait for."
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 @contextmanager
 def replacing(
     path: str | Path,  # the file to write; replaced when it exists
@@ -320,6 +332,8 @@ def replacing(
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             yield file
+            file.flush()
+            wait_for_disk(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ __all__ = ['WORTH_SHARING', 'Tokens', 'MODES', 'IN_ROWS', 'common_prefix', 'pack
            'PackingReport', 'check_packing', 'chat_losses']
 
 # %% ../nbs/06_packing.ipynb #f639bf54
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -203,7 +204,9 @@ class PackingCollator:
 
     def __call__(self, chats: list[dict[str, Any]]) -> dict[str, Any]:
         supervised = sum(label != NO_LOSS for chat in chats for label in chat["labels"][1:])
-        return {"batches": self.batches(chats), "supervised": supervised, "tokens": sum(len(chat["input_ids"]) for chat in chats)}
+        ids = [list(chat["input_ids"]) for chat in chats]
+        seen = {"tokens": sum(map(len, ids)), "sha256": hashlib.sha256(str(ids).encode()).hexdigest()}
+        return {"batches": self.batches(chats), "supervised": supervised} | seen
 
     def batches(self, chats: Sequence[dict[str, Any]]) -> list[Batch]:
         "The chats as the device computes them."

@@ -30,6 +30,7 @@ class Stop(TrainerCallback):
 
     def __init__(self) -> None:
         self.wanted, self.stopped_at, self.looks = False, None, False
+        self.terminated = False  # the system wants the process to end
 
     def check(self, goes_on: bool = False) -> None:
         "Between the stages of getting ready: raises `StoppedEarly` when the run is not wanted any more."
@@ -59,19 +60,21 @@ class Stop(TrainerCallback):
 
     @contextmanager
     def on_interrupt(self) -> Iterator[None]:
-        "While inside, the first interrupt asks for a stop; the second one interrupts."
+        "While inside, the first interrupt, or the system's wish that the process end (SIGTERM), asks for a stop; the second one ends at once."
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: Any) -> None:
-            self.wanted = True
-            signal.signal(signal.SIGINT, before)
+            self.wanted, self.terminated = True, self.terminated or number == signal.SIGTERM
+            signal.signal(number, before[number] or signal.SIG_DFL)
             print("\nStopping after this step; interrupt again to stop at once.", flush=True)
 
-        signal.signal(signal.SIGINT, ask)
+        for number in before:
+            signal.signal(number, ask)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)

@@ -6,11 +6,13 @@
 __all__ = ['Watch', 'FinetuneTrainer', 'training_arguments', 'make_trainer']
 
 # %% ../nbs/07g_trainer.ipynb #aa6f7ded
+import hashlib
 import json
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,17 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .config import FinetuneConfig
-from .lora import set_adapter_weights
+from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
 from .models import hardware, release_memory
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
 from .progress import Progress
 from .qlora import optimizer_of
+from .run_folder import append_line
 from .stop import TrainingError
 
 # %% ../nbs/07g_trainer.ipynb #81c3f781
@@ -36,7 +38,7 @@ class Watch(TrainerCallback):
     "Progress for the eye, history for the file; a loss that is no longer a number ends the run."
 
     def __init__(self, progress: Progress, history: Path) -> None:
-        self.progress, self.history, self.words = progress, history, {}
+        self.progress, self.history, self.words, self.unwritten = progress, history, {}, ""
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.total = state.max_steps
@@ -45,11 +47,17 @@ class Watch(TrainerCallback):
     def _show(self, state) -> None:
         self.progress.update(state.global_step, " · ".join(f"{k} {v:.4g}" for k, v in self.words.items()))
 
+    def _append(self, line: str) -> None:
+        "A line that can't be written, as on a full disk, is written with the next one."
+        self.unwritten += line
+        with suppress(OSError):
+            append_line(self.history, self.unwritten)
+            self.unwritten = ""
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {"step": state.global_step, **(logs or {})}
         if state.is_world_process_zero:
-            with self.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(json.dumps(row) + "\n")
         names = {"loss": "loss", "eval_loss": "validation loss"}
         self.words |= {names[k]: row[k] for k in names if k in row}
         self._show(state)
@@ -61,8 +69,8 @@ class Watch(TrainerCallback):
                 )
 
 # %% ../nbs/07g_trainer.ipynb #04018c75
-class FinetuneTrainer(Trainer):
-    "transformers' `Trainer` with packed steps, an exact validation loss, a checked best adapter, and no pickles of its own."
+class FinetuneTrainer(CrashSafeTrainer):
+    "transformers' `Trainer` with packed steps, an exact validation loss, and checkpoints that can be trusted."
 
     loraplus_lr_ratio = 1.0  # learning rate of B as a multiple of that of A
     tokens_since_log, logged_at = 0, math.nan  # for the speed: tokens of the chats, however few were computed
@@ -80,6 +88,7 @@ class FinetuneTrainer(Trainer):
         "The gradient of one step: the mean over all its supervised tokens, one batch after the other."
         model.train()
         self.tokens_since_log += inputs["tokens"] * self.args.world_size
+        self.rows_sha256 = hashlib.sha256(f"{self.rows_sha256}{inputs['sha256']}".encode()).hexdigest()
         total, supervised = 0.0, self._mean_over_processes(inputs["supervised"])
         for rest, batch in zip(reversed(range(len(inputs["batches"]))), inputs["batches"], strict=True):
             with self.accelerator.no_sync(model) if rest else nullcontext(), self.compute_loss_context_manager():
@@ -129,20 +138,6 @@ class FinetuneTrainer(Trainer):
     def train(self, *args, **kwargs):
         self.logged_at = time.monotonic()
         return super().train(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_global_step != self.state.global_step:  # else it is at hand
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        set_adapter_weights(model or self.model, load_file(folder / "adapter_model.safetensors"), folder.name)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(
-                output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
-            )
 
 # %% ../nbs/07g_trainer.ipynb #018bba62
 def training_arguments(
@@ -199,6 +194,9 @@ def make_trainer(
     folder: str | Path,  # where checkpoints go
     callbacks: list[TrainerCallback] | None = None,  # transformers' callbacks
     resumed: bool = False,  # whether the run goes on from a checkpoint
+    made_of: dict[str, Any] | None = None,  # what its checkpoints are to say of the run
+    changed: Sequence[str] = (),  # settings that may differ from those of the checkpoint
+    say: Callable[[str], None] = print,  # is told when a checkpoint can't be written
 ) -> FinetuneTrainer:
     "The trainer of a run; call its `train` inside `collator.attention(model)`."
     arguments = training_arguments(config, Path(folder), len(rows["train"]), needs_autocast(model), resumed)
@@ -207,5 +205,6 @@ def make_trainer(
     validation = rows.get("validation") if config.eval_strategy != "no" else None
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
     trainer.loraplus_lr_ratio = config.loraplus_lr_ratio
+    trainer.made_of, trainer.changed, trainer.tell = made_of or {}, list(changed), say
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -18,12 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .config import FinetuneError
+from .config import FinetuneError, wait_for_disk
 
 # %% ../nbs/07da_whole_folder.ipynb #f0575f8e
-_NO_FLUSHING = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-
-
 def write_file(
     path: str | Path,  # replaced when it exists
     data: bytes,  # all of it
@@ -36,17 +33,9 @@ def write_file(
             if not (written := os.write(handle, rest)):
                 raise OSError(errno.EIO, "nothing was written", str(path))
             rest = rest[written:]
-        _flush(handle)
+        wait_for_disk(handle)
     finally:
         os.close(handle)
-
-
-def _flush(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_FLUSHING:
-            raise
 
 
 def flush(
@@ -57,7 +46,7 @@ def flush(
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        _flush(handle)
+        wait_for_disk(handle)
     finally:
         os.close(handle)
 
@@ -152,12 +141,14 @@ class Part:
     def __init__(
         self,
         target: str | Path,  # where it will be
+        make: bool = True,  # False: another process of the same run has made it
     ) -> None:
         self.target = Path(target)
         self.folder = _beside(self.target, "part")
         self.digests: dict[str, str] = {}
-        shutil.rmtree(self.folder, ignore_errors=True)  # of one that died
-        self.folder.mkdir(mode=0o700)
+        if make:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of one that died
+            self.folder.mkdir(mode=0o700)
 
     def write(
         self,

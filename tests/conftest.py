@@ -68,6 +68,10 @@ def save_tiny(folder, **more):
 @pytest.fixture
 def chats():
     "Forty short chats."
+    return some_chats()
+
+
+def some_chats():
     from finetune_nb.data import Chat
 
     def chat(i):

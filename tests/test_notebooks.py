@@ -2,7 +2,7 @@
 
 import sys
 
-import kernels
+import forked_kernels
 import pytest
 from conftest import ROOT
 from jupyter_client.provisioning import local_provisioner
@@ -16,7 +16,7 @@ CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 def forked(monkeypatch):
     "Kernels come out of a process that has loaded torch; on Windows, which has no fork, they load it themselves."
     if sys.platform != "win32":
-        monkeypatch.setattr(local_provisioner, "launch_kernel", kernels.Forked)
+        monkeypatch.setattr(local_provisioner, "launch_kernel", forked_kernels.Forked)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

@@ -26,7 +26,7 @@ def lay(parent, name, config=None, started=None, ended=None, history=HISTORY, ch
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     if checkpoint:
         (folder / f"checkpoint-{checkpoint}").mkdir()
-        (folder / f"checkpoint-{checkpoint}" / "trainer_state.json").write_text("{}")
+        (folder / f"checkpoint-{checkpoint}" / "MANIFEST.json").write_text("{}")
     return folder
 
 
