@@ -34,7 +34,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
 from .checkpoints import FREE, check_room, check_unchanged, checkpoints, newest_checkpoint, step_of
-from .config import FinetuneConfig, load_config, save_config
+from .config import FinetuneConfig, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
 from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
@@ -148,9 +148,13 @@ class Run:
     def save(self) -> None:
         "Writes the adapter, the loss curves and `run.json`; `train` and `resume` have done so, unless the disk was full or gone."
         _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user")
+        if read_history(self.folder) != self.history:  # a line could not be written
+            with replacing(self.folder / "history.jsonl") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.history)
         self.plot().savefig(self.folder / "loss.png", dpi=120)
         write_facts(self.facts, self.folder / "run.json")
         (self.folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
+        clear_leftovers(self.folder)
 
     @property
     def test(self) -> list[Chat]:
@@ -431,9 +435,9 @@ def _run(
         with whole_folder(folder / "initial") as part:
             _save_into(part.folder, ready.model)
     with failure_kept(folder, started):
-        facts = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
+        facts, history = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
     facts["adapter_norm"] = adapter_norm(get_peft_model_state_dict(ready.model, save_embedding_layers=False))
-    run = Run(folder, config, facts, read_history(folder), (ready.model.eval(), ready.tokenizer))
+    run = Run(folder, config, facts, history, (ready.model.eval(), ready.tokenizer))
     if PartialState().is_main_process:
         try:
             run.save()
@@ -495,8 +499,8 @@ def _fit(
     say: Callable[[str], None],
     checkpoint: Path | None,
     changed: Sequence[str],
-) -> dict[str, Any]:
-    "Runs the trainer; leaves the best adapter in the model and returns what was seen."
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    "Runs the trainer; leaves the best adapter in the model and returns what was seen, and the points of the curves."
     model, rows, look = ready.model, ready.rows, config.eval_strategy != "no"
     if "packing" in started:  # what was planned stays, or the last bits would be others
         collator = PackingCollator(started["packing"], started["max_tokens_at_once"], ready.tokenizer.pad_token_id, started["attention"])
@@ -532,7 +536,7 @@ def _fit(
         "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
         "rows_sha256": trainer.rows_sha256,  # of the chats of all steps, in their order
-    }
+    }, [{"step": row["step"], **row} for row in state.log_history]
 
 # %% ../nbs/08_training.ipynb #9e47b9f8
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:

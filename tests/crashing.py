@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from finetune_nb.checkpoints import check_checkpoint, checkpoints, step_of
-from finetune_nb.config import FinetuneConfig, load_config
+from finetune_nb.config import FinetuneConfig
 from finetune_nb.data import Splits
 from finetune_nb.run_folder import read_facts, read_lines
 from finetune_nb.training import resume, train
@@ -47,8 +47,9 @@ class Outcome:
     @classmethod
     def of(cls, folder: Path) -> "Outcome":
         history = [{k: v for k, v in row.items() if not k.endswith(OF_TIME)} for row in read_lines(folder / "history.jsonl")]
-        weights = [folder / "adapter", checkpoints(folder)[-1]]
+        weights = [folder / "adapter", *checkpoints(folder)[-1:]]
         hashes = [hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest() for path in weights]
+        hashes += [""] * (2 - len(hashes))  # on a full disk, there may be no checkpoint
         return cls(*hashes, hashlib.sha256(json.dumps(history).encode()).hexdigest(), read_facts(folder)["rows_sha256"])
 
 
@@ -59,8 +60,9 @@ class Saves(TrainerCallback):
         self.path = path
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{state.global_step}\n")
+        if not check_checkpoint(Path(args.output_dir, f"checkpoint-{state.global_step}")):
+            with self.path.open("a") as file:
+                file.write(f"{state.global_step}\n")
 
 
 def start(work: Callable[[], Any], log: Path) -> int:
@@ -95,11 +97,11 @@ def kill_after(child: int, seconds: float) -> int:
     return wait(child)
 
 
-def begin(config: FinetuneConfig, splits: Splits, log: Path) -> Callable[[], Any]:
+def begin(config: FinetuneConfig, splits: Splits, log: Path, callbacks: Sequence[TrainerCallback] = ()) -> Callable[[], Any]:
     "Trains, or goes on with what is there, as a user would."
 
     def work() -> None:
-        folder, watch = Path(config.output_dir) / config.run_name, [Saves(log.with_suffix(".saves"))]
+        folder, watch = Path(config.output_dir) / config.run_name, [Saves(log.with_suffix(".saves")), *callbacks]
         if read_facts(folder).get("ended_by") == "the plan":
             return
         if (folder / "config.yaml").is_file():
@@ -195,15 +197,4 @@ def to_the_end(config: FinetuneConfig, splits: Splits, log: Path) -> Outcome:
     return Outcome.of(folder)
 
 
-def flips(folder: Path, every: int) -> Iterator[tuple[Path, int]]:
-    "Places for a fault: each file of a checkpoint, a byte in each `every`."
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        for at in range(0, path.stat().st_size, every):
-            yield path, at
-
-
 DISK_FAULTS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE)
-
-
-def settings(folder: Path) -> FinetuneConfig:
-    return load_config(folder / "config.yaml")

@@ -1,12 +1,28 @@
 """A run that is killed, or whose disk fails, goes on to the very same weights; damage is found and named."""
 
+import errno
+import gc
 import os
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import crashing
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from finetune_nb import training
+from finetune_nb.checkpoints import check_checkpoint, checkpoints, newest_checkpoint
+from finetune_nb.config import load_config, save_config
 from finetune_nb.data import Splits
+from finetune_nb.stop import TrainingError
+from finetune_nb.training import kept_sets, resume, train
+from finetune_nb.whole_folder import MANIFEST, Part, read_about, whole_folder
 
 pytestmark = [pytest.mark.usefixtures("one_way"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -51,3 +67,262 @@ def test_a_run_that_dies_at_a_write_goes_on_to_the_same_weights(part, tiny_model
     work = crashing.counted(crashing.begin(config, splits, log), tmp_path / "run", crashing.die_at(number))
     assert crashing.wait(crashing.start(work, log)) == crashing.DIED
     assert crashing.to_the_end(config, splits, log) == outcome
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model, tmp_path_factory, alone):
+    "The folder of a run with checkpoints at 4 and 8 that died after step 9; copy it before anything is done to it."
+    from conftest import some_chats
+
+    chats, folder = some_chats(), tmp_path_factory.mktemp("stopped")
+    config, log = crashing.config_of(tiny_model, folder), folder / "log"
+    work = crashing.begin(config, Splits(chats[:24], chats[24:32], chats[32:]), log, [DieAt(9)])
+    assert crashing.wait(crashing.start(work, log)) == crashing.DIED
+    return folder
+
+
+class DieAt(TrainerCallback):
+    "Ends the process at a step."
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os._exit(crashing.DIED)
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damages(checkpoint):
+    "A fault in each part of each file: a flipped bit, half of it, none of it, another file in its place."
+    names = sorted(path.name for path in checkpoint.iterdir())
+    for i, name in enumerate(names):
+        size = (checkpoint / name).stat().st_size
+        for at in sorted({0, 7, size // 3, size // 2, size - 1} & set(range(size))):
+            yield name, f"bit {at}", lambda path, at=at: flip(path, at)
+        yield name, "half", lambda path, size=size: os.truncate(path, size // 2)
+        yield name, "nothing", lambda path: os.truncate(path, 0)
+        yield name, "zeros", lambda path, size=size: path.write_bytes(bytes(size))
+        yield name, "missing", Path.unlink
+        yield name, "longer", lambda path: path.open("ab").write(b" ")
+        yield name, "swapped", lambda path, other=names[i - 1]: shutil.copy(path.parent / other, path)
+        yield name, "older", lambda path: shutil.copy(path.parent.parent / "checkpoint-4" / path.name, path)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+def test_every_damage_is_found_named_and_fallen_back_from(folder):
+    kept, tried, harmless = folder.parent / "kept", 0, 0
+    shutil.copytree(folder / "checkpoint-8", kept)
+    for name, what, damage in list(damages(kept)):
+        path = folder / "checkpoint-8" / name
+        if what == "older" and not (folder / "checkpoint-4" / name).is_file():
+            continue
+        before = path.read_bytes()
+        damage(path)
+        if path.is_file() and path.read_bytes() == before:  # the same file in both checkpoints
+            harmless += 1
+            continue
+        said = []
+        assert newest_checkpoint(folder, said.append) == folder / "checkpoint-4", (name, what)
+        assert name in said[0] or (name, what) == (MANIFEST, "older"), (name, what, said)  # all others differ then
+        path.write_bytes(before)
+        tried += 1
+    assert tried > 90 and harmless < 6 and check_checkpoint(folder / "checkpoint-8") == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(folder, splits, capsys, undisturbed):
+    flip(folder / "checkpoint-8" / "training.safetensors", 5000)
+    resume(folder)
+    told = capsys.readouterr().out
+    assert "checkpoint-8 is passed over: training.safetensors is not as it was written." in told and "Going on from checkpoint-4." in told
+    assert crashing.Outcome.of(folder) == undisturbed[0]
+
+
+def test_when_none_is_whole_the_run_is_not_begun_anew_in_silence(folder):
+    for path in checkpoints(folder):
+        (path / "random-0.json").unlink()
+    with pytest.raises(TrainingError, match="none of its checkpoints is whole"):
+        resume(folder)
+    assert len(checkpoints(folder)) == 2, "they stay"
+
+
+def test_a_state_that_is_missing_is_an_error(folder):
+    "Also where the manifest does not miss it."
+    for path in checkpoints(folder):
+        about = read_about(path)
+        (path / "training.json").unlink()
+        with whole_folder(folder / "anew", about) as part:
+            for file in path.iterdir():
+                if file.name != MANIFEST:
+                    part.write(file.name, file.read_bytes())
+        shutil.rmtree(path)
+        (folder / "anew").rename(path)
+        assert check_checkpoint(path) == []
+    with pytest.raises(TrainingError, match="the state 'training' can't be read"):
+        resume(folder)
+
+
+CHANGES = {
+    "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 3, "lora_dropout": 0.0, "seed": 1,
+    "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 64, "packing": "padded", "lora_alpha": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_by_name(name, folder):
+    config = load_config(folder / "config.yaml")
+    save_config(replace(config, **{name: CHANGES[name]}), folder / "config.yaml")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(TrainingError, match=rf"checkpoint-8 was made with something else.*\n  {name}: {getattr(config, name)}, now {CHANGES[name]}"):
+        resume(folder)
+    with pytest.raises(TrainingError, match="allow_change: there is no 'lr'"):
+        resume(folder, allow_change=["lr"])
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr_scheduler_type", "weight_decay", "num_train_epochs"])
+def test_a_change_that_is_allowed_counts(name, folder, capsys):
+    config = load_config(folder / "config.yaml")
+    changed = replace(config, **{name: CHANGES[name]})
+    save_config(changed, folder / "config.yaml")
+    run = resume(folder, allow_change=[name])
+    assert f"Different from here on, as allowed: {name}." in capsys.readouterr().out
+    assert run.facts["changed"] == [{"step": 8, "names": [name]}]
+    whole = train(replace(changed, output_dir=str(folder.parent), run_name="whole"), kept_sets(folder, changed))
+    rates = [{row["step"]: row["learning_rate"] for row in one.history if "learning_rate" in row and row["step"] > 8} for one in (run, whole)]
+    assert rates[0] == pytest.approx(rates[1]) and rates[0]
+    if name == "weight_decay":
+        assert crashing.Outcome.of(folder).adapter != crashing.Outcome.of(whole.folder).adapter
+
+
+def test_other_versions_chats_template_and_base_are_refused(folder, splits, monkeypatch):
+    with pytest.raises(TrainingError, match=r'The train chats are not those.*allow_change=\["train_chats"\]'):
+        resume(folder, splits._replace(train=splits.train[1:]))
+    versions, marks = training._versions(), {"base": "other", "tokenizer": "other", "chat template": "other"}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_versions", lambda: versions | {"torch": "1.0"})
+        with pytest.raises(TrainingError, match=r"torch: 2.*, now 1\.0"):
+            resume(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "tokenizer_mark", lambda *args: {k: marks[k] for k in ("tokenizer", "chat template")})
+        with pytest.raises(TrainingError, match="chat_template: .*now other\n  tokenizer: .*now other"):
+            resume(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "base_mark", lambda name: "other")
+        with pytest.raises(TrainingError, match="base: .*now other"):
+            resume(folder)
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_disk_that_fails_leaves_a_run_that_can_be_used(part, tiny_model, splits, tmp_path, undisturbed):
+    "A tenth of the places each; `benchmarks/corruption_test.py` has more. What is told is told, and nothing is lost."
+    outcome, events = undisturbed
+    config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
+    code = crashing.DISK_FAULTS[part % len(crashing.DISK_FAULTS)]
+    fault = crashing.fail_at(events * (2 * part + 1) // 20, code, times=(1, 3, 10)[part % 3])
+    crashing.wait(crashing.start(crashing.counted(crashing.begin(config, splits, log), tmp_path / "run", fault), log))
+    after = crashing.to_the_end(config, splits, log)
+    assert (after.adapter, after.history, after.rows) == (outcome.adapter, outcome.history, outcome.rows)
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_the_run_goes_on(tiny_model, splits, tmp_path, monkeypatch, undisturbed):
+    config, said = crashing.config_of(tiny_model, tmp_path), []
+    monkeypatch.setattr(Part, "finish", full_at(8, Part.finish))
+    run = train(config, splits, say=said.append)
+    told = [line for line in said if "could not be written" in line]
+    assert told == [f"The checkpoint of step 8 could not be written: No space left on device. checkpoint-4 is kept, and the run goes on. Make room in {run.folder}, or bring it back."]
+    assert [path.name for path in checkpoints(run.folder)] == ["checkpoint-4", "checkpoint-12"]
+    assert crashing.Outcome.of(run.folder) == undisturbed[0] and not list(run.folder.glob(".*.part"))
+
+
+def full_at(step, finish):
+    def act(self, about):
+        if about.get("step") == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return finish(self, about)
+
+    return act
+
+
+def test_what_can_not_be_written_at_the_end_stays_in_memory(tiny_model, splits, tmp_path, monkeypatch, undisturbed):
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save_into", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+        run = train(crashing.config_of(tiny_model, tmp_path), splits, say=said.append)
+    assert "could not be written" in said[-1] and "Read-only file system. It is still in memory" in said[-1]
+    assert not (run.folder / "run.json").exists() and not (run.folder / "adapter").exists()
+    run.save()
+    assert crashing.Outcome.of(run.folder) == undisturbed[0] and training.load_run(run.folder).facts == run.facts
+
+
+def test_no_room_is_told_before_the_first_step(tiny_model, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(TrainingError, match="the checkpoints of this run need 3 MiB, and 0 MiB are free"):
+        train(crashing.config_of(tiny_model, tmp_path), splits)
+    assert not (tmp_path / "run").exists()
+
+
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_") and name not in ("on_init_end", "on_train_begin", "on_substep_end", "on_prediction_step", "on_predict", "on_push_begin")]
+
+
+class SignalAt(TrainerCallback):
+    "Sends a real signal to this process at the second time of an event, or at the only one."
+
+    def __init__(self, event, number):
+        self.seen = 0
+        setattr(self, event, lambda args, state, control, **kwargs: self.send(number, args, state))
+        self.once = event in ("on_train_end", "on_epoch_end")
+
+    def send(self, number, args, state):
+        self.seen += 1
+        if self.seen == (1 if self.once else 2):
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_interrupt_at_any_event_ends_in_a_good_checkpoint(event, tiny_model, splits, tmp_path, undisturbed):
+    handles, threads = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
+    run = train(crashing.config_of(tiny_model, tmp_path), splits, [SignalAt(event, signal.SIGINT)])
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= len(handles) + 1 and threading.enumerate() == threads
+    newest = newest_checkpoint(run.folder)
+    assert run.facts["ended_by"] == ("the plan" if event == "on_train_end" else "the user")
+    assert newest.name == f"checkpoint-{run.facts['steps']}"
+    if event != "on_train_end":
+        resume(run.folder)
+    assert crashing.Outcome.of(run.folder) == undisturbed[0]
+
+
+def test_a_process_that_is_told_to_end_saves_and_ends(tiny_model, splits, tmp_path, undisturbed):
+    config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
+    work = crashing.begin(config, splits, log, [SignalAt("on_step_end", signal.SIGTERM)])
+    assert crashing.wait(crashing.start(work, log)) == 1 and "SystemExit: 143" in log.read_text()
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    assert crashing.to_the_end(config, splits, log) == undisturbed[0]
+
+
+def test_nothing_is_pickled_or_unpickled(folder, tiny_model, splits, tmp_path):
+    "Over a run, a stop, and going on: no class is looked for by an unpickler, and no file holds a pickle."
+    log = tmp_path / "log"
+
+    def work():
+        found = []
+        sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+        resume(folder)
+        train(replace(crashing.config_of(tiny_model, tmp_path), run_name="other"), splits)
+        assert not found, found
+
+    assert crashing.wait(crashing.start(work, log)) == 0, log.read_text()
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "log" != path]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".yaml", ".md", ".png", ""}
+    assert not [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")]
