@@ -45,7 +45,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
-    package_data={cfg["lib_name"]: ["py.typed", "forgetting.jsonl"]},
+    package_data={cfg["lib_name"]: ["py.typed", "forgetting.jsonl", "museum.jsonl"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -34,7 +34,6 @@ from finetune_nb.metrics import (
     FEWEST,
     Difference,
     bootstrap_interval,
-    chats_needed,
     gap_told,
     holm,
     level_of,
@@ -274,9 +273,9 @@ def _advice(report: BaselineReport) -> tuple[str, str]:
     if all(high < report.target for _, _, high in tried):
         few = f" But {report.train_chats} training chats are few: 500 are the least, 1,000 better." if report.train_chats < 500 else ""
         return "fine-tune", f"{seen}, and no way of asking comes near it. Whether a tuned model does, its own test will say.{few}"
-    spread = _spread(best, report)
-    more = f" About {chats_needed(spread, mean - report.target):,} would tell." if abs(mean - report.target) > 0.005 else ""
-    return "can't tell", f"{seen}; {n} test questions tell differences of about {gap_told(spread, n) * 100:.0f} points only.{more}"
+    told, gap = _told_by_one(best, report), abs(mean - report.target)
+    more = f" About {max(math.ceil((told / gap) ** 2), n + 1):,} would tell." if gap > 0.005 else ""
+    return "can't tell", f"{seen}; {n} test questions tell differences of about {told / math.sqrt(n) * 100:.0f} points only.{more}"
 
 
 def _seen(report: BaselineReport, best: WayResult, bounds: tuple[float, float] | None = None) -> str:
@@ -289,6 +288,14 @@ def _spread(result: WayResult, report: BaselineReport) -> float:
     "How far a score varies over questions; where all are alike, with one more that differs."
     values = _some(result.scores[report.score], report.clean)
     return spread_of(values if np.ptp(values) else [*values, 1 - values[0]])
+
+
+def _told_by_one(best: WayResult, report: BaselineReport) -> float:
+    "The distance from the target that shows with a power of 80 %, times the root of the number of questions, at the level of all ways together."
+    spread, z = _spread(best, report), NormalDist().inv_cdf
+    share = set(_some(best.scores[report.score], report.clean)) <= {0.0, 1.0}
+    at_target = math.sqrt(report.target * (1 - report.target)) if share else spread  # Wilson's interval ends where the target's own spread says
+    return z((1 + level_of(len(report.results))) / 2) * at_target + z(0.8) * spread
 
 
 def _against_tuned(report: BaselineReport, best: WayResult, tuned: WayResult) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -245,6 +246,19 @@ def test_ways_are_not_told_from_the_plain_one_by_chance():
     assert sum(wrong) <= 6
 
 
+@pytest.mark.parametrize("target", [0.5, 0.75, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize("n", [10, 34, 120])
+def test_where_so_many_questions_can_not_tell_more_are_asked_for(n, target):
+    seen = 0
+    for right in range(n + 1):
+        report = replace(report_of(n, plain=[0.0] * n, other=[0.0] * n, best=[1.0] * right + [0.0] * (n - right)), target=target)
+        if found := re.search(r"differences of about (\d+) points only. About ([\d,]+) would tell", report.reason):
+            seen += 1
+            assert report.verdict == "can't tell" and int(found[2].replace(",", "")) > n
+            assert int(found[1]) >= round(abs(right / n - target) * 100), "what it says it tells is more than what it could not tell"
+    assert seen
+
+
 # --- all of it
 
 
@@ -393,7 +407,7 @@ def report_of(n, target=0.9, **rights):
         (100, {"plain": 98}, "do not fine-tune", "as it is"),
         (100, {"plain": 10, "examples": 99}, "do not fine-tune", "2.0 times as long"),
         (100, {"plain": 10, "examples": 60}, "fine-tune", "no way of asking"),
-        (100, {"plain": 10, "examples": 94}, "can't tell", "100 test questions tell differences of about 7 points only"),
+        (100, {"plain": 10, "examples": 94}, "can't tell", "100 test questions tell differences of about 9 points only"),
         (5, {"plain": 0, "examples": 5}, "can't tell", "5 test questions are too few, it takes 10"),
         (1, {"plain": 1}, "can't tell", "1 test questions are too few"),
         (1, {"plain": 0}, "can't tell", "1 test questions are too few"),

@@ -36,6 +36,6 @@ def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started
 
 
 def test_tutorial_on_few_questions(tmp_path, forked):
-    few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_lookup": 2}
+    few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_museum": 2, "n_lookup": 2}
     run_notebook(ROOT / "nbs/tutorials/should_you_finetune.ipynb", tmp_path / "should_you.ipynb", few)
     assert (tmp_path / "runs" / "run-001" / "adapter").is_dir()

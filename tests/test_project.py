@@ -124,7 +124,7 @@ def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert {"finetune_nb/py.typed", "finetune_nb/tutorials/finetune.ipynb", "finetune_nb/training.py", "finetune_nb/forgetting.jsonl"} <= set(names)
+    assert {"finetune_nb/py.typed", "finetune_nb/tutorials/finetune.ipynb", "finetune_nb/training.py", "finetune_nb/forgetting.jsonl", "finetune_nb/museum.jsonl"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
     assert f"Version: {settings['version']}" in metadata
     required = {re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
