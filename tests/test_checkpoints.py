@@ -58,12 +58,12 @@ def test_an_undisturbed_run_is_the_same_again(tiny_model, splits, tmp_path, undi
     assert crashing.to_the_end(crashing.config_of(tiny_model, tmp_path), splits, tmp_path / "log") == undisturbed[0]
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(4))
 def test_a_run_that_dies_at_a_write_goes_on_to_the_same_weights(part, tiny_model, splits, tmp_path, undisturbed):
-    "The eighth parts of the run; `benchmarks/kill_test.py` tries every single write."
+    "The quarters of the run; `benchmarks/kill_test.py` tries every single write."
     outcome, events = undisturbed
     config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
-    number = events * (2 * part + 1) // 16
+    number = events * (2 * part + 1) // 8
     work = crashing.counted(crashing.begin(config, splits, log), tmp_path / "run", crashing.die_at(number))
     assert crashing.wait(crashing.start(work, log)) == crashing.DIED
     assert crashing.to_the_end(config, splits, log) == outcome
@@ -174,19 +174,22 @@ def test_a_state_that_is_missing_is_an_error(folder):
 
 CHANGES = {
     "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 3, "lora_dropout": 0.0, "seed": 1,
-    "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 64, "packing": "padded", "lora_alpha": 4,
+    "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 64, "packing": "padded", "lora_alpha": 4.0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_setting_is_refused_by_name(name, folder):
+def test_changed_settings_are_refused_by_name(folder):
     config = load_config(folder / "config.yaml")
-    save_config(replace(config, **{name: CHANGES[name]}), folder / "config.yaml")
+    save_config(replace(config, **CHANGES), folder / "config.yaml")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    with pytest.raises(TrainingError, match=rf"checkpoint-8 was made with something else.*\n  {name}: {getattr(config, name)}, now {CHANGES[name]}"):
+    with pytest.raises(TrainingError, match="checkpoint-8 was made with something else") as caught:
         resume(folder)
+    said = str(caught.value).splitlines()
+    assert said[1:-1] == [f"  {name}: {getattr(config, name)}, now {CHANGES[name]}" for name in sorted(CHANGES)]
     with pytest.raises(TrainingError, match="allow_change: there is no 'lr'"):
         resume(folder, allow_change=["lr"])
+    with pytest.raises(TrainingError, match="\n  packing: shared, now padded\n"):
+        resume(folder, allow_change=sorted(CHANGES.keys() - {"packing"}))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -223,13 +226,13 @@ def test_other_versions_chats_template_and_base_are_refused(folder, splits, monk
             resume(folder)
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(5))
 def test_a_disk_that_fails_leaves_a_run_that_can_be_used(part, tiny_model, splits, tmp_path, undisturbed):
-    "A tenth of the places each; `benchmarks/corruption_test.py` has more. What is told is told, and nothing is lost."
+    "A fifth of the places each; `benchmarks/corruption_test.py` has more. What is told is told, and nothing is lost."
     outcome, events = undisturbed
     config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
     code = crashing.DISK_FAULTS[part % len(crashing.DISK_FAULTS)]
-    fault = crashing.fail_at(events * (2 * part + 1) // 20, code, times=(1, 3, 10)[part % 3])
+    fault = crashing.fail_at(events * (2 * part + 1) // 10, code, times=(1, 3, 10)[part % 3])
     crashing.wait(crashing.start(crashing.counted(crashing.begin(config, splits, log), tmp_path / "run", fault), log))
     after = crashing.to_the_end(config, splits, log)
     assert (after.adapter, after.history, after.rows) == (outcome.adapter, outcome.history, outcome.rows)
