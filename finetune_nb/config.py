@@ -202,6 +202,7 @@ class FinetuneConfig:
 
     # --- the base model
     model_name_or_path: str = setting("SmolLM2-135M-Instruct", path=True)  # hub name, local folder or .gguf file; the default ships in a package and needs no hub
+    revision: str | None = setting(None)  # commit, tag or branch of a model on the hub; a commit gets the very same model each time; empty: main as it is then, and the run keeps which commit that was
     attn_implementation: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))  # sdpa suits everything; eager can be faster for short chats on a CPU; flash_attention_2 needs an extra package and a recent GPU
     bf16: bool | None = setting(None)  # 16-bit arithmetic: half the memory, faster; empty: where the hardware has it (fp16 on GPUs without it); false: fp32, slow and exact
 

@@ -139,7 +139,7 @@ class Prepared:
         self.splits = splits or load_splits(config)
         if not self.splits.train:
             raise FinetuneError("There are no training chats in this data.")
-        self.tokenizer = load_tokenizer(config.model_name_or_path)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, config.revision)
         say("Checking them…")
         self.report = check_chats(self.splits.train, self.tokenizer, config.max_length, config.answer_pattern)
         say("Tokenizing them…")
@@ -202,7 +202,7 @@ class Prepared:
 
 
 WHOLE = 10**9  # tokens; no chat is cut
-READ_SETTINGS = ("model_name_or_path", "train_file", "train_on", "control_tokens", "chat_template_kwargs")
+READ_SETTINGS = ("model_name_or_path", "revision", "train_file", "train_on", "control_tokens", "chat_template_kwargs")
 DATA_SETTINGS = ("validation_file", "test_file", "validation_size", "test_size", "columns", "on_error", "group_column", "stratify_column", "seed", "eval_strategy")
 
 # %% ../nbs/10c_data_view.ipynb #0e0fa7c9

@@ -186,10 +186,10 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _marks_now(config: FinetuneConfig) -> dict[str, str]:
     "The marks of base model, tokenizer and chat template as they are on this machine; without those that are not here."
-    base = base_mark(config.model_name_or_path)
+    base = base_mark(config.model_name_or_path, config.revision)
     if base is None:
         return {}
     try:
-        return {"base": base} | tokenizer_mark(load_tokenizer(config.model_name_or_path), config.chat_template_kwargs)
+        return {"base": base} | tokenizer_mark(load_tokenizer(config.model_name_or_path, config.revision), config.chat_template_kwargs)
     except FinetuneError:
         return {"base": base}

@@ -412,7 +412,7 @@ class _Bench:
         self.config, self.splits, self.folder, self.stop, self.say, self.said = config, splits, folder, stop, say, set()
         self.callbacks = callbacks
         self.given = None if base is None else check_base(config, base)
-        self.kept, about = _read_notes(folder), f"{config.model_name_or_path}, {config.bf16}, {config.load_in_4bit}, {fingerprint(splits.validation)}"
+        self.kept, about = _read_notes(folder), f"{config.model_name_or_path}{'@' + config.revision if config.revision else ''}, {config.bf16}, {config.load_in_4bit}, {fingerprint(splits.validation)}"
         if self.kept.get("about") != about:  # the losses of the base model are those of another sweep
             self.kept = {"about": about}
         self.failed: dict[str, str] = {} if retry else dict(self.kept.get("failed", {}))
