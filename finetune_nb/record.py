@@ -44,7 +44,9 @@ def read_adapter(
     try:
         settings = json.loads((Path(folder) / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         weights = load_file(Path(folder) / ADAPTER_FILES[1])
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return None
+    if not isinstance(settings, dict):
         return None
     first = [weight.float().abs().flatten() for name, weight in weights.items() if "lora_A" in name]
     typical = torch.cat(first).median().item() if first else math.nan

@@ -36,7 +36,10 @@ def read_lines(
     "Its whole lines; the last one may be half written. None when there is no file."
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be lines of a run") from None
 
 
 def read_facts(
@@ -45,7 +48,10 @@ def read_facts(
 ) -> dict[str, Any]:
     "What a run wrote about itself; empty as long as it has not. Raises `ValueError` for what are no facts."
     path = Path(folder) / name
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be the facts of a run") from None
     if not isinstance(facts, dict):
         raise ValueError(f"{path} does not hold the facts of a run")
     return facts
