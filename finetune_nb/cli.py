@@ -33,6 +33,7 @@ from finetune_nb.config import (
     save_config,
     yaml_value,
 )
+from .redact import redacted
 
 # %% ../nbs/12_cli.ipynb #a3e27825
 def _with_changes(
@@ -469,6 +470,6 @@ def main(
                 trust_remote_code(name)
         options.run_command(options)
     except (FinetuneError, OSError, ModuleNotFoundError) as error:
-        print(f"finetune_nb: {error}", file=sys.stderr)
+        print(f"finetune_nb: {redacted(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -13,6 +13,7 @@ import difflib
 import io
 import math
 import os
+import re
 import tokenize
 import types
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from .private import is_private
+from .redact import holds_key, redacted
 
 # %% ../nbs/00_config.ipynb #f26a3ec2
 def setting(
@@ -102,10 +106,23 @@ def check_value(
     if ok and numeric and low is not None:
         ok = low <= value and (high is None or value <= high)
     if not ok:
-        raise ConfigError(f"{name}: expected {_expected(hint, metadata)}, got {value!r}. It is: {field_help(cls)[name]}")
+        raise ConfigError(f"{name}: expected {_expected(hint, metadata)}, got {redacted(repr(value))}. It is: {field_help(cls)[name]}")
+    if kind := _key_in(value):
+        raise ConfigError(
+            f"{name} holds {kind}, and settings are written into the folder of each run. Take it out: log in once (hf auth login), "
+            "or keep it in a variable of the environment such as HF_TOKEN, where the libraries look for it."
+        )
     if metadata["path"] and value:
         return _at_home(value)
     return float(value) if hint is float else list(value) if isinstance(value, list) else value
+
+
+def _key_in(value: Any) -> str:
+    "The kind of key in the texts of a setting, in words; empty when there is none."
+    if isinstance(value, str):
+        return holds_key(value) if len(value) >= 8 else ""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next(filter(None, map(_key_in, parts)), "")
 
 
 def _at_home(path: str) -> str:
@@ -124,6 +141,8 @@ def why_not_named(
         return "A name, not a path. Put the folder into output_dir."
     if run_name.startswith("."):
         return "A name that begins with a dot is hidden: the run would be found nowhere again. Choose another."
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", run_name) or run_name.endswith((".", " ")) or re.search(r"[\\\x00-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", run_name):
+        return "Some systems can't have a folder of that name, or would show another one. Choose a plainer name."
     try:
         possible = "\0" not in run_name and len(os.fsencode(run_name)) <= 255
     except UnicodeEncodeError:
@@ -321,6 +340,8 @@ def replacing(
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             yield file
+        if is_private(path.parent):  # a file in a run folder is its owner's, too
+            temporary.chmod(0o600)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

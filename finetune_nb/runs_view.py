@@ -19,6 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
+from .private import remove_tree
 from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
@@ -32,7 +33,7 @@ def empty_trash(
         if name not in trashed_runs(output_dir) or trash.is_symlink():
             raise FinetuneError(f"{name} is not in the trash of {output_dir}.")
         place = trash / name
-        place.unlink() if place.is_symlink() or place.is_file() else shutil.rmtree(place)
+        remove_tree(place, trash)
 
 
 class RunsView(View):
