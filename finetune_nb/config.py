@@ -25,6 +25,7 @@ from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .display import md_cell
 from .private import is_private
 from .redact import holds_key, redacted
 
@@ -319,8 +320,8 @@ def _markdown_table(config: FinetuneConfig) -> str:
     changed = changed_settings(config)
     rows = ["| setting | value | what it does |", "| --- | --- | --- |"]
     for name, help_text in field_help(type(config)).items():
-        value = yaml_value(getattr(config, name)).replace("|", "\\|")
-        rows.append(f"| `{name}` | {f'**{value}**' if name in changed else value} | {help_text} |")
+        value = md_cell(yaml_value(getattr(config, name)))
+        rows.append(f"| `{name}` | {f'**{value}**' if name in changed else value} | {md_cell(help_text)} |")
     return "\n".join(rows)
 
 

@@ -53,8 +53,8 @@ except RuntimeError:
     pass
 job = start_job(config, splits, background=False, callbacks=[Fails()])
 print(job.error, job.trace, job.lines)
-from finetune_nb.train_view import status_html
-print(status_html(job))
+from finetune_nb.train_view import job_words
+print(job_words(job, details=True))
 for value in exception.values():
     try:
         FinetuneConfig(run_name=value)
