@@ -54,7 +54,7 @@ def test_labels(text, tokenizer):
     assert not live_nodes(show_labels(rows[0], tokenizer)._repr_html_())
 
 
-@EVERY
+@pytest.mark.parametrize("text", ["\n".join(PAYLOADS[i::12]) for i in range(12)], ids=range(12))  # a report draws pictures, which takes time
 def test_reports(text):
     found = Findings(compared(name=text, text=text), [forgot(0.5, text)], asked(20, text=text), fitted(20, text))
     parts = (found.comparison, *found.forgetting, found.baselines, found.fitting)
