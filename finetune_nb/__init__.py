@@ -10,6 +10,7 @@ _WHERE = {
     "config": "FinetuneConfig FinetuneError load_config save_config changed_settings",
     "data": "Chat DataReport Splits check_chats check_leaks load_chats save_chats split_chats icd10_chats",
     "chat_template": "check_template neutralise merge_system tokenize_chat tokenize_chats show_labels",
+    "origin": "trust_remote_code",
     "models": "load_model load_tokenizer hardware",
     "lora": "add_lora load_adapter trainable_parameters find_target_modules",
     "planning": "estimate",

@@ -240,7 +240,7 @@ def _adapter_file(folder: Path) -> Path:
     return folder / "adapter" / "adapter_model.safetensors"
 
 
-BESIDE = ("model_name_or_path", "load_in_4bit", "bf16", "use_cpu")  # settings that make a base model what it is in memory
+BESIDE = ("model_name_or_path", "revision", "load_in_4bit", "bf16", "use_cpu")  # settings that make a base model what it is in memory
 
 
 def fits_beside(

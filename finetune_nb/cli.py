@@ -33,6 +33,7 @@ from finetune_nb.config import (
     save_config,
     yaml_value,
 )
+from .redact import redacted
 
 # %% ../nbs/12_cli.ipynb #a3e27825
 def _with_changes(
@@ -367,6 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
         **raw,
     )  # fmt: skip
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--trust-remote-code", metavar="MODEL", action="append", default=[], help="run the Python code that comes with this one model; read it first")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a configuration file, then evaluate", epilog=_settings_help(), **raw)
@@ -461,8 +463,13 @@ def main(
         parser.print_help()
         return 0
     try:
+        if options.trust_remote_code:
+            from finetune_nb.origin import trust_remote_code
+
+            for name in options.trust_remote_code:
+                trust_remote_code(name)
         options.run_command(options)
     except (FinetuneError, OSError, ModuleNotFoundError) as error:
-        print(f"finetune_nb: {error}", file=sys.stderr)
+        print(f"finetune_nb: {redacted(str(error))}", file=sys.stderr)
         return 2
     return 0

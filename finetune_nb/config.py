@@ -14,6 +14,7 @@ import errno
 import io
 import math
 import os
+import re
 import tokenize
 import types
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ from pathlib import Path
 from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from .display import md_cell
+from .private import is_private
+from .redact import holds_key, redacted
 
 # %% ../nbs/00_config.ipynb #f26a3ec2
 def setting(
@@ -103,10 +108,23 @@ def check_value(
     if ok and numeric and low is not None:
         ok = low <= value and (high is None or value <= high)
     if not ok:
-        raise ConfigError(f"{name}: expected {_expected(hint, metadata)}, got {value!r}. It is: {field_help(cls)[name]}")
+        raise ConfigError(f"{name}: expected {_expected(hint, metadata)}, got {redacted(repr(value))}. It is: {field_help(cls)[name]}")
+    if kind := _key_in(value):
+        raise ConfigError(
+            f"{name} holds {kind}, and settings are written into the folder of each run. Take it out: log in once (hf auth login), "
+            "or keep it in a variable of the environment such as HF_TOKEN, where the libraries look for it."
+        )
     if metadata["path"] and value:
         return _at_home(value)
     return float(value) if hint is float else list(value) if isinstance(value, list) else value
+
+
+def _key_in(value: Any) -> str:
+    "The kind of key in the texts of a setting, in words; empty when there is none."
+    if isinstance(value, str):
+        return holds_key(value) if len(value) >= 8 else ""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next(filter(None, map(_key_in, parts)), "")
 
 
 def _at_home(path: str) -> str:
@@ -125,6 +143,8 @@ def why_not_named(
         return "A name, not a path. Put the folder into output_dir."
     if run_name.startswith("."):
         return "A name that begins with a dot is hidden: the run would be found nowhere again. Choose another."
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", run_name) or run_name.endswith((".", " ")) or re.search(r"[\\\x00-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", run_name):
+        return "Some systems can't have a folder of that name, or would show another one. Choose a plainer name."
     try:
         possible = "\0" not in run_name and len(os.fsencode(run_name)) <= 255
     except UnicodeEncodeError:
@@ -203,6 +223,7 @@ class FinetuneConfig:
 
     # --- the base model
     model_name_or_path: str = setting("SmolLM2-135M-Instruct", path=True)  # hub name, local folder or .gguf file; the default ships in a package and needs no hub
+    revision: str | None = setting(None)  # commit, tag or branch of a model on the hub; a commit gets the very same model each time; empty: main as it is then, and the run keeps which commit that was
     attn_implementation: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))  # sdpa suits everything; eager can be faster for short chats on a CPU; flash_attention_2 needs an extra package and a recent GPU
     bf16: bool | None = setting(None)  # 16-bit arithmetic: half the memory, faster; empty: where the hardware has it (fp16 on GPUs without it); false: fp32, slow and exact
 
@@ -300,8 +321,8 @@ def _markdown_table(config: FinetuneConfig) -> str:
     changed = changed_settings(config)
     rows = ["| setting | value | what it does |", "| --- | --- | --- |"]
     for name, help_text in field_help(type(config)).items():
-        value = yaml_value(getattr(config, name)).replace("|", "\\|")
-        rows.append(f"| `{name}` | {f'**{value}**' if name in changed else value} | {help_text} |")
+        value = md_cell(yaml_value(getattr(config, name)))
+        rows.append(f"| `{name}` | {f'**{value}**' if name in changed else value} | {md_cell(help_text)} |")
     return "\n".join(rows)
 
 
@@ -334,6 +355,8 @@ def replacing(
             yield file
             file.flush()
             wait_for_disk(file.fileno())
+        if is_private(path.parent):  # a file in a run folder is its owner's, too
+            temporary.chmod(0o600)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -139,7 +139,7 @@ class Prepared:
         self.splits = splits or load_splits(config)
         if not self.splits.train:
             raise FinetuneError("There are no training chats in this data.")
-        self.tokenizer = load_tokenizer(config.model_name_or_path)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, config.revision)
         say("Checking them…")
         self.report = check_chats(self.splits.train, self.tokenizer, config.max_length, config.answer_pattern)
         say("Tokenizing them…")
@@ -202,7 +202,7 @@ class Prepared:
 
 
 WHOLE = 10**9  # tokens; no chat is cut
-READ_SETTINGS = ("model_name_or_path", "train_file", "train_on", "control_tokens", "chat_template_kwargs")
+READ_SETTINGS = ("model_name_or_path", "revision", "train_file", "train_on", "control_tokens", "chat_template_kwargs")
 DATA_SETTINGS = ("validation_file", "test_file", "validation_size", "test_size", "columns", "on_error", "group_column", "stratify_column", "seed", "eval_strategy")
 
 # %% ../nbs/10c_data_view.ipynb #0e0fa7c9
@@ -216,7 +216,7 @@ def keep_upload(
 ) -> Path:
     "Writes an upload under a harmless form of its name, or the next free one; the same content under the same name is kept once."
     folder, plain = Path(folder), Path(_harmless(name))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     number = 1
     while True:
         path = folder / (plain.name if number == 1 else f"{plain.stem}-{number}{plain.suffix}")

@@ -201,7 +201,7 @@ class Job(Task):
             return
         most = min(self.config.max_new_tokens, 64)  # a taste; the verdict comes later
         try:
-            tokenizer = load_tokenizer(self.config.model_name_or_path)
+            tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.revision)
             with progress_to(lambda bar: None):
                 answers = generate(model, tokenizer, chats, most, len(chats), chat_template_kwargs=self.config.chat_template_kwargs)
         except Exception as error:  # a taste is not worth a run

@@ -146,7 +146,7 @@ class LivePlan:
 
     def _model(self, config: FinetuneConfig) -> nn.Module:
         "The short model with its adapter, which keeps what batches were traced to take."
-        base, adapter = (config.model_name_or_path, dtype_of(config)), _adapter_key(config)
+        base, adapter = (config.model_name_or_path, config.revision, dtype_of(config)), _adapter_key(config)
         model = self._kept("model", (base, adapter, config.r), lambda: self._tuned(config, base))
         known = self._kept("kept bytes", (base, adapter), dict)
         inner_model(model)._kept_bytes = KeptByRank(config.r, known)

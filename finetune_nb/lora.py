@@ -30,6 +30,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -249,8 +250,14 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no adapter: {name} is missing.")
-    lora = LoraConfig(**_known_settings(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))))
-    return lora, load_file(folder / "adapter_model.safetensors")
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        lora = LoraConfig(**_known_settings(dict(saved)))
+        return lora, load_file(folder / "adapter_model.safetensors")
+    except AdapterError:
+        raise
+    except (SafetensorError, ValueError, TypeError, RecursionError, KeyError) as error:
+        raise AdapterError(f"{folder} holds no adapter that can be read ({str(error)[:200]}). Take it from a copy, or train it again.") from None
 
 
 def _known_settings(saved: dict) -> dict:

@@ -34,7 +34,7 @@ from .config import FinetuneConfig, FinetuneError
 from .display import html_table
 from .lora import ParameterCount, add_lora, trainable_parameters
 from .losses import Batch, inner_model, mixed_precision, plain_head, token_losses
-from .models import _load_errors, _quiet, _resolve, container_limits, dtype_of, hardware, with_attention
+from .models import _load_errors, _options, _quiet, container_limits, dtype_of, find_model, hardware, with_attention
 from .packing import WORTH_SHARING, PackingCollator, common_prefix
 from .qlora import optimizer_of
 
@@ -53,9 +53,10 @@ def base_shape(
 ) -> nn.Module:
     "The base model alone on the `meta` device. Raises `ModelError`."
     with _load_errors(config.model_name_or_path), _quiet():
-        architecture = AutoConfig.from_pretrained(_resolve(config.model_name_or_path))
+        origin = find_model(config.model_name_or_path, config.revision, weights=False)
+        architecture = AutoConfig.from_pretrained(origin.place, **_options(origin))
         with torch.device("meta"):
-            return with_attention(partial(AutoModelForCausalLM.from_config, architecture, dtype=dtype_of(config)))
+            return with_attention(partial(AutoModelForCausalLM.from_config, architecture, trust_remote_code=origin.remote_code, dtype=dtype_of(config)))
 
 # %% ../nbs/07_planning.ipynb #f0800910
 def weight_bytes(

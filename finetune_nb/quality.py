@@ -41,6 +41,7 @@ from .data_report import DataReport, Finding, counted, histogram
 from .duplicates import near_duplicate_groups, normalise
 from .formats import all_texts, control_tokens, invisible, message_texts
 from .personal import PERSONAL, SECRETS, find_personal, masked
+from .sandbox import render_chats
 
 # %% ../nbs/00d_quality.ipynb #ae9eea05
 class _Pair(NamedTuple):
@@ -329,9 +330,9 @@ def _counts(texts: Texts, tokenizer: Any) -> list[tuple[int, int]]:
             groups: dict[bool, list[Chat]] = {False: [], True: []}
             for chat in chats:
                 groups[bool(chat.tools)].append(chat)
-            options = {"tokenize": False, "add_generation_prompt": n == -1}
-            plain = tokenizer.apply_chat_template([c.messages[:n] for c in groups[False]], **options) if groups[False] else []
-            rich = [tokenizer.apply_chat_template(c.messages[:n], tools=c.tools, **options) for c in groups[True]]
+            options = {"add_generation_prompt": n == -1}
+            plain = render_chats(tokenizer, [c.messages[:n] for c in groups[False]], **options) if groups[False] else []
+            rich = [render_chats(tokenizer, [c.messages[:n]], tools=c.tools, **options)[0] for c in groups[True]]
             order = {False: iter(plain), True: iter(rich)}
             return [next(order[bool(chat.tools)]) for chat in chats]
         except Exception:  # a template may refuse a chat for any reason; check_template says which

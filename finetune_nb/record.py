@@ -44,7 +44,9 @@ def read_adapter(
     try:
         settings = json.loads((Path(folder) / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         weights = load_file(Path(folder) / ADAPTER_FILES[1])
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return None
+    if not isinstance(settings, dict):
         return None
     first = [weight.float().abs().flatten() for name, weight in weights.items() if "lora_A" in name]
     typical = torch.cat(first).median().item() if first else math.nan
@@ -186,10 +188,10 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _marks_now(config: FinetuneConfig) -> dict[str, str]:
     "The marks of base model, tokenizer and chat template as they are on this machine; without those that are not here."
-    base = base_mark(config.model_name_or_path)
+    base = base_mark(config.model_name_or_path, config.revision)
     if base is None:
         return {}
     try:
-        return {"base": base} | tokenizer_mark(load_tokenizer(config.model_name_or_path), config.chat_template_kwargs)
+        return {"base": base} | tokenizer_mark(load_tokenizer(config.model_name_or_path, config.revision), config.chat_template_kwargs)
     except FinetuneError:
         return {"base": base}

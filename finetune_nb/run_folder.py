@@ -9,7 +9,6 @@ __all__ = ['read_history', 'read_lines', 'read_facts', 'how_it_ended', 'validate
 # %% ../nbs/07e_run_folder.ipynb #a2310780
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,8 @@ from accelerate.utils import broadcast_object_list
 
 from .config import FinetuneConfig, replacing, why_not_named
 from .locks import LockError, hold
+from .private import make_private, remove_tree
+from .redact import without_keys
 from .stop import StoppedEarly, TrainingError
 from .whole_folder import MANIFEST
 
@@ -37,7 +38,10 @@ def read_lines(
     "Its whole lines; the last one may be half written. None when there is no file."
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip().endswith("}")]
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be lines of a run") from None
 
 
 def read_facts(
@@ -46,7 +50,10 @@ def read_facts(
 ) -> dict[str, Any]:
     "What a run wrote about itself; empty as long as it has not. Raises `ValueError` for what are no facts."
     path = Path(folder) / name
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be the facts of a run") from None
     if not isinstance(facts, dict):
         raise ValueError(f"{path} does not hold the facts of a run")
     return facts
@@ -80,7 +87,7 @@ def _next_free(parent: Path) -> Path:
     for number in range(1, 10**6):
         folder = parent / f"run-{number:03}"
         try:
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             return folder
         except FileExistsError:
             continue
@@ -94,7 +101,7 @@ def write_facts(
     "The main process writes them, whole or not at all."
     if PartialState().is_main_process:
         with replacing(path) as file:
-            json.dump(facts, file, indent=2)
+            json.dump(without_keys(facts), file, indent=2)
 
 
 def append_line(
@@ -144,7 +151,11 @@ def hold_run(
                 problem = [str(error)]
         if (said := broadcast_object_list(problem)[0]):
             raise TrainingError(said)
-        yield
+        try:
+            make_private(folder)
+            yield
+        finally:
+            make_private(folder)  # what the libraries wrote, too
 
 # %% ../nbs/07e_run_folder.ipynb #138aaee6
 @contextmanager
@@ -158,7 +169,7 @@ def run_folder(
         parent.mkdir(parents=True, exist_ok=True)
         if config.run_name:
             validate_run_name(config)
-            (parent / config.run_name).mkdir()
+            (parent / config.run_name).mkdir(mode=0o700)
         made = [str(parent / config.run_name if config.run_name else _next_free(parent))]
     folder = Path(broadcast_object_list(made)[0])
     try:
@@ -174,11 +185,11 @@ def _clear_away(folder: Path) -> None:
     "Removes the folder of a run that did not begin; why it failed, with its choices, lies in `.failed` beside the runs until the next one does."
     kept, aside = [folder / name for name in ("config.yaml", "started.json", "failed.json")], folder.parent / ".failed"
     if (folder / "failed.json").is_file():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(exist_ok=True)
+        remove_tree(aside, folder.parent)
+        aside.mkdir(mode=0o700)
         for path in filter(Path.is_file, kept):
             os.replace(path, aside / path.name)
-    shutil.rmtree(folder)
+    remove_tree(folder, folder.parent)
 
 # %% ../nbs/07e_run_folder.ipynb #dc971e41
 @contextmanager

@@ -273,7 +273,9 @@ def trash_run(
     if (where := held_elsewhere(folder)) or is_mine(folder):
         raise FinetuneError(f"{folder} is at work {where or 'in this kernel'}, and stays where it is. Stop it first, or wait until it has ended.")
     trash = folder.parent / TRASH
-    trash.mkdir(exist_ok=True)
+    if trash.is_symlink():
+        raise FinetuneError(f"{trash} is a link to elsewhere, so nothing is moved there. Remove the link.")
+    trash.mkdir(mode=0o700, exist_ok=True)
     target, n = trash / folder.name, 1
     while target.exists() or n == 1 and _NUMBER.search(folder.name):  # a name that ends like a number of ours gets one too
         n += 1

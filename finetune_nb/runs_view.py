@@ -19,6 +19,7 @@ from .config import FinetuneConfig, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer, picture
 from .lora import ADAPTER_FILES
 from .models import EMBEDDED_MODEL
+from .private import remove_tree
 from .runs import GREY, SORTS, TRASH, RunRow, RunTable, list_runs, plot_runs, read_run, restore_run, trash_run, trashed_runs
 
 # %% ../nbs/10f_runs_view.ipynb #aafcd6e4
@@ -32,7 +33,7 @@ def empty_trash(
         if name not in trashed_runs(output_dir) or trash.is_symlink():
             raise FinetuneError(f"{name} is not in the trash of {output_dir}.")
         place = trash / name
-        place.unlink() if place.is_symlink() or place.is_file() else shutil.rmtree(place)
+        remove_tree(place, trash)
 
 
 class RunsView(View):
@@ -242,11 +243,11 @@ def _load_theirs(config: FinetuneConfig, gguf: bool) -> tuple[list[str], list[st
     file = f", gguf_file={Path(name).name!r}" if gguf else ""
     dtype = {None: "torch.bfloat16" if config.load_in_4bit else '"auto"', True: "torch.bfloat16", False: "torch.float32"}[config.bf16]
     lines = [f"base = {(str(Path(name).parent) if gguf else name)!r}", f"dtype = {dtype}"]
-    packed = ""
+    packed, pinned = "", f", revision={config.revision!r}" if config.revision and not gguf else ""
     if config.load_in_4bit:  # as in training: see `nf4_config`
         lines.append('packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)')
         packed = ', quantization_config=packed, device_map="auto"'
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained(base{file})", f"model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype{file}{packed})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(base{file}{pinned})", f"model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype{file}{packed}{pinned})"]
     head = f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if config.load_in_4bit else ''}"
     return [head, *["import torch"] * ("torch." in dtype)], lines
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -46,8 +45,10 @@ from .metrics import Difference, holm, level_of, paired_difference
 from .models import cache_folder
 from .packing import PackingCollator, chat_losses
 from .pictures import Picture, inlined
+from .private import remove_tree
 from .progress import Progress, clock_time, progress_to
 from .range_test import Base, make_bare
+from .redact import redacted
 from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 from .stop import Stop, TrainingError
 from .training import check_base, load_base, load_splits, resume, train
@@ -412,7 +413,7 @@ class _Bench:
         self.config, self.splits, self.folder, self.stop, self.say, self.said = config, splits, folder, stop, say, set()
         self.callbacks = callbacks
         self.given = None if base is None else check_base(config, base)
-        self.kept, about = _read_notes(folder), f"{config.model_name_or_path}, {config.bf16}, {config.load_in_4bit}, {fingerprint(splits.validation)}"
+        self.kept, about = _read_notes(folder), f"{config.model_name_or_path}{'@' + config.revision if config.revision else ''}, {config.bf16}, {config.load_in_4bit}, {fingerprint(splits.validation)}"
         if self.kept.get("about") != about:  # the losses of the base model are those of another sweep
             self.kept = {"about": about}
         self.failed: dict[str, str] = {} if retry else dict(self.kept.get("failed", {}))
@@ -475,7 +476,7 @@ class _Bench:
         except (FinetuneError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (FinetuneError, MemoryError)) and "memory" not in str(error).lower():
                 raise
-            self.failed[one.name] = str(error).partition("\n")[0] if isinstance(error, FinetuneError) else f"{OUT_OF_MEMORY} ({str(error).partition('. ')[0]})"
+            self.failed[one.name] = redacted(str(error).partition("\n")[0]) if isinstance(error, FinetuneError) else f"{OUT_OF_MEMORY} ({str(error).partition('. ')[0]})"
             self.say(f"{one} failed: {self.failed[one.name]}")
         finally:
             make_bare(self.base)
@@ -488,7 +489,7 @@ class _Bench:
             return
         if one.folder.exists():
             self.tell(f"{one.folder} had no checkpoint to go on from, and begins anew.")
-            shutil.rmtree(one.folder)
+            remove_tree(one.folder, self.folder)
         train(one.config, self.splits, self.callbacks, stop=stop, say=self.tell, base=self.base)
 
     def result(self, plan: list[Combination]) -> Sweep:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .config import FinetuneError
 from .progress import Progress, progress_to
+from .redact import redacted
 
 # %% ../nbs/08d_tasks.ipynb #a43e361d
 class Task:
@@ -74,7 +75,7 @@ class Task:
             with self._turning:
                 self.state = self._ended()
         except BaseException as error:  # also an interrupt: the state has to say so
-            self.error, self.trace = in_words(error), traceback.format_exc()
+            self.error, self.trace = redacted(in_words(error)), redacted(traceback.format_exc())
             with self._turning:
                 self.state = "failed"
         self._changed()

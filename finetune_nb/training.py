@@ -45,6 +45,7 @@ from finetune_nb.models import (
     dtype_of,
     hardware,
     load_model,
+    origin_facts,
     release_memory,
     size_of,
     suit_machine,
@@ -91,7 +92,7 @@ def load_base(
     "The base model and the tokenizer of a run, in 4 bits for QLoRA."
     dtype = dtype_of(config)
     packed = nf4_config(dtype) if config.load_in_4bit else None
-    return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say)
+    return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say, config.revision)
 
 
 DEMO_SETS = {"icd10": "reference", "icd10-bare": "bare"}
@@ -415,7 +416,8 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> di
         "dtype": str(ready.model.dtype).removeprefix("torch."),
         "device": hardware(config.use_cpu).device,
         "processes": PartialState().num_processes,
-        "marks": {"base": base_mark(config.model_name_or_path)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
+        "origin": origin_facts(config.model_name_or_path, config.revision),
+        "marks": {"base": base_mark(config.model_name_or_path, config.revision)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
     }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import FinetuneError
 from .data import Chat
 from .formats import mark_of
+from .sandbox import TemplateLimit, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +53,12 @@ def _render_many(
             "The tokenizer has no chat template: this looks like a base model that was never taught to chat. "
             "Use the instruct version of the model, or set tokenizer.chat_template."
         )
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools, **(kwargs or {})}
+    options = {"add_generation_prompt": add_generation_prompt, "tools": tools, **(kwargs or {})}
     try:
-        texts = tokenizer.apply_chat_template([_as_objects(messages) for messages in batch], **options)
+        texts = render_chats(tokenizer, [_as_objects(messages) for messages in batch], **options)
         return [_without_python_objects(*row, tokenizer, options) for row in zip(texts, batch, strict=True)]
+    except TemplateLimit as error:  # no fault of any chat
+        raise TemplateError(f"{wheres[0]}{' or a chat after it' if len(batch) > 1 else ''}: {error}") from None
     except Exception as error:  # a template is a program: it may raise anything
         if len(batch) > 1:
             return [_render_many([m], tokenizer, add_generation_prompt, tools, kwargs, [w])[0] for m, w in zip(batch, wheres, strict=True)]
@@ -66,7 +69,7 @@ def _render_many(
 
 def _render_texts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], where: str) -> list[str]:
     try:
-        return [tokenizer.apply_chat_template(messages, **options)]
+        return render_chats(tokenizer, [messages], **options)
     except Exception as error:
         raise TemplateError(f"{where}: {_reason(error, messages)}") from None
 
@@ -112,7 +115,7 @@ def _without_python_objects(text: str, messages: list[dict[str, Any]], tokenizer
             arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
             said = sum(str(m.get("content")).count(str(arguments)) for m in messages)  # somebody may have written the like
             if arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and text.count(str(arguments)) > said:
-                return tokenizer.apply_chat_template(_as_texts(messages), **options)
+                return render_chats(tokenizer, [_as_texts(messages)], **options)[0]
     return text
 
 # %% ../nbs/01a_turns.ipynb #08338201
@@ -451,7 +454,6 @@ class Skeleton:
         texts = [trim(messages[i].get("content") or "") for i in self.order]
         return "".join(text for pair in zip(self.pieces, [*texts, ""], strict=True) for text in pair)
 
-
 # %% ../nbs/01a_turns.ipynb #5d0e7a31
 def _kind(message: dict[str, Any]) -> tuple[Any, ...]:
     calls = message.get("tool_calls") or ()
@@ -469,7 +471,6 @@ def _hollow(message: dict[str, Any], i: int) -> dict[str, Any]:
 
     hollow = message | ({"content": _probe(i)} if (message.get("content") or "").strip() else {})
     return hollow | ({"tool_calls": [call(c, n) for n, c in enumerate(message["tool_calls"])]} if message.get("tool_calls") else {})
-
 
 # %% ../nbs/01a_turns.ipynb #7c2f9b64
 def _skeleton(template: Template, chat: Chat, n: int) -> Skeleton:
@@ -506,7 +507,6 @@ def _check_nothing_lost(template: Template, chat: Chat, row: Row) -> None:
         without = render(chat.messages[: last.message + 1], template.tokenizer, False, None, template.kwargs, chat.where)
         if text == without or not all(name in text for name in names):
             raise TemplateError(f"{chat.where}: the chat template does not write the tools ({', '.join(names[:3])}). Use a model that was taught tools.")
-
 
 # %% ../nbs/01a_turns.ipynb #8e41d0a7
 def _check_in_order(chat: Chat, n: int, skeleton: Skeleton, prompt: str) -> None:

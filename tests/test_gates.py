@@ -1,0 +1,105 @@
+"""What the package never does, read from its source: no pickles, no shell, no markup past the one place that escapes."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+SOURCES = sorted((ROOT / "finetune_nb").glob("*.py"))
+NO_IMPORT = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty", "telnetlib", "http.server", "socketserver", "xml.etree.ElementTree"}
+NO_CALL = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.spawnv", "os.spawnvp", "torch.load", "torch.save", "pd.read_pickle", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "input", "tempfile.mktemp", "push_to_hub", "upload_file", "upload_folder", "create_repo", "create_commit"}  # fmt: skip
+DISPLAYS = {"HTML", "Markdown", "Javascript", "JSON", "Image", "SVG", "IFrame", "display_html", "display_javascript"}  # of IPython: some read a file of the given name
+
+
+def name_of(node):
+    "`a.b.c` of what is called."
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([*([node.id] if isinstance(node, ast.Name) else ["?"]), *reversed(parts)])
+
+
+def offences(source):
+    "What a module must not do: (line, what)."
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, a.name) for a in node.names if a.name in NO_IMPORT or a.name.split(".")[0] in NO_IMPORT]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.lineno, node.module)] if node.module in NO_IMPORT or str(node.module).split(".")[0] in NO_IMPORT else []
+            if node.module == "IPython.display":
+                found += [(node.lineno, a.name) for a in node.names if a.name in DISPLAYS]
+        elif isinstance(node, ast.Call):
+            name, options = name_of(node.func), {k.arg: k.value for k in node.keywords}
+            if name in NO_CALL or name.rpartition(".")[2] in {n for n in NO_CALL if "." not in n and n not in ("eval", "exec", "compile", "input")}:
+                found.append((node.lineno, name))
+            for option, bad in (("shell", True), ("allow_pickle", True), ("weights_only", False), ("verify", False)):
+                if option in options and getattr(options[option], "value", bad) == bad:
+                    found.append((node.lineno, f"{option}={bad}"))
+            if name.rpartition(".")[2] == "load" and name.split(".")[0] in ("np", "numpy", "torch"):
+                found.append((node.lineno, name))
+            if "trust_remote_code" in options and isinstance(options["trust_remote_code"], ast.Constant) and options["trust_remote_code"].value is not False:
+                found.append((node.lineno, "trust_remote_code"))
+            if name.startswith("subprocess.") and node.args and not isinstance(node.args[0], (ast.List, ast.Name)):
+                found.append((node.lineno, f"{name} without a list"))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_the_package_does_none_of_it(path):
+    assert offences(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from pickle import loads", "import dill as d", "import joblib", "import shelve", "eval('1')", "exec(x)", "import os\nos.system('a')", "os.popen('a')",
+    "torch.load('a')", "torch.load('a', weights_only=True)", "np.load('a')", "np.load('a', allow_pickle=True)", "f(weights_only=False)", "subprocess.run('a', shell=True)", "subprocess.run(f'a {b}')",
+    "yaml.load(x)", "from IPython.display import HTML", "from IPython.display import display, Markdown", "model.push_to_hub('a')", "api.upload_folder('a')", "f(trust_remote_code=True)", "requests.get(u, verify=False)", "f(shell=x)",
+])  # fmt: skip
+def test_the_gate_shuts(source):
+    assert offences(source), source
+
+
+def test_what_is_fine_is_let_through():
+    fine = "model.eval()\nsubprocess.call([a, b])\njson.load(f)\nre.compile('a')\nyaml.safe_load(x)\nfrom IPython.display import display\nf(trust_remote_code=False)\nf(weights_only=True)"
+    assert offences(fine) == []
+
+
+def test_markup_is_made_by_modules_that_escape():
+    "A module that writes tags around a value imports `escape`, or writes through one that does."
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"f['\"][^'\"\n]*<(?:td|p|pre|li|b|h\d|div|span|summary)\b[^>]*>\{", text):
+            assert "from html import escape" in text, path.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_workflows_may_do_little(path):
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert flow["permissions"] == {"contents": "read"} and "pull_request_target" not in path.read_text(encoding="utf-8")
+    for name, job in flow["jobs"].items():
+        more = set(job.get("permissions", {}).items()) - {("contents", "read")}
+        assert more <= ({("pages", "write"), ("id-token", "write")} if name == "deploy" else set()), f"{name} may {more}"
+        for step in job["steps"]:
+            assert "${{ github.event" not in step.get("run", ""), "an event's text in a shell"
+            if step.get("uses", "").startswith("actions/checkout"):
+                assert step["with"]["persist-credentials"] is False
+
+
+def test_what_is_promised_is_written_down():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert "report" in text.lower() and "SECURITY.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.trains
+def test_nothing_is_listened_to_or_unpickled_where_the_package_is_imported():
+    code = (
+        "import sys\nseen = []\nsys.addaudithook(lambda e, a: seen.append(e) if e in ('pickle.find_class', 'socket.bind', 'socket.connect', 'os.system') else None)\n"
+        "import pkgutil, importlib, finetune_nb\n"
+        "for m in pkgutil.iter_modules(finetune_nb.__path__): importlib.import_module('finetune_nb.' + m.name)\nprint(seen)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"

@@ -1,0 +1,98 @@
+"""Keys of this machine are nowhere in what a run leaves and says, and working offline opens no connection."""
+
+import json
+
+import pytest
+from canaries import PLANTED, run_with_canaries
+
+from finetune_nb import redact
+from finetune_nb.config import ConfigError, FinetuneConfig, load_config
+from finetune_nb.data import check_chats
+from finetune_nb.redact import holds_key, keys_here, redacted, without_keys
+from finetune_nb.run_folder import read_facts, write_facts
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["offline", "a local model"])
+def left(request, tiny_model, tmp_path_factory):
+    "A folder in which runs were trained, failed and reported with keys all around, and what was said."
+    folder = tmp_path_factory.mktemp("canaries")
+    done = run_with_canaries(folder, tiny_model, request.param)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("where", PLANTED)
+def test_a_key_is_found_nowhere(left, where):
+    folder, done = left
+    written = [path for path in folder.rglob("*") if path.is_file() and "home" not in path.parts and ".git" not in path.parts]
+    assert len([p for p in written if "runs" in p.parts]) > 20 and any(p.name == "failed.json" for p in written) and any(p.name == "report.html" for p in written)
+    key = PLANTED[where]
+    assert not [p for p in written if key.encode() in p.read_bytes()]
+    assert key not in done.stdout and "could not reach" in done.stdout
+    cached = [p for p in (folder / "home").rglob("*") if p.is_file() and p.name not in ("token", "stored_tokens", ".netrc", ".git-credentials")]
+    assert not [p for p in cached if key.encode() in p.read_bytes()]
+
+
+@pytest.mark.trains
+def test_no_connection_is_made(left):
+    assert json.loads((left[0] / "work" / "connections.json").read_text()) == []
+
+
+def test_keys_of_this_machine_are_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_API_KEY", "Plain-Words-As-Key")
+    monkeypatch.setenv("MY_SWITCH_TOKEN", "true")
+    monkeypatch.setenv("KEYBOARD", "not-a-key-at-all")
+    assert "Plain-Words-As-Key" in keys_here() and "true" not in keys_here() and "not-a-key-at-all" not in keys_here()
+    assert redacted("said Plain-Words-As-Key twice: Plain-Words-As-Key") == "said Pla•••••• twice: Pla••••••"
+    assert holds_key("x Plain-Words-As-Key") == "a key of this machine" and not holds_key("a plain sentence with nothing in it")
+
+
+def test_facts_are_written_without_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "Canary-In-The-Facts")
+    sha = "0123456789abcdef" * 4
+    write_facts({"words": "with Canary-In-The-Facts", "deep": [{"Canary-In-The-Facts": 1}], "sha256": sha, "n": 1.5}, tmp_path / "run.json")
+    assert read_facts(tmp_path) == {"words": "with Can••••••", "deep": [{"Can••••••": 1}], "sha256": sha, "n": 1.5}
+    assert without_keys(None) is None
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "train_file", "output_dir", "run_name", "group_column", "revision"])
+def test_a_setting_holds_no_key(name, tmp_path):
+    key = "hf_" + "CanaryOfASetting0123456789ab"
+    with pytest.raises(ConfigError, match=f"{name} holds what looks like a Hugging Face token.*HF_TOKEN") as caught:
+        FinetuneConfig(**{name: f"https://me:{key}@host/x"[-200:] if name == "train_file" else key})
+    assert key not in str(caught.value)
+    (tmp_path / "c.yaml").write_text(f"{name}: {key}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert key not in str(caught.value)
+    with pytest.raises(ConfigError, match="chat_template_kwargs holds"):
+        FinetuneConfig(chat_template_kwargs={"a": [{"b": key}]})
+
+
+def test_keys_in_chats_stay_the_users_and_are_warned_about(chats):
+    key = "hf_" + "CanaryOfAChat0123456789abcdef"
+    chats[3].messages[0]["content"] += f" Use {key}."
+    report = check_chats(chats)
+    assert report.rows("secrets") == [3] and key not in repr(report) + report._repr_html_()
+
+
+def test_an_error_of_the_hub_shows_no_key(monkeypatch, tmp_path):
+    import traceback
+
+    from finetune_nb import models
+
+    def fail(*args, **kwargs):
+        raise OSError("403 for https://me:Canary-Hub-Pass-12@hub/x")
+
+    monkeypatch.setattr(models, "find_model", fail)
+    with pytest.raises(models.ModelError) as caught:
+        models.load_tokenizer("owner/name")
+    assert "Canary-Hub-Pass-12" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_unreadable_files_are_no_obstacle(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").mkdir()
+    (tmp_path / ".gitconfig").write_bytes(b"\xff\0://:@")
+    assert isinstance(redact._keys.__wrapped__(0, "", frozenset()), list)
