@@ -66,6 +66,7 @@ from finetune_nb.planning import (
     token_budget,
     total_steps,
 )
+from .preflight import preflight
 from .progress import Progress, clock_time
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
@@ -113,6 +114,14 @@ def load_splits(
     return splits._replace(**{name: read(file) for name, file in files.items() if file})
 
 # %% ../nbs/08_training.ipynb #d913426a
+def _preflight_words(seen: dict[str, Any] | None) -> str:
+    "What the record of a run says of its preflight, in one line."
+    if not seen or seen.get("skipped"):
+        return "left out" if seen else "unknown"
+    warned = [check["name"] for check in seen["findings"] if check["verdict"] == "warning"]
+    return f"passed in {seen['seconds']:.1f} s" + (f", with warnings about {', '.join(warned)}" if warned else "")
+
+
 @dataclass
 class Run:
     "A finished training: its folder, its choices, its history, and the model."
@@ -178,6 +187,7 @@ class Run:
             "best validation loss": best,
             "peak memory": f"{facts['peak_memory_gib']:.2f} GiB",
             "hardware": facts["hardware"],
+            "preflight": _preflight_words(facts.get("preflight")),
             "shared questions": " ".join(facts.get("leaks", [])) or "none between the sets",
             "kept in": str(self.folder),
         }
@@ -260,6 +270,8 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         validate_run_name(config)
     given, splits = splits is not None, splits or load_splits(config)
     ready = _prepare(config, splits, say, stop.check, base)
+    ready = ready._replace(preflight=_fly_ahead(config, splits, ready, say))
+    stop.check()
     with run_folder(config) as folder:
         if first:
             for name, chats in splits._asdict().items():
@@ -353,6 +365,7 @@ class _Ready(NamedTuple):
     rows: dict[str, Dataset]
     leaks: list[str]
     template: list[dict[str, str]]  # what is odd about the chat template
+    preflight: dict[str, Any] | None = None  # what it saw; None where it is not flown again: a run that goes on
 
 
 def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], check: Callable[[], None], base: tuple[Any, Any] | None = None) -> _Ready:
@@ -377,6 +390,19 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     _tell(say, str(trainable_parameters(tuned)))
     check()
     return _Ready(tuned, tokenizer, rows, leaks, odd)
+
+
+def _fly_ahead(config: FinetuneConfig, splits: Splits, ready: _Ready, say: Callable[[str], None]) -> dict[str, Any]:
+    "What the preflight saw, for the record; raises `PreflightError` for what would spoil the run."
+    if not config.preflight:
+        _tell(say, "The preflight is left out, as preflight=False says: what goes wrong in silence is not looked for.")
+        return {"skipped": True}
+    report = preflight(ready.model, ready.tokenizer, ready.rows["train"], splits.train, config)
+    report.validate()
+    for check in report.findings:
+        _tell(say, f"Preflight, {check}")
+    _tell(say, f"Preflight: {len(report.checks)} checks in {report.seconds:.1f} s. {report.checks[-1].found}".rstrip(".") + ".")
+    return report.facts
 
 
 def check_base(
@@ -413,6 +439,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> di
         "data": {name: _data_facts(chats, ready.rows.get(name), ends) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
         "template": ready.template,
+        "preflight": ready.preflight,
         "dtype": str(ready.model.dtype).removeprefix("torch."),
         "device": hardware(config.use_cpu).device,
         "processes": PartialState().num_processes,

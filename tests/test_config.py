@@ -25,7 +25,7 @@ def test_names_are_those_of_peft_and_transformers():
     ours = {"model_name_or_path", "attn_implementation", "train_file", "validation_file", "test_file", "validation_size", "test_size"}
     ours |= {"max_length", "too_long", "warmup_ratio", "group_by_length", "early_stopping_patience", "max_new_tokens", "generation_batch_size"}
     ours |= {"columns", "on_error", "group_column", "stratify_column", "train_on", "control_tokens", "chat_template_kwargs"}
-    ours |= {"packing", "max_tokens_at_once", "load_in_4bit", "loraplus_lr_ratio"}
+    ours |= {"packing", "max_tokens_at_once", "load_in_4bit", "loraplus_lr_ratio", "preflight"}
     ours |= {"max_eval_samples", "answer_pattern"}  # of transformers' example scripts, or our own
     assert {f.name for f in fields(FinetuneConfig)} - known <= ours
     assert set(NICKNAMES.values()) <= {f.name for f in fields(FinetuneConfig)}
