@@ -51,7 +51,7 @@ def not_a_number(record: RunRecord) -> Found | None:
     bad = [point for point in seen if not math.isfinite(point[2])]
     words = record.failure.get("words", "")
     broken = record.adapter is not None and not record.adapter.finite
-    if not bad and not broken and not re.search("became (nan|-?inf)", words):
+    if not bad and not broken and not re.search("became (nan|-?inf)", words) and record.failure.get("kind") != "NonFiniteError":
         return None
     start = bool(bad) and bad[0] == seen[0]
     evidence = {f"{'validation' if bad[0][1] == 'eval_loss' else 'training'} loss at step {bad[0][0]}": str(bad[0][2])} if bad else {}

@@ -23,6 +23,7 @@ from .attention import NotPackable, attention_of
 from .chat_template import end_of_turn_id
 from .config import ConfigError
 from .losses import inner_model, mixed_precision
+from .memory import is_out_of_memory
 from .models import release_memory
 
 # %% ../nbs/08ca_generation.ipynb #ed69dbcb
@@ -287,7 +288,7 @@ class _Writer:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, hoped: Sequence[Sequence[int]] | None, sampling: "Sampling | None") -> None:
         self.model, self.prompts, self.hoped = model, prompts, hoped
-        self.sampling, self.random = sampling, sampling.of(prompts, model.device) if sampling else [None] * len(prompts)
+        self.sampling = sampling
         self.ends, self.most = set(settings.eos_token_id), settings.max_new_tokens
         self.guesser, self.answers = Guesser(), {}
         self.steps = self.computed = self.guessed = self.right = 0  # what it took
@@ -295,6 +296,7 @@ class _Writer:
     def start(self, n: int) -> None:
         "Makes room for `n` texts at once."
         left = [i for i in range(len(self.prompts)) if i not in self.answers]
+        self.random = self.sampling.of(self.prompts, self.model.device) if self.sampling else [None] * len(self.prompts)  # a second start draws the same
         self.waiting = deque(sorted(left, key=lambda i: self.prompts[i]))
         self.slots = Slots(min(n, len(left)), max(len(self.prompts[i]) for i in left) + self.most)
         self.free, self.texts, self.lately = deque(range(self.slots.n)), [], deque(maxlen=LATELY)
@@ -502,8 +504,8 @@ def _write(writer: _Writer, n: int, told: Callable[[int], None]) -> None:
     while writer.waiting or writer.texts:
         try:
             writer.step()
-        except torch.OutOfMemoryError:
-            if n == 1:
+        except (MemoryError, RuntimeError) as error:
+            if n == 1 or not is_out_of_memory(error):
                 raise
             n //= 2
         else:
@@ -537,19 +539,31 @@ def _filled_up(
     model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, batch_size: int, sampling: Sampling | None, told: Callable[[int], None]
 ) -> list[list[int]]:
     "Answers by transformers: prompts of similar length in a batch, filled up on the left and masked."
-    order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [[] for _ in prompts]
+    order, answers, n = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}, batch_size
+    while len(answers) < len(order):
+        batch = order[len(answers) : len(answers) + n]
+        try:
+            answers |= dict(zip(batch, _written(model, prompts, batch, settings, sampling), strict=True))
+        except (MemoryError, RuntimeError) as error:
+            if n == 1 or not is_out_of_memory(error):
+                raise
+            n = max(len(batch) // 2, 1)
+        else:
+            told(len(answers))
+            continue
+        release_memory()  # outside of the handler, which holds on to what was computed
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _written(model: PreTrainedModel, prompts: list[list[int]], batch: list[int], settings: GenerationConfig, sampling: Sampling | None) -> list[list[int]]:
+    "The answers to some of the prompts."
+    longest = max(len(prompts[i]) for i in batch)
+    fill = [longest - len(prompts[i]) for i in batch]
+    ids = torch.tensor([[settings.pad_token_id] * n + prompts[i] for n, i in zip(fill, batch, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in fill], device=model.device)
     random = sampling.of(prompts, model.device) if sampling else []
+    drawn = LogitsProcessorList([_Drawn(sampling, [random[i] for i in batch])] if sampling else [])
     with mixed_precision(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = max(len(prompts[i]) for i in batch)
-            fill = [longest - len(prompts[i]) for i in batch]
-            ids = torch.tensor([[settings.pad_token_id] * n + prompts[i] for n, i in zip(fill, batch, strict=True)], device=model.device)
-            mask = torch.tensor([[0] * n + [1] * (longest - n) for n in fill], device=model.device)
-            drawn = LogitsProcessorList([_Drawn(sampling, [random[i] for i in batch])] if sampling else [])
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=drawn)
-            for i, new in zip(batch, written[:, longest:].tolist(), strict=True):
-                end = next((k + 1 for k, token in enumerate(new) if token in settings.eos_token_id), None)
-                answers[i] = new[:end]
-            told(start + len(batch))
-    return answers
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=drawn)[:, longest:].tolist()
+    ends = [next((k + 1 for k, token in enumerate(new) if token in settings.eos_token_id), None) for new in written]
+    return [new[:end] for new, end in zip(written, ends, strict=True)]

@@ -25,12 +25,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
+from .memory import in_pieces, random_state, set_random_state
 from .models import hardware, release_memory
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
 from .progress import Progress
 from .qlora import optimizer_of
 from .run_folder import append_line
+from .sentinels import NonFiniteError, Sentinels, Step, place_of
 from .stop import TrainingError
 
 # %% ../nbs/07g_trainer.ipynb #81c3f781
@@ -74,6 +76,9 @@ class FinetuneTrainer(CrashSafeTrainer):
 
     loraplus_lr_ratio = 1.0  # learning rate of B as a multiple of that of A
     tokens_since_log, logged_at = 0, math.nan  # for the speed: tokens of the chats, however few were computed
+    sentinels: Sentinels | None = None  # look at every step
+    on_less: Callable[[PackingCollator, int], None] | None = None  # is told when a step did not fit: how chats are computed from then on, and the step
+    at_hand: tuple[dict[str, Any], float, Any] | None = None  # the step that is being computed, its supervised tokens and its loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         "LoRA+ (Hayou et al. 2024) when asked for, else what transformers makes."
@@ -89,17 +94,60 @@ class FinetuneTrainer(CrashSafeTrainer):
         model.train()
         self.tokens_since_log += inputs["tokens"] * self.args.world_size
         self.rows_sha256 = hashlib.sha256(f"{self.rows_sha256}{inputs['sha256']}".encode()).hexdigest()
-        total, supervised = 0.0, self._mean_over_processes(inputs["supervised"])
-        for rest, batch in zip(reversed(range(len(inputs["batches"]))), inputs["batches"], strict=True):
+        supervised = self._mean_over_processes(inputs["supervised"])
+        total = self._fitted(lambda batches: self._gradient(model, batches, supervised or 1), inputs["chats"].rows, inputs["batches"], model.zero_grad)
+        self.at_hand = inputs, supervised, total
+        return total
+
+    def _gradient(self, model, batches, supervised):
+        "Adds up loss and gradient over the batches of a step."
+        total = 0.0
+        for rest, batch in zip(reversed(range(len(batches))), batches, strict=True):
             with self.accelerator.no_sync(model) if rest else nullcontext(), self.compute_loss_context_manager():
                 loss = token_losses(model, batch.to(self.args.device)).sum() / supervised
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
+    def _fitted(self, compute, chats, batches=None, clear=lambda: None):
+        "What `compute` makes of the batches, in smaller pieces where they don't fit; several processes have no second try, since they wait for each other."
+        collator, state = self.data_collator, random_state()
+        if self.args.world_size > 1:
+            return compute(collator.batches(chats) if batches is None else batches)
+        if max((batch.tokens for batch in batches or ()), default=0) > collator.max_tokens:  # the data loader goes on as it began
+            batches = None
+
+        def undo():
+            clear()
+            set_random_state(state)
+
+        made, fitting = in_pieces(compute, collator, chats, batches, undo)
+        if fitting is not collator:
+            self.data_collator = fitting
+            if self.on_less:
+                self.on_less(fitting, self.state.global_step + 1)
+        return made
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        "The norm of the gradient, which the sentinels see before the optimizer takes its step."
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.sentinels and self.at_hand:
+            (inputs, supervised, loss), self.at_hand = self.at_hand, None
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            step = Step(self.state.global_step + 1, inputs["chats"].rows, supervised, loss, norm, rate, self.data_collator, self.accelerator.scaler is not None)
+            self.sentinels.before_step(model, step)
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
+        "What the sentinels say of the step comes before it is saved."
+        if self.sentinels:
+            self.sentinels.after_step(model, self.state.global_step, self.accelerator.optimizer_step_was_skipped)
+            if self.control.should_save or self.control.should_evaluate:
+                self.sentinels.check_weights(model, self.state.global_step)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+
     def _mean_over_processes(self, n: int) -> float:
         "DDP takes the mean of the gradients, so that each process divides by the mean number of supervised tokens."
-        n = max(n, 1)  # a step without a label has no gradient
         return n if self.args.world_size == 1 else self.accelerator.reduce(torch.tensor(float(n), device=self.args.device), "mean").item()
 
     def log(self, logs, *args, **kwargs):
@@ -109,6 +157,7 @@ class FinetuneTrainer(CrashSafeTrainer):
             speed = self.tokens_since_log / (now - self.logged_at) if self.tokens_since_log else math.nan
             logs |= {"tokens_per_second": round(speed, 1)} if math.isfinite(speed) else {}
             logs["memory_gib"] = round(used_bytes() / 2**30, 3)
+            logs |= self.sentinels.counts if self.sentinels else {}
             self.tokens_since_log, self.logged_at = 0, now
         super().log(logs, *args, **kwargs)
         if "loss" not in logs:
@@ -124,10 +173,8 @@ class FinetuneTrainer(CrashSafeTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         mine, n = range(self.args.process_index, len(rows), self.args.world_size), self.args.per_device_eval_batch_size  # no chat twice
         for start in range(0, len(mine), n):
-            for batch in self.data_collator([rows[i] for i in mine[start : start + n]])["batches"]:
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    losses = token_losses(self.model, batch.to(self.args.device))
-                sums += torch.tensor([losses.double().sum().item(), len(losses)])
+            chats = [rows[i] for i in mine[start : start + n]]
+            sums += self._fitted(lambda batches, chats=chats: self._summed(batches, chats), chats)
         release_memory(cycles=False)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1), f"{metric_key_prefix}_runtime": time.monotonic() - started}
@@ -135,9 +182,36 @@ class FinetuneTrainer(CrashSafeTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _summed(self, batches, chats):
+        "The loss of some chats over all their supervised tokens, and how many there are."
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = token_losses(self.model, batch.to(self.args.device))
+            total = losses.double().sum().item()
+            if not math.isfinite(total):
+                raise self._no_number(losses, batch, chats)
+            sums += torch.tensor([total, len(losses)])
+        return sums
+
+    def _no_number(self, losses, batch, chats):
+        "The error for validation chats of which the loss is no number."
+        bad = sorted(set(batch.chat[~losses.isfinite().cpu()].tolist()))
+        total, step = losses.sum().item(), self.state.global_step
+        return NonFiniteError(
+            f"The validation loss became {total} at step {step}. Lower learning_rate (now {self.args.learning_rate:g}) or raise warmup_ratio; with fp16, try bf16 hardware "
+            f"or bf16=False. It comes from {len(bad)} of {len(chats)} chats computed together: {'; '.join(place_of(chats[i], i) for i in bad[:8])}{'; …' if len(bad) > 8 else ''}.",
+            step, eval_loss=total,
+        )  # fmt: skip
+
     def train(self, *args, **kwargs):
         self.logged_at = time.monotonic()
-        return super().train(*args, **kwargs)
+        if self.sentinels:
+            self.sentinels.begin(self.model)
+        trained = super().train(*args, **kwargs)
+        if self.sentinels:
+            self.sentinels.end(self.model, self.state.global_step)
+        return trained
 
 # %% ../nbs/07g_trainer.ipynb #018bba62
 def training_arguments(
@@ -196,7 +270,7 @@ def make_trainer(
     resumed: bool = False,  # whether the run goes on from a checkpoint
     made_of: dict[str, Any] | None = None,  # what its checkpoints are to say of the run
     changed: Sequence[str] = (),  # settings that may differ from those of the checkpoint
-    say: Callable[[str], None] = print,  # is told when a checkpoint can't be written
+    say: Callable[[str], None] = print,  # takes what there is to be told
 ) -> FinetuneTrainer:
     "The trainer of a run; call its `train` inside `collator.attention(model)`."
     arguments = training_arguments(config, Path(folder), len(rows["train"]), needs_autocast(model), resumed)
@@ -204,7 +278,7 @@ def make_trainer(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, or a step would hold more chats than was asked for
     validation = rows.get("validation") if config.eval_strategy != "no" else None
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
-    trainer.loraplus_lr_ratio = config.loraplus_lr_ratio
+    trainer.loraplus_lr_ratio, trainer.sentinels = config.loraplus_lr_ratio, Sentinels(say)
     trainer.made_of, trainer.changed, trainer.tell = made_of or {}, list(changed), say
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
@@ -38,7 +38,8 @@ from .config import FinetuneConfig, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
 from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
-from .losses import Batch, recompute_blocks
+from .losses import recompute_blocks
+from .memory import is_out_of_memory, no_room
 from finetune_nb.models import (
     base_mark,
     cache_folder,
@@ -55,6 +56,7 @@ from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
 from .pictures import Picture, inlined, plot_history
 from finetune_nb.planning import (
     Probe,
+    advice_for,
     base_shape,
     blocks_to_recompute,
     estimate,
@@ -70,6 +72,7 @@ from .preflight import preflight
 from .progress import Progress, clock_time
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
+    append_line,
     failure_kept,
     forget_after,
     hold_run,
@@ -81,6 +84,7 @@ from finetune_nb.run_folder import (
     why_not_on,
     write_facts,
 )
+from .sentinels import ChangedBaseError, SentinelError, are_finite
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
 from .whole_folder import clear_leftovers, read_about, remove_whole, whole_folder
@@ -463,7 +467,7 @@ def _run(
     if config.init_lora_weights == "pissa" and PartialState().is_main_process and not (folder / "initial").exists():
         with whole_folder(folder / "initial") as part:
             _save_into(part.folder, ready.model)
-    with failure_kept(folder, started):
+    with failure_kept(folder, started), _last_good_kept(folder, ready.model):
         facts, history = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
     facts["adapter_norm"] = adapter_norm(get_peft_model_state_dict(ready.model, save_embedding_layers=False))
     run = Run(folder, config, facts, history, (ready.model.eval(), ready.tokenizer))
@@ -480,6 +484,23 @@ def _run(
     return run
 
 # %% ../nbs/08_training.ipynb #0b08f76b
+@contextmanager
+def _last_good_kept(folder: Path, model: PeftModel) -> Iterator[None]:
+    "While inside, what a sentinel saw stands in the history, and the adapter as it was before that is kept where it is sound."
+    try:
+        yield
+    except SentinelError as error:
+        first, sound = PartialState().is_main_process, not isinstance(error, ChangedBaseError) and are_finite([p for p in model.parameters() if p.requires_grad])
+        begun = len(read_history(folder)) > 0
+        if first and (begun or error.row["step"]):
+            with suppress(OSError):
+                append_line(folder / "history.jsonl", json.dumps(error.row) + "\n")
+        if sound and first and error.row["step"] > 1:
+            _save_adapter(model, folder, keep_initial=True)
+            error.args = (f"{error} The adapter as it was before that is kept in the run's folder, in adapter.",)
+        raise
+
+
 def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False) -> None:
     "Saves what is shipped; PiSSA has moved a part of the base weights into the adapter, and its adapter is saved as what was learned, of rank 2r."
     initial = folder / "initial"
@@ -552,6 +573,8 @@ def _fit(
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         about = made_of(config, started)
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
+        trainer.on_less = partial(_note_less, started, folder, say)
+        trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the wrapper would stay around forward
@@ -565,7 +588,23 @@ def _fit(
         "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
         "rows_sha256": trainer.rows_sha256,  # of the chats of all steps, in their order
+        "counted_steps": trainer.sentinels.counts,
     }, [{"step": row["step"], **row} for row in state.log_history]
+
+
+def _counts_so_far(folder: Path) -> dict[str, int]:
+    "What the sentinels had counted when the run was stopped."
+    names = ("steps_without_label", "steps_with_zero_loss", "steps_with_zero_gradient", "skipped_steps")
+    last = next((row for row in reversed(read_history(folder)) if "loss" in row), {})
+    return {name: last[name] for name in names if name in last}
+
+
+def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int) -> None:
+    "Tells and records that a step did not fit, so that the run also goes on with what did."
+    before, started["max_tokens_at_once"] = started["max_tokens_at_once"], collator.max_tokens
+    started.setdefault("out_of_memory", []).append({"step": step, "max_tokens_at_once": collator.max_tokens})
+    write_facts(started, folder / "started.json")
+    _tell(say, f"Step {step} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follow. Its loss and gradient are the same.")
 
 # %% ../nbs/08_training.ipynb #9e47b9f8
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
@@ -575,8 +614,8 @@ def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], No
     check()
     recomputed = blocks_to_recompute(config, ready.rows["train"], shape)
     recompute_blocks(ready.model, recomputed)
+    probe, collator = _probe(config, ready, collator, shape, say)
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
-    probe = _probe(ready.model, largest_batch(ready.rows["train"], fitting, collator.max_tokens), collator)
     estimated = estimate(fitting, ready.rows["train"], math.nan, model=shape)
     plan = estimated.corrected(probe)
     _tell(say, f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
@@ -616,19 +655,34 @@ def choose_packing(
     return PackingCollator(report.mode, budget, tokenizer.pad_token_id, report.way)
 
 # %% ../nbs/08_training.ipynb #f1d94fac
-def _probe(model: torch.nn.Module, batch: Batch, collator: PackingCollator) -> Probe:
-    "Computes the largest batch once; raises `TrainingError` when the device has no room for it."
-    try:
-        return probe_fit(model, batch, collator)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-            raise
-        raise TrainingError(
-            f"The largest batch ({batch.tokens:,} tokens at once) does not fit into the memory of this device. Set max_tokens_at_once to "
-            f"{batch.tokens // 2:,}, or gradient_checkpointing or load_in_4bit to true; `estimate` says what would fit."
-        ) from error
-    finally:
-        release_memory()
+def _probe(config: FinetuneConfig, ready: _Ready, collator: PackingCollator, shape: torch.nn.Module, say: Callable[[str], None]) -> tuple[Probe, PackingCollator]:
+    "Computes the largest batch once, with fewer tokens at once where it does not fit; raises `NoRoomError`, with what would fit, when a chat does not fit alone."
+    rows, first = ready.rows["train"], collator.max_tokens
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    least = len(rows[longest]["input_ids"])
+    while True:
+        batch = largest_batch(rows, replace(config, packing=collator.mode), collator.max_tokens)
+        try:
+            probe = probe_fit(ready.model, batch, collator)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch.tokens <= least or collator.max_tokens <= least:
+                raise no_room([rows[longest]], _plan_that_fits(config, rows, shape)) from error
+        else:
+            if collator.max_tokens < first:
+                _tell(say, f"The largest batch did not fit with {first:,} tokens at once; with {collator.max_tokens:,} it does. Loss and gradient of a step are the same.")
+            return probe, collator
+        release_memory()  # outside of the handler, which holds on to what was computed
+        collator = replace(collator, max_tokens=max(min(batch.tokens, collator.max_tokens) // 2, least))
+
+
+def _plan_that_fits(config: FinetuneConfig, rows: Dataset, shape: torch.nn.Module) -> str:
+    "What `estimate` says would fit in the memory that there is."
+    least = estimate(replace(config, max_tokens_at_once=1), rows, math.nan, model=shape, advise=False)
+    advice = advice_for(config, rows, min(least.available, least.bytes))  # the device has less than was reckoned with
+    asked = f"The run was reckoned to need {least.bytes / 2**30:.2f} GiB with one chat at a time, of {least.available / 2**30:.2f} GiB that are free. "
+    return asked + (f"By `estimate` this would need less: {'; '.join(map(str, advice))}." if advice else "Close what else uses the device, lower max_length, or take a smaller model.")
 
 
 def _telling_chats(rows: Dataset) -> list[dict[str, Any]]:
