@@ -168,7 +168,7 @@ def rotate(
 # %% ../nbs/07f_checkpoints.ipynb #1e9aaa3a
 FREE = frozenset(
     "model_name_or_path train_file columns on_error validation_file test_file validation_size test_size group_column stratify_column "
-    "output_dir run_name report_to save_total_limit use_cpu max_new_tokens generation_batch_size max_eval_samples answer_pattern".split()
+    "output_dir run_name report_to save_total_limit preflight use_cpu max_new_tokens generation_batch_size max_eval_samples answer_pattern".split()
 )  # settings that do not change what a run computes, or of which the outcome is compared: the chats, the weights of the base model, the device
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from finetune_nb import training
 from finetune_nb.checkpoints import check_checkpoint, checkpoints, newest_checkpoint
+from finetune_nb.cli import main
 from finetune_nb.config import load_config, save_config
 from finetune_nb.data import Splits
 from finetune_nb.stop import TrainingError
@@ -148,6 +149,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(folder, s
     assert crashing.Outcome.of(folder) == undisturbed[0]
 
 
+def test_the_command_line_goes_on_with_a_run(folder, capsys, undisturbed):
+    assert main(["resume", str(folder / "nowhere")]) == 2 and "is not the folder of a run that began training" in capsys.readouterr().err
+    save_config(replace(load_config(folder / "config.yaml"), max_new_tokens=4, learning_rate=1e-3), folder / "config.yaml")
+    assert main(["resume", str(folder)]) == 2 and "learning_rate: 0.005, now 0.001" in capsys.readouterr().err
+    save_config(replace(load_config(folder / "config.yaml"), learning_rate=5e-3), folder / "config.yaml")
+    assert main(["resume", str(folder)]) == 0 and (folder / "report.html").is_file()
+    assert crashing.Outcome.of(folder) == undisturbed[0]
+
+
 def test_when_none_is_whole_the_run_is_not_begun_anew_in_silence(folder):
     for path in checkpoints(folder):
         (path / "random-0.json").unlink()
@@ -173,7 +183,7 @@ def test_a_state_that_is_missing_is_an_error(folder):
 
 
 CHANGES = {
-    "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 3, "lora_dropout": 0.0, "seed": 1,
+    "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 3.0, "lora_dropout": 0.0, "seed": 1,
     "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 64, "packing": "padded", "lora_alpha": 4.0,
 }  # fmt: skip
 
