@@ -6,6 +6,9 @@ Each mutation is read in a child process with a bound on memory and on time. Wha
 ours, more than five seconds of the processor (or a minute) for one input, more than 256 MiB on top of what the process has after a warm-up, a dead process. Finds are
 printed with the input's seed, and the input is kept in the folder that --keep names. Prints, for each target, how many were
 read, how many refused, and the slowest.
+
+Seen on two busy cores (2026-11-26): files of chats, configurations and adapters 40,000 mutations each, run folders about 13,000, templates 4,000: nothing
+uncaught after adapters and facts had been mended (a damaged adapter_config.json or safetensors header, JSON nested too deep).
 """
 
 # ruff: noqa: E501
