@@ -6,6 +6,7 @@
 # ruff: noqa: E501
 import copy
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -204,11 +205,14 @@ def half_an_adapter(bench: Bench) -> str:
 
 
 def another_base(bench: Bench) -> str:
-    model, _ = bench.model()
-    model.save_pretrained(bench.folder / "adapter")
+    own = bench.folder / "base-of-its-own"
+    shutil.copytree(bench.config.model_name_or_path, own)
+    config = replace(bench.config, run_name="other-base", model_name_or_path=str(own), max_steps=1, eval_strategy="no")
+    run = train(config, Splits(bench.chats[:16], [], []), say=lambda text: None)
     torch.manual_seed(1)
-    other = AutoModelForCausalLM.from_config(model.get_base_model().config)
-    lora.load_adapter(other, bench.folder / "adapter")
+    AutoModelForCausalLM.from_config(run.model.get_base_model().config).save_pretrained(own)
+    run.release()
+    assert run.model
     return ""
 
 
@@ -272,11 +276,11 @@ MODES = [
     Mode("what is trained is fp16", "preflight: precision; models.hardware", PLANTED, by_preflight(planted.in_fp16)),
     Mode("trained and not saved", "preflight: what is saved", PLANTED, by_preflight(planted.not_saved)),
     Mode("LoRA beside no such layer", "lora.add_lora; preflight: target modules", PLANTED, by_preflight(planted.a_layer_that_is_not_there)),
-    Mode("another learning rate on resume", "resume", "test_training.py", another_rate_on_resume),
+    Mode("another learning rate on resume", "checkpoints.check_unchanged", "test_checkpoints.py: test_changed_settings_are_refused_by_name", another_rate_on_resume),
     Mode("the seed comes after the draw", "lora.add_lora", "test_training.py: test_same_seed_same_adapter", unseeded),
     Mode("a loss that is no number", "preflight: gradients; trainer.Watch", PLANTED, by_preflight(planted.not_a_number)),
     Mode("half of an adapter's keys", "lora.set_adapter_weights", "test_training.py: test_adapter_keys_that_do_not_match_raise", half_an_adapter),
-    Mode("an adapter on another base", "rules (told afterwards)", "test_diagnosis.py", another_base),
+    Mode("an adapter on another base", "training.Run", "test_thirty_modes.py", another_base),
     Mode("merged into another precision", "nothing merges yet", "none", merged),
     Mode("evaluated in training mode or with padding", "packing.chat_losses; evaluation", "test_evaluation.py: test_answers_and_losses_do_not_depend_on_the_batch", in_train_mode),
     Mode("test questions among the training chats", "data.leak_report", "test_data.py: test_leaks_of_every_kind_are_found", leaked),

@@ -37,7 +37,7 @@ from .checkpoints import FREE, check_room, check_unchanged, checkpoints, newest_
 from .config import FinetuneConfig, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
-from .lora import adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
+from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import recompute_blocks
 from .memory import is_out_of_memory, no_room
 from finetune_nb.models import (
@@ -156,6 +156,7 @@ class Run:
     def _pair(self) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         if self.loaded:
             return self.loaded
+        self._check_base()
         base, tokenizer = load_base(self.config)
         return load_adapter(base, self.folder / "adapter"), tokenizer
 
@@ -169,6 +170,15 @@ class Run:
         write_facts(self.facts, self.folder / "run.json")
         (self.folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
         clear_leftovers(self.folder)
+
+    def _check_base(self) -> None:
+        "Raises `AdapterError` when the name stands for other weights than those that the adapter was trained on, as far as both are known."
+        was, now = self.facts.get("marks", {}).get("base"), base_mark(self.config.model_name_or_path, self.config.revision)
+        if was and now and was != now:
+            raise AdapterError(
+                f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now (mark {was}, now {now}): its answers would be "
+                "plausible nonsense. Bring the old weights back, or name their revision in config.yaml."
+            )
 
     @property
     def test(self) -> list[Chat]:
