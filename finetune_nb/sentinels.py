@@ -144,7 +144,7 @@ class Sentinels:
         if not math.isfinite(loss) or not (math.isfinite(norm) or step.may_skip):
             raise self._non_finite(model, step, loss, norm)
         if not step.supervised:
-            self._no_label(step, loss, norm)
+            self._count("steps_without_label", f"Step {step.number} has no supervised token and teaches nothing: {step.places()}.")
             return
         if loss == 0:
             self._no_loss(step, norm)
@@ -202,11 +202,6 @@ class Sentinels:
             self.told.add(name)
             self.say(f"{words} Such steps are counted in the history as {name}.")
         return self.in_a_row[name]
-
-    def _no_label(self, step: Step, loss: float, norm: float) -> None:
-        n = self._count("steps_without_label", f"Step {step.number} has no supervised token and teaches nothing: {step.places()}.")
-        if n >= PATIENCE and n == step.number:
-            raise NoLossError(f"None of the first {n} steps had a supervised token: nothing is learned. The last one: {step.places()}. {LOOK_AT_LABELS}", step.number, loss=loss, grad_norm=norm)
 
     def _no_loss(self, step: Step, norm: float) -> None:
         if step.number == 1:

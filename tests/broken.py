@@ -301,7 +301,7 @@ def one_answer_for_all(shop):
 
 
 def gradient_zeroed(shop):
-    return shop.train(callbacks=[Alters(lambda parameter: parameter.register_hook(torch.zeros_like))], num_train_epochs=2).folder
+    return shop.failing(callbacks=[Alters(lambda parameter: parameter.register_hook(torch.zeros_like))], num_train_epochs=2)
 
 
 def adapter_in_bf16(shop):
