@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 
 import html5lib
+import mistune
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -123,6 +124,15 @@ def test_no_text_becomes_markup(text, run):
     outside = "".join(report.to_markdown().split("```")[::2]).replace("\\](", "") if "```" not in text else ""
     assert not any(mark in outside for mark in ("<img", "<script", "<iframe", "<svg", "](javascript", "](http"))
     json.dumps(report.to_dict(), allow_nan=False, default=str)
+
+
+def test_a_pattern_stands_in_the_page_as_it_was_typed(run):
+    pattern = r"^\d+ <a&b>$"
+    part = Trained(replace(run, config=replace(run.config, answer_pattern=pattern, target_modules=["q_proj"])))
+    rendered = mistune.create_markdown(escape=False, plugins=["table"])(part.to_markdown())  # as nbconvert does it
+    for page in (part._repr_html_(), rendered):
+        said = "".join(nodes(page).itertext())
+        assert f"answer_pattern='{pattern}'" in said and "target_modules=['q_proj']" in said
 
 
 def test_a_section_of_a_user_takes_no_title_of_ours():
