@@ -1,6 +1,7 @@
 """One page about a run: the verdict first, nothing from outside, nothing that somebody wrote becomes markup."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import html5lib
@@ -266,10 +267,11 @@ def test_from_the_command_line(run, capsys, monkeypatch, tmp_path):
 
 
 def test_broken_files_are_named(run):
-    for name, load in (("report.json", load_comparison), ("forgetting.json", load_forgetting), ("baselines.json", load_baselines)):
-        for text in ("{", "[]" if name != "report.json" else '{"comparison": 1}', '{"comparison": {}}' if name == "report.json" else "{}"):
+    kept = {"report.json": load_comparison, "forgetting.json": load_forgetting, "baselines.json": load_baselines, "fitting.json": load_fitting, "compared-x.json": lambda folder: _read(folder / "compared-x.json")}
+    for name, load in kept.items():
+        for text in ("{", "1", "[" * 100_000, "[]" if name != "report.json" else '{"comparison": 1}', '{"comparison": {}}' if name == "report.json" else "{}"):
             (run.folder / name).write_text(text)
-            with pytest.raises(ConfigError):
+            with pytest.raises(ConfigError, match=f"{re.escape(str(run.folder / name))} can't be read: .* (Evaluate|Measure|Ask|Delete)"):
                 load(run.folder)
         (run.folder / name).unlink()
     with pytest.raises(TrainingError):
