@@ -88,8 +88,9 @@ def main() -> None:
     measure_forgetting(run, limit=options.general)
     measure_fitting(run)
     report = write_report(run)
-    table = "\n".join(text_table(asked.head, asked.table()))
-    print(f"\n{report.found.headline()}\nBefore training: {before.verdict}.\n\n{table}\n\nReport: {run.folder / 'report.html'} (also .md and .json)")
+    print(f"\n{report.found.headline()}\nBefore training: {before.verdict}.\n")
+    print(*text_table(asked.head, asked.table()), sep="\n")
+    print(f"\nReport: {run.folder / 'report.html'} (also .md and .json)")
 
 
 if __name__ == "__main__":
