@@ -6,7 +6,7 @@ Asks the test questions of the ICD-10 demo in every way there is (the plain ques
 the training chats and over the index of the ICD-10), then the tuned model, on the same questions; compares base and tuned on them;
 measures what was forgotten and what was learned by heart; and looks for what went wrong. Without --run it trains first, with the
 settings of `make demo`; `make demo` leaves such a run in demo/runs. The run and its report (report.html, report.md, report.json)
-go to the folder --out; the Markdown is printed too.
+go to the folder --out; the verdict and the table of all ways of asking are printed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from finetune_nb.baselines import BaselineReport, add_tuned, should_you_finetune
 from finetune_nb.config import FinetuneConfig
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats, icd10_entries
+from finetune_nb.display import text_table
 from finetune_nb.evaluation import evaluate_run
 from finetune_nb.fitting import measure_fitting
 from finetune_nb.forgetting import measure_forgetting
@@ -82,12 +83,14 @@ def main() -> None:
     data = kept_sets(run.folder, config) if run else icd10_chats(n_train=options.chats, seed=options.seed)
     before = ask_base(config, data, options.k)
     run = copied(run, config, Path(options.out)) if run else train(config, data)
-    add_tuned(before, run)
+    asked = add_tuned(before, run)
     evaluate_run(run)
     measure_forgetting(run, limit=options.general)
     measure_fitting(run)
     report = write_report(run)
-    print(f"Before training: {before.verdict}. {before.reason}\n\n{report.to_markdown()}\nAll of it: {run.folder / 'report.html'}")
+    print(f"\n{report.found.headline()}\nBefore training: {before.verdict}.\n")
+    print(*text_table(asked.head, asked.table()), sep="\n")
+    print(f"\nReport: {run.folder / 'report.html'} (also .md and .json)")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .config import ConfigError, FinetuneConfig
 from .data import Chat, Splits, check_leaks, fingerprint, question
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import Answer, generate, room_of
-from .kept import is_old, reading, save_kept
+from .kept import load_kept, reading, save_kept
 from .lora import without_adapter
 from finetune_nb.metrics import (
     FEWEST,
@@ -235,14 +235,13 @@ def load_baselines(
     folder: str | Path,  # of a run
 ) -> BaselineReport | None:
     "What `should_you_finetune` found, where it was asked with this run, or its report was saved here; else None. The tuned model is left out where the adapter is another one since. Raises `ConfigError` for a file that can't be read."
-    path = Path(folder) / "baselines.json"
-    try:
-        if not path.is_file():
-            return None
-        report = BaselineReport.from_dict(said := json.loads(path.read_text(encoding="utf-8")))
-        return replace(report, results=[r for r in report.results if r.name != TUNED]) if is_old(said, path) else report
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error} Ask again with should_you_finetune.") from None
+    return load_kept(Path(folder) / "baselines.json", BaselineReport.from_dict, "Ask again with should_you_finetune.", _without_tuned)
+
+
+def _without_tuned(said: dict[str, Any]) -> BaselineReport:
+    "What holds whatever the adapter is."
+    report = BaselineReport.from_dict(said)
+    return replace(report, results=[r for r in report.results if r.name != TUNED])
 
 # %% ../nbs/09f_baselines.ipynb #ad420716
 def _span(bounds: tuple[float, float]) -> str:

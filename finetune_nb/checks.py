@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'ENDED', 'OWN_SCORES', 'LOSS', 'PERPLEXITY', 'LENGTH', 'GUESSED', 'COST', 'against_expected',
-           'pattern_checks', 'group_of', 'make_checks', 'judge', 'telling_scores']
+           'pattern_checks', 'group_of', 'make_checks', 'judge', 'validate_score', 'telling_scores']
 
 # %% ../nbs/08d_checks.ipynb #c108de8b
 import math
@@ -101,6 +101,19 @@ def judge(
         if not math.isfinite(scores.get(name, 0)):
             raise ConfigError(f"The check {name!r} returned {value} for {chat.where or 'a test chat'}; a score has to be a number that has a mean.")
     return passed, scores
+
+
+def validate_score(
+    score: str | None,  # the check or score that a verdict is to rest on; None: nobody named one
+    pattern: str | None = None,  # of `pattern_checks`
+) -> None:
+    "Raises `ConfigError` that names the scores there are; better so before anything takes time than after it."
+    if score is None:
+        return
+    passed, scores = judge("", Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]), make_checks(None, pattern or None))
+    known = [*passed, *scores, ENDED]
+    if score not in known:
+        raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}." + ("" if pattern else " An answer_pattern in the configuration gives more."))
 
 # %% ../nbs/08d_checks.ipynb #2b195f6d
 def telling_scores(

@@ -57,9 +57,10 @@ def _with_changes(
 def train_command(options: argparse.Namespace) -> None:
     "Trains, then evaluates on the test set when there is one."
     config = _with_changes(load_config(options.config), options.set)
-    _check_score(options.score, config.answer_pattern)  # before the minutes of a training
+    from finetune_nb.checks import validate_score
     from finetune_nb.training import train
 
+    validate_score(options.score, config.answer_pattern)  # before the minutes of a training
     run = train(config)
     print(f"\n{run}", flush=True)
     if run.test and not options.no_evaluate:
@@ -80,11 +81,12 @@ def resume_command(options: argparse.Namespace) -> None:
 
 def evaluate_command(options: argparse.Namespace) -> None:
     "Base against tuned, on the run's test set or on a file."
+    from finetune_nb.checks import validate_score
     from finetune_nb.data import load_chats
     from finetune_nb.training import load_run
 
     run = load_run(options.run)
-    _check_score(options.score, run.config.answer_pattern)
+    validate_score(options.score, run.config.answer_pattern)
     _evaluate(run, load_chats(options.data) if options.data else None, options.score)
 
 
@@ -172,18 +174,6 @@ def check_command(options: argparse.Namespace) -> None:
         print(f"\nThe chat template of {options.model}:\n{check_template(tokenizer, chats)!r}")
     if options.save:
         print(f"\nReport: {report.save(options.save)}")
-
-
-def _check_score(score: str | None, pattern: str) -> None:
-    "Raises `ConfigError` that names the known scores, before anything takes time."
-    if score is None:
-        return
-    from finetune_nb.checks import judge, make_checks
-    from finetune_nb.data import Chat
-
-    passed, scores = judge("", Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]), make_checks(None, pattern or None))
-    if score not in (known := [*passed, *scores, "ended by itself"]):
-        raise ConfigError(f"There is no score {score!r}; there are {', '.join(known)}." + (" An answer_pattern in the configuration gives more." if not pattern else ""))
 
 
 def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> None:

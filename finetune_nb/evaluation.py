@@ -29,7 +29,7 @@ from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, md_cell, text_table
 from .generation import Sampling, check_amounts, continuations, greedy
-from .kept import MARK, adapter_mark, is_old, reading, save_kept
+from .kept import MARK, adapter_mark, load_kept, reading, save_kept
 from .lora import without_adapter
 from .losses import inner_model
 from .metrics import Difference, wilson_interval
@@ -418,12 +418,8 @@ def load_comparison(
     folder: str | Path,  # of a run
 ) -> Comparison | None:
     "What `evaluate_run` found, as report.json has it; None before the run was evaluated, and where its adapter is another one since. Raises `ConfigError` for a file that can't be read."
-    path = Path(folder) / "report.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return Comparison.from_dict(said["comparison"]) if "comparison" in said and not is_old(said, path) else None
-    except (TypeError, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error} Evaluate the run again.") from None
+    read = lambda said: Comparison.from_dict(said["comparison"]) if "comparison" in said else None  # noqa: E731
+    return load_kept(Path(folder) / "report.json", read, "Evaluate the run again.")
 
 
 def _run_facts(run: Run, answered: int, given: int, own: bool) -> dict[str, str]:

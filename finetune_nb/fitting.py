@@ -8,7 +8,6 @@ __all__ = ['RULES', 'GRAM', 'TOO_MUCH', 'HEAD', 'SHOWN', 'Look', 'looks_of', 'Ga
            'load_fitting']
 
 # %% ../nbs/09g_fitting.ipynb #e4c72434
-import json
 import math
 import random
 import re
@@ -31,11 +30,10 @@ from .config import ConfigError
 from .curve_rules import risen
 from .data import Chat, question
 from .display import html_table, markdown_table, md_cell, text_table
-from .duplicates import normalise
+from .duplicates import KANJI, UNSPACED, normalise
 from .evaluation import generate, packing_of
-from .forgetting import KANJI, UNSPACED
 from .jobs import best_look
-from .kept import is_old, reading, save_kept
+from .kept import load_kept, reading, save_kept
 from .lora import set_adapter_weights, without_adapter
 from .metrics import FEWEST, Difference, estimate_share, paired_difference
 from .packing import chat_losses
@@ -477,9 +475,4 @@ def load_fitting(
     folder: str | Path,  # of a run
 ) -> Fitting | None:
     "What `measure_fitting` found; None before that, and where the adapter is another one since. Raises `ConfigError` for a file that can't be read."
-    path = Path(folder) / "fitting.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return Fitting.from_dict(said) if said is not None and not (isinstance(said, dict) and is_old(said, path)) else None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error} Measure it again.") from None
+    return load_kept(Path(folder) / "fitting.json", Fitting.from_dict, "Measure it again.")

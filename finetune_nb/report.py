@@ -54,7 +54,8 @@ class Trained:
     def rows(self) -> list[tuple[str, str]]:
         "What there is to know, as texts."
         facts, data = self.run.facts, self.run.facts["data"]
-        settings = ", ".join(f"{name}={value!r}" for name, value in changed_settings(self.run.config).items() if name not in ("output_dir", "run_name"))
+        changed = {name: value for name, value in changed_settings(self.run.config).items() if name not in ("output_dir", "run_name")}
+        settings = ", ".join(f"{name}={_quoted(value)}" for name, value in changed.items())
         rows = {"base model": self.run.config.model_name_or_path, "adapter": facts["parameters"], "training chats": f"{data['train']['chats']:,}"}
         rows |= {"steps": f"{facts['steps']} in {clock_time(facts['seconds'])}, ended by {facts['ended_by']}", "peak memory": f"{facts['peak_memory_gib']:.2f} GiB"}
         rows |= {"hardware": facts["hardware"], "seed": str(facts["seed"]), "settings other than usual": settings or "none"}
@@ -71,6 +72,11 @@ class Trained:
 
     def _repr_html_(self) -> str:
         return inlined(plot_history(self.run.history)._repr_png_()) + html_table((), self.rows())
+
+
+def _quoted(value: Any) -> str:
+    "A setting as text; what stands in a pattern stands there as it was typed."
+    return f"'{value}'" if isinstance(value, str) else repr(value)
 
 # %% ../nbs/09h_report.ipynb #c8747708
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .checks import validate_score
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import asked_chats, evaluate, evaluate_run, html_page, load_comparison, packing_of
-from .kept import is_old, save_kept
+from .kept import load_kept, save_kept
 from .metrics import Difference, holm
 from finetune_nb.scores import (
     LENGTH,
@@ -130,6 +131,8 @@ class SeveralRuns:
         said = [f"Not compared: {name} {why}." for name, why in self.left_out.items()]
         if len(self.reports) > 2:
             said.append(f"{len(self.reports) - 1} runs are held against {self.reports[0].name}: the verdicts of a figure hold together (Holm's correction), each with the interval by which it was decided.")
+        if len(self.reports) > 1:
+            said.append("The lines are not corrected for one another: of many figures one may differ by chance alone. Decide beforehand which one counts.")
         for other in self.reports[1:]:
             said += [f"{what[0].upper()}{what[1:]}." for what in conditions_apart(self.reports[0], other)]
             for why in dict.fromkeys(self.apart[other.name].values()):
@@ -208,7 +211,7 @@ def compare_runs(
     "Holds runs against the first of them on identical prompts. Raises `ConfigError` for fewer than two, and where the first was trained on the test chats, or has no report and may not be evaluated."
     if len(runs) < 2 or isinstance(runs, (str, Path)):
         raise ConfigError("There is nothing to compare: give at least two runs, their folders, or reports, as a list.")
-    asked = _Asked(chats, missing)
+    asked = _Asked(chats, missing, score)
     first = asked.report(runs[0], None)
     if first is None:
         raise ConfigError(f"{_name(runs[0])} was not evaluated on these chats yet. Evaluate it first, or allow it with missing=True.")
@@ -242,8 +245,8 @@ def _new_name(name: str, taken: Sequence[str]) -> str:
 class _Asked:
     "The test chats of a comparison, and the reports on them."
 
-    def __init__(self, chats: list[Chat] | None, missing: bool) -> None:
-        self.chats, self.missing = chats, missing
+    def __init__(self, chats: list[Chat] | None, missing: bool, score: str | None) -> None:
+        self.chats, self.missing, self.score = chats, missing, score
 
     def report(self, one: Run | EvalReport | str | Path, first: EvalReport | None) -> EvalReport | None:
         "The report of a run on these chats: given, read, or made now; None where there is none and none may be made."
@@ -265,6 +268,8 @@ class _Asked:
     def _made(self, one: Run | str | Path, first: EvalReport | None, kept: Path | None) -> EvalReport:
         run = one if isinstance(one, Run) else load_run(one)
         try:
+            if first is None:
+                validate_score(self.score, run.config.answer_pattern)
             if first is None and self.chats is None:
                 self.source = run
                 return replace(evaluate_run(run).tuned, name=run.folder.name)
@@ -328,8 +333,4 @@ def _as_asked(first: EvalReport, kept: EvalReport) -> bool:
 
 def _read(path: Path) -> EvalReport | None:
     "A kept report; None where there is none, or the adapter is another one since."
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return EvalReport.from_dict(said) if said is not None and not (isinstance(said, dict) and is_old(said, path)) else None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error} Delete it, and compare again.") from None
+    return load_kept(path, EvalReport.from_dict, "Delete it, and compare again.")

@@ -23,22 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import TemplateError, merge_system, neutralise, render_prompt
 from .config import ConfigError
 from .data import Chat, question
-from .duplicates import normalise
+from .duplicates import all_words, normalise
 from .masks import Controls
 
 # %% ../nbs/09ef_ways.ipynb #4f6bb787
-_RUNS = re.compile(r"([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+)|[^\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")  # Thai, Japanese and Chinese, or a word
-
-
 def terms(
     text: str,  # any text
 ) -> list[str]:
     "The words of a text as they are looked up, each as often as it stands there."
-    found = []
-    for match in _RUNS.finditer(normalise(text)):
-        run, without_spaces = match[0], match[1]
-        found += [run[i : i + 2] for i in range(max(1, len(run) - 1))] if without_spaces else [run]
-    return found
+    return all_words(normalise(text))
 
 
 class Retriever:

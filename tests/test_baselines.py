@@ -79,7 +79,7 @@ def test_retrieval_takes_the_first_of_equals_and_nothing_without_a_common_word()
 
 
 def test_words_of_scripts_without_spaces_are_pairs():
-    assert terms("Ab, ab 東京都!") == ["ab", "ab", "東京", "京都"] and terms("犬") == ["犬"] and terms("...") == []
+    assert terms("Ab, ab 東京都!") == ["ab", "ab", "東京", "京都"] and terms("犬") == ["犬"] and terms("...") == [] and terms("ລາວ ລາວ") == ["ລາ", "າວ"] * 2
 
 
 def test_a_missing_retriever_says_how_to_get_it(monkeypatch):

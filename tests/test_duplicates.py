@@ -5,7 +5,7 @@ import random
 import pytest
 
 from finetune_nb.data import icd10_chats, icd10_entries
-from finetune_nb.duplicates import matches_between, near_duplicate_groups, normalise
+from finetune_nb.duplicates import matches_between, near_duplicate_groups, normalise, words
 from finetune_nb.planted import clean_chats, leaks, reworded
 
 
@@ -63,6 +63,12 @@ def test_each_text_has_its_closest_match_alone():
     texts = ["Where is the key of the old cellar door?", "where is the key of the old cellar door", "Where is my key of the old cellar door?"]
     assert matches_between(texts[:1], texts[::-1]) == [(0, 2, "exact")] and matches_between(texts[:1], texts[:0:-1]) == [(0, 1, "normalised")]
     assert matches_between(texts[:1] * 3, [texts[2]] * 3) == [(i, 0, "near") for i in range(3)]
+
+
+@pytest.mark.parametrize(("text", "pairs"), [("ภาษาไทย", "ภา าษ ษา าไ ไท ทย"), ("ພາສາລາວ", "ພາ າສ ສາ າລ ລາ າວ"), ("ကခဂ", "ကခ ခဂ"), ("កខគ", "កខ ខគ"), ("東京都", "東京 京都"), ("𠀋𠂉𠂢", "𠀋𠂉 𠂉𠂢")])
+def test_scripts_without_spaces_are_read_in_pairs(text, pairs):
+    assert words(normalise(text)) == set(pairs.split())
+    assert words(normalise(f"Say {text}!")) == {"say", *pairs.split()}
 
 
 def test_odd_texts():

@@ -1,5 +1,6 @@
 """Every notebook runs top to bottom in a real kernel from a fresh start."""
 
+import json
 import sys
 
 import forked_kernels
@@ -39,3 +40,11 @@ def test_tutorial_on_few_questions(tmp_path, forked):
     few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_museum": 2, "n_lookup": 2}
     run_notebook(ROOT / "nbs/tutorials/should_you_finetune.ipynb", tmp_path / "should_you.ipynb", few)
     assert (tmp_path / "runs" / "run-001" / "adapter").is_dir()
+
+
+def test_tutorial_on_what_went_wrong(tmp_path, forked, capsys):
+    run_notebook(ROOT / "nbs/tutorials/troubleshooting.ipynb", tmp_path / "troubleshooting.ipynb", {"n_train": 16, "n_validation": 2})
+    assert {p.name for p in (tmp_path / "runs").iterdir() if p.name[0] != "."} == {"run-001", "run-002"}, "the third is refused"
+    seen = json.dumps(json.loads((tmp_path / "troubleshooting.ipynb").read_text(encoding="utf-8"))["cells"]) + capsys.readouterr().out
+    for found in ("LEARNING RATE TOO HIGH", "ADAPTER MISSING OR ALL ZERO", "RUN REFUSED OR FAILED"):
+        assert found in seen

@@ -1,9 +1,11 @@
 """One page about a run: the verdict first, nothing from outside, nothing that somebody wrote becomes markup."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import html5lib
+import mistune
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -123,6 +125,15 @@ def test_no_text_becomes_markup(text, run):
     outside = "".join(report.to_markdown().split("```")[::2]).replace("\\](", "") if "```" not in text else ""
     assert not any(mark in outside for mark in ("<img", "<script", "<iframe", "<svg", "](javascript", "](http"))
     json.dumps(report.to_dict(), allow_nan=False, default=str)
+
+
+def test_a_pattern_stands_in_the_page_as_it_was_typed(run):
+    pattern = r"^\d+ <a&b>$"
+    part = Trained(replace(run, config=replace(run.config, answer_pattern=pattern, target_modules=["q_proj"])))
+    rendered = mistune.create_markdown(escape=False, plugins=["table"])(part.to_markdown())  # as nbconvert does it
+    for page in (part._repr_html_(), rendered):
+        said = "".join(nodes(page).itertext())
+        assert f"answer_pattern='{pattern}'" in said and "target_modules=['q_proj']" in said
 
 
 def test_a_section_of_a_user_takes_no_title_of_ours():
@@ -256,10 +267,11 @@ def test_from_the_command_line(run, capsys, monkeypatch, tmp_path):
 
 
 def test_broken_files_are_named(run):
-    for name, load in (("report.json", load_comparison), ("forgetting.json", load_forgetting), ("baselines.json", load_baselines)):
-        for text in ("{", "[]" if name != "report.json" else '{"comparison": 1}', '{"comparison": {}}' if name == "report.json" else "{}"):
+    kept = {"report.json": load_comparison, "forgetting.json": load_forgetting, "baselines.json": load_baselines, "fitting.json": load_fitting, "compared-x.json": lambda folder: _read(folder / "compared-x.json")}
+    for name, load in kept.items():
+        for text in ("{", "1", "[" * 100_000, "[]" if name != "report.json" else '{"comparison": 1}', '{"comparison": {}}' if name == "report.json" else "{}"):
             (run.folder / name).write_text(text)
-            with pytest.raises(ConfigError):
+            with pytest.raises(ConfigError, match=f"{re.escape(str(run.folder / name))} can't be read: .* (Evaluate|Measure|Ask|Delete)"):
                 load(run.folder)
         (run.folder / name).unlink()
     with pytest.raises(TrainingError):

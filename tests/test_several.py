@@ -79,6 +79,15 @@ def test_chats_for_all(runs, chats):
     assert [len(r.rows) for r in found.reports] == [4, 4] and len(list(runs[0].glob("compared-*.json"))) == 1
 
 
+def test_a_score_that_is_none_is_told_before_anything_is_answered(runs, chats, monkeypatch):
+    monkeypatch.setattr(several, "evaluate", None)
+    monkeypatch.setattr(several, "evaluate_run", None)
+    for given in (None, chats[26:30]):
+        with pytest.raises(ConfigError, match="There is no score 'elegance'; there are exact match, normalised match, token F1, ended by itself"):
+            compare_runs([runs[1], runs[0]], given, score="elegance")
+    assert not (runs[1] / "report.json").exists() and not list(runs[1].glob("compared-*.json"))
+
+
 def test_many_runs_that_are_the_same_are_rarely_told_apart():
     "Twelve runs, each as good as the first: their verdicts hold together, and the words say so."
     wrong = []
@@ -90,6 +99,8 @@ def test_many_runs_that_are_the_same_are_rarely_told_apart():
     assert np.mean(wrong) <= 0.2
     assert "11 runs are held against run 0: the verdicts of a figure hold together (Holm's correction)" in found._repr_html_().replace("&#x27;", "'")
     assert "Holm" not in str(compare_runs(reports[:2]))
+    assert all("lines are not corrected for one another" in page for page in (str(found), found.to_markdown(), found._repr_html_(), str(compare_runs(reports[:2]))))
+    assert not compare_runs(reports[:1] + [EvalReport("other", reports[1].rows[:30])]).notes[1:], "nothing is compared"
 
 
 def test_figures_that_mean_something_else_are_not_compared():
