@@ -69,10 +69,11 @@ def train_command(options: argparse.Namespace) -> None:
 
 def resume_command(options: argparse.Namespace) -> None:
     "Goes on with a run that was stopped or broke off, then evaluates."
-    settings = Path(options.run) / "config.yaml"
-    _check_score(options.score, load_config(settings).answer_pattern if settings.is_file() else None)
+    from finetune_nb.checks import validate_score
     from finetune_nb.training import resume
 
+    settings = Path(options.run) / "config.yaml"
+    validate_score(options.score, load_config(settings).answer_pattern if settings.is_file() else None)
     run = resume(options.run, allow_change=options.allow_change)
     print(f"\n{run}", flush=True)
     if run.test and not options.no_evaluate:
