@@ -188,7 +188,9 @@ def mean_interval(
 
 
 def _alike(values: np.ndarray, span: tuple[float, float] | None) -> bool:
-    return np.ptp(values) <= NEARLY * np.ptp(span or span_of(values))
+    "Of a score without a bound, such as a loss, only equal ones are: what may still come is not known to be so far off."
+    span = span or span_of(values)
+    return np.ptp(values) <= (NEARLY if _bounded(span) else 0) * np.ptp(span)
 
 
 def _unseen(weights: Sequence[float] | None, n: int, level: float) -> float:
@@ -199,6 +201,10 @@ def _unseen(weights: Sequence[float] | None, n: int, level: float) -> float:
 
 def _widened(low: float, high: float, span: tuple[float, float], unseen: float) -> tuple[float, float]:
     return low - unseen * (low - span[0]), high + unseen * (span[1] - high)
+
+
+def _bounded(span: tuple[float, float]) -> bool:
+    return span == (0.0, 1.0)
 
 
 def paired_interval(
@@ -430,7 +436,7 @@ def closed_set(
 
 # %% ../nbs/08a_metrics.ipynb #2fedf022
 FEWEST = 10  # test chats that a verdict on a share needs: intervals of fewer promise more than they know
-FEWEST_MEAN = 20  # that one on any other mean needs
+FEWEST_MEAN = 10  # that one on any other mean needs, where its differences are not skewed; at ten, plain ones were seen to be called wrongly in 6 to 7 of 100 cases, not 5
 
 
 @dataclass(frozen=True)
@@ -516,6 +522,9 @@ def _gap_interval(gaps: np.ndarray, span: tuple[float, float], share: bool, weig
         return -most, most
     draws = int(min(max(4000, 200 / (1 - level)), 20_000))  # a hundred beyond each end, while that is quick
     low, high = bootstrap_interval(gaps, weights, seed, draws, level) if np.ptp(gaps) else (float(gaps[0]),) * 2
+    if not _bounded(span) and low == high:
+        most = abs(low) or float(np.abs(span).max())
+        return low - _unseen(weights, n, level) * most, high + _unseen(weights, n, level) * most
     return _widened(low, high, (-most, most), _unseen(weights, n, level)) if _alike(gaps, span) else (low, high)
 
 
