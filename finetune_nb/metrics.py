@@ -532,8 +532,8 @@ def _chats_for_skew(gaps: np.ndarray, weights: Sequence[float] | None) -> int:
     "The chats after which the mean of such differences is as good as normal (Cochran 1977), where a long tail points to zero: what it hides could turn the verdict."
     mean = np.average(gaps, weights=weights)
     second, third = (np.average((gaps - mean) ** k, weights=weights) for k in (2, 3))
-    skew = third / second**1.5 if second else 0.0
-    return math.ceil(25 * skew**2) if skew * mean < 0 else 0
+    skew, far = (third / second**1.5, mean**2 * len(gaps) > 8**2 * second) if second else (0.0, True)  # eight standard errors from zero no tail is that long
+    return math.ceil(25 * skew**2) if skew * mean < 0 and not far else 0
 
 # %% ../nbs/08a_metrics.ipynb #a4fc117c
 _POWER = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
