@@ -689,7 +689,7 @@ def _probe(config: FinetuneConfig, ready: _Ready, collator: PackingCollator, sha
 
 def _plan_that_fits(config: FinetuneConfig, rows: Dataset, shape: torch.nn.Module) -> str:
     "What `estimate` says would fit in the memory that there is."
-    least = estimate(replace(config, max_tokens_at_once=1), rows, math.nan, model=shape, advise=False)
+    least = estimate(replace(config, max_tokens_at_once=16), rows, math.nan, model=shape, advise=False)
     advice = advice_for(config, rows, min(least.available, least.bytes))  # the device has less than was reckoned with
     asked = f"The run was reckoned to need {least.bytes / 2**30:.2f} GiB with one chat at a time, of {least.available / 2**30:.2f} GiB that are free. "
     return asked + (f"By `estimate` this would need less: {'; '.join(map(str, advice))}." if advice else "Close what else uses the device, lower max_length, or take a smaller model.")

@@ -93,6 +93,7 @@ class Workshop:
             model_name_or_path=model,
             bf16=False,
             use_cpu=True,
+            preflight=False,  # it refuses what is broken here
             num_train_epochs=4,
             learning_rate=1e-2,
             lora_dropout=0.0,

@@ -231,7 +231,7 @@ def test_other_versions_chats_template_and_base_are_refused(folder, splits, monk
         with pytest.raises(TrainingError, match="chat_template: .*now other\n  tokenizer: .*now other"):
             resume(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "base_mark", lambda name: "other")
+        patch.setattr(training, "base_mark", lambda *args: "other")
         with pytest.raises(TrainingError, match="base: .*now other"):
             resume(folder)
 
@@ -302,8 +302,16 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), number)
 
 
+@pytest.fixture(scope="module")
+def opened(tiny_model, tmp_path_factory):
+    "What the first training of a process opens for good, it has opened."
+    from conftest import some_chats
+
+    train(crashing.config_of(tiny_model, tmp_path_factory.mktemp("opened"), max_steps=1), Splits(some_chats()[:24], some_chats()[24:32], []))
+
+
 @pytest.mark.parametrize("event", EVENTS)
-def test_an_interrupt_at_any_event_ends_in_a_good_checkpoint(event, tiny_model, splits, tmp_path, undisturbed):
+def test_an_interrupt_at_any_event_ends_in_a_good_checkpoint(event, tiny_model, splits, tmp_path, undisturbed, opened):
     handles, threads = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
     run = train(crashing.config_of(tiny_model, tmp_path), splits, [SignalAt(event, signal.SIGINT)])
     gc.collect()

@@ -174,7 +174,7 @@ CONFLICTS = [
     ({"run_name": "../out"}, False, [("run_name", "error", "A name, not a path")]),
     ({"run_name": ".."}, False, [("run_name", "error", "A name, not a path")]),
     ({"run_name": "x" * 300}, False, [("run_name", "error", "No folder can be called so")]),
-    ({"run_name": "a\0b"}, False, [("run_name", "error", "No folder can be called so")]),
+    ({"run_name": "a\0b"}, False, [("run_name", "error", "Some systems can't have a folder of that name")]),
     ({"run_name": "\ud800"}, False, [("run_name", "error", "No folder can be called so")]),
     ({"run_name": ".trash"}, False, [("run_name", "error", "found nowhere again")]),
     ({"output_dir": "x" * 5000}, False, [("output_dir", "error", "No folder can be called so: File name too long")]),

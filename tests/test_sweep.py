@@ -241,7 +241,7 @@ def test_failures_are_rows_and_end_nothing(quick, splits, monkeypatch):
     callbacks = [InTheMiddle(3, poison)]
     result = sweep(quick, grid, splits, callbacks=callbacks, say=said.append)
     assert [one.state for one in result.combinations] == ["failed", "finished"]
-    assert "became nan at step 4. Lower learning_rate (now 0.01)" in result.combinations[0].failure and result.combinations[0].failure in str(result)
+    assert "became nan at step 4. Lower learning_rate (now 0.0097" in result.combinations[0].failure and result.combinations[0].failure in str(result)
     assert "1 failed" in result.verdict and any("failed:" in line for line in said) and "failed" in result._repr_html_()
     said.clear()
     assert str(sweep(quick, grid, splits, say=said.append)) == str(result) and not said, "a failure is not tried again"
