@@ -115,7 +115,7 @@ TYPED = {
     "model_name_or_path": ["some/model", "weights.gguf"], "train_file": ["chats.jsonl"], "columns": ["{user: question}", "{}"], "validation_file": ["v.jsonl", ""], "test_file": ["t.jsonl"],
     "group_column": ["patient"], "stratify_column": ["topic"], "chat_template_kwargs": ["{enable_thinking: false}"], "target_modules": ["all-linear", "q_proj, v_proj", "[q_proj]"],
     "modules_to_save": ["lm_head", ""], "layers_to_transform": ["0, 1", "[3]"], "max_steps": ["50", "-1"], "loraplus_lr_ratio": ["16", "1.5"], "max_tokens_at_once": ["1024", ""],
-    "max_grad_norm": ["0", "1e2"], "logging_steps": ["1"], "eval_steps": ["5", ""], "per_device_eval_batch_size": ["7"], "save_total_limit": ["1"], "seed": ["4294967295", "0"], "output_dir": ["elsewhere"],
+    "max_grad_norm": ["0", "1e2"], "logging_steps": ["1"], "eval_steps": ["5", ""], "per_device_eval_batch_size": ["7"], "save_total_limit": ["3"], "revision": ["main", ""], "seed": ["4294967295", "0"], "output_dir": ["elsewhere"],
     "run_name": ["mine", ""], "max_new_tokens": ["1"], "generation_batch_size": ["3"], "max_eval_samples": ["9", ""], "answer_pattern": [r"(?P<code>\w\d+) ", ""],
 }  # fmt: skip
 ODD = {
