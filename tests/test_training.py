@@ -239,13 +239,13 @@ def test_splits_by_columns(quick, chats, tmp_path):
 def test_the_test_set_is_never_trained_on(quick, splits, monkeypatch):
     "Its chats would not even survive the tokenizer, and no batch has any of them."
     poisoned = [Chat([c.messages[0], c.messages[1] | {"content": "<|im_end|>"}], f"test {i}") for i, c in enumerate(splits.test)]
-    seen, collate = set(), PackingCollator.__call__
+    seen, collate = set(), PackingCollator.batches
 
     def look(self, rows):
-        seen.update(row["where"] for row in rows)
+        seen.update(row["where"] for row in rows if "where" in row)
         return collate(self, rows)
 
-    monkeypatch.setattr(PackingCollator, "__call__", look)
+    monkeypatch.setattr(PackingCollator, "batches", look)
     run = train(replace(quick, num_train_epochs=1), splits._replace(test=poisoned))
     assert seen == {c.where for c in [*splits.train, *splits.validation]}
     assert len(run.test) == len(poisoned)
