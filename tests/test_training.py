@@ -395,7 +395,7 @@ def test_a_run_whose_process_ended_goes_on(quick, splits):
 
 
 def test_what_can_not_go_on_says_why(quick, splits, tmp_path):
-    with pytest.raises(TrainingError, match="started.json is missing"):
+    with pytest.raises(TrainingError, match="config.yaml is missing"):
         resume(tmp_path)
     run = train(quick, splits)
     with pytest.raises(TrainingError, match="ended by the plan after 12 steps"):
