@@ -23,7 +23,6 @@ import conftest  # noqa: E402
 import crashing  # noqa: E402
 
 from finetune_nb import training  # noqa: E402
-from finetune_nb.data import Splits  # noqa: E402
 
 training.fastest_ways = lambda *args: ["tree"]  # ways of computing attention differ in the last bit
 
@@ -32,8 +31,7 @@ class Trial:
     "One model and one set of chats, and what an undisturbed run comes to."
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.model, chats = folder, conftest.save_tiny(folder / "tiny"), conftest.some_chats()
-        self.splits = Splits(chats[:24], chats[24:32], chats[32:])
+        self.folder, self.model, self.splits = folder, conftest.save_tiny(folder / "tiny"), conftest.some_splits()
         self.seen: Counter[str] = Counter()
         config, log = self.make("undisturbed")
         began = time.monotonic()

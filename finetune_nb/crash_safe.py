@@ -20,8 +20,9 @@ from safetensors.torch import save as to_safetensors
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import checkpoints, load_state, random_state, rotate, save_state, set_random_state
+from .checkpoints import load_state, random_state, rotate, save_state, set_random_state
 from .lora import set_adapter_weights
+from .run_folder import checkpoints
 from .stop import TrainingError
 from .whole_folder import Part
 

@@ -6,7 +6,6 @@
 __all__ = ['ADAPTER', 'MARK', 'ANSWERS', 'adapter_mark', 'save_kept', 'is_old', 'has_old_answers', 'load_kept', 'reading']
 
 # %% ../nbs/08f_kept.ipynb #2082f0c1
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .config import ConfigError, replacing
+from .whole_folder import file_sha256
 
 # %% ../nbs/08f_kept.ipynb #ec95749a
 ADAPTER = Path("adapter", "adapter_model.safetensors")  # in the folder of a run
@@ -36,11 +36,7 @@ def adapter_mark(
 @lru_cache(64)
 def _sha256(path: Path, changed: int, size: int) -> str:
     "Of a file; the date and the size are there for the cache."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 # %% ../nbs/08f_kept.ipynb #196edf23
 def save_kept(

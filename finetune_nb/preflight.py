@@ -8,7 +8,6 @@ __all__ = ['Found', 'WINDOW', 'TAUGHT', 'STEPS', 'SECONDS', 'BY_HEART', 'CHECKS'
 
 # %% ../nbs/07h_preflight.ipynb #441ae46c
 import math
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +16,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .chat_template import NO_LOSS, TemplateCheck, TemplateReport
+from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .data import Chat
 from .losses import Batch, inner_model, mixed_precision, recompute_blocks, token_losses
@@ -262,16 +261,14 @@ def _telling_row(look: _Look) -> dict[str, list[int]]:
 def _all_put_back(model: torch.nn.Module) -> Iterator[list[torch.nn.Parameter]]:
     "While inside, what is trained may be changed; afterwards it is what it was, and so are the random numbers."
     trained, training = [p for p in model.parameters() if p.requires_grad], model.training
-    kept, states, device = [p.detach().clone() for p in trained], (random.getstate(), np.random.get_state()), inner_model(model).device
+    kept, state = [p.detach().clone() for p in trained], random_state()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield trained
+        yield trained
     finally:
         with torch.no_grad():
             for p, before in zip(trained, kept, strict=True):
                 p.copy_(before)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        set_random_state(state)
         model.train(training)
 
 

@@ -111,9 +111,10 @@ class FinetuneTrainer(CrashSafeTrainer):
 
     def _fitted(self, compute, chats, batches=None, clear=lambda: None):
         "What `compute` makes of the batches, in smaller pieces where they don't fit; several processes have no second try, since they wait for each other."
-        collator, state = self.data_collator, random_state()
+        collator = self.data_collator
         if self.args.world_size > 1:
             return compute(collator.batches(chats) if batches is None else batches)
+        state = random_state()
         if max((batch.tokens for batch in batches or ()), default=0) > collator.max_tokens:  # the data loader goes on as it began
             batches = None
 

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
-from .checkpoints import FREE, check_room, check_unchanged, checkpoints, newest_checkpoint, step_of
+from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
 from .config import FinetuneConfig, load_config, replacing, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
@@ -73,6 +73,7 @@ from .progress import Progress, clock_time
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
     append_line,
+    checkpoints,
     failure_kept,
     forget_after,
     hold_run,
@@ -80,6 +81,7 @@ from finetune_nb.run_folder import (
     read_history,
     run_folder,
     runs_inside,
+    step_of,
     validate_run_name,
     why_not_on,
     write_facts,

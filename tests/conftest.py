@@ -81,6 +81,14 @@ def some_chats():
     return [chat(i) for i in range(40)]
 
 
+def some_splits():
+    "Twenty-four of them to train on, eight to look at, eight for the test."
+    from finetune_nb.data import Splits
+
+    chats = some_chats()
+    return Splits(chats[:24], chats[24:32], chats[32:])
+
+
 @pytest.fixture
 def quick(tiny_model, tmp_path):
     "A configuration that trains the tiny model in fp32 in a second."

@@ -16,10 +16,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune_nb.checkpoints import check_checkpoint, checkpoints, step_of
+from finetune_nb.checkpoints import check_checkpoint
 from finetune_nb.config import FinetuneConfig
 from finetune_nb.data import Splits
-from finetune_nb.run_folder import read_facts, read_lines
+from finetune_nb.run_folder import checkpoints, read_facts, read_lines, step_of
 from finetune_nb.training import resume, train
 
 DIED = 9

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 import crashing
 import pytest
 import torch
+from conftest import some_splits
 from transformers import TrainerCallback
 
 from finetune_nb import training
-from finetune_nb.checkpoints import check_checkpoint, checkpoints, newest_checkpoint
+from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
 from finetune_nb.cli import main
 from finetune_nb.config import load_config, save_config
-from finetune_nb.data import Splits
+from finetune_nb.run_folder import checkpoints
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import kept_sets, resume, train
 from finetune_nb.whole_folder import MANIFEST, Part, read_about, whole_folder
@@ -29,8 +30,8 @@ pytestmark = [pytest.mark.usefixtures("one_way"), pytest.mark.skipif(not hasattr
 
 
 @pytest.fixture
-def splits(chats):
-    return Splits(chats[:24], chats[24:32], chats[32:])
+def splits():
+    return some_splits()
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,10 @@ def alone():
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model, tmp_path_factory, alone):
-    from conftest import some_chats
-
-    chats, folder = some_chats(), tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("undisturbed")
     config = crashing.config_of(tiny_model, folder)
     log = folder / "log"
-    counting = crashing.counted(crashing.begin(config, Splits(chats[:24], chats[24:32], chats[32:]), log), folder / "run", lambda *seen: None)
+    counting = crashing.counted(crashing.begin(config, some_splits(), log), folder / "run", lambda *seen: None)
     assert crashing.wait(crashing.start(counting, log)) == 0, log.read_text()
     events = int(log.read_text().rpartition("EVENTS ")[2])
     return crashing.Outcome.of(folder / "run"), events
@@ -73,11 +72,9 @@ def test_a_run_that_dies_at_a_write_goes_on_to_the_same_weights(part, tiny_model
 @pytest.fixture(scope="module")
 def stopped(tiny_model, tmp_path_factory, alone):
     "The folder of a run with checkpoints at 4 and 8 that died after step 9; copy it before anything is done to it."
-    from conftest import some_chats
-
-    chats, folder = some_chats(), tmp_path_factory.mktemp("stopped")
+    folder = tmp_path_factory.mktemp("stopped")
     config, log = crashing.config_of(tiny_model, folder), folder / "log"
-    work = crashing.begin(config, Splits(chats[:24], chats[24:32], chats[32:]), log, [DieAt(9)])
+    work = crashing.begin(config, some_splits(), log, [DieAt(9)])
     assert crashing.wait(crashing.start(work, log)) == crashing.DIED
     return folder
 
@@ -305,9 +302,7 @@ class SignalAt(TrainerCallback):
 @pytest.fixture(scope="module")
 def opened(tiny_model, tmp_path_factory):
     "What the first training of a process opens for good, it has opened."
-    from conftest import some_chats
-
-    train(crashing.config_of(tiny_model, tmp_path_factory.mktemp("opened"), max_steps=1), Splits(some_chats()[:24], some_chats()[24:32], []))
+    train(crashing.config_of(tiny_model, tmp_path_factory.mktemp("opened"), max_steps=1), some_splits())
 
 
 @pytest.mark.parametrize("event", EVENTS)
