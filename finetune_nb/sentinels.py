@@ -52,6 +52,11 @@ class SkippedStepsError(SentinelError):
     "Step after step overflows in float16 and is left out."
 
 # %% ../nbs/07fa_sentinels.ipynb #439f4b23
+def _first(names: Sequence[str], most: int) -> str:
+    "The first of them, and how many more there are."
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def place_of(
     chat: dict[str, Any],  # a row of the training set
     number: int = 0,  # its place in the step
@@ -178,7 +183,7 @@ class Sentinels:
         changed = [name for name, n in now.items() if self.base.get(name, n) != n]
         if changed:
             raise ChangedBaseError(
-                f"By step {number} the weights of the base model had changed: {', '.join(changed[:4])}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}. "
+                f"By step {number} the weights of the base model had changed: {_first(changed, 4)}. "
                 "An adapter fits the base model that it was trained on, and this one exists nowhere. "
                 "Look for a callback or hook that writes into the model, or an optimizer that was given more than the adapter; then train again.",
                 number,
@@ -245,7 +250,7 @@ class Sentinels:
     def _bad_weights(self, model: torch.nn.Module, number: int) -> NonFiniteError:
         names = [name for name, p in model.named_parameters() if p.requires_grad and not are_finite([p])]
         return NonFiniteError(
-            f"After step {number} the adapter has weights that are no numbers: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}. It is not saved. "
+            f"After step {number} the adapter has weights that are no numbers: {_first(names, 3)}. It is not saved. "
             "Lower learning_rate or raise warmup_ratio; look for a callback or hook that writes into the adapter.",
             number,
         )
@@ -254,9 +259,8 @@ class Sentinels:
         what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient became {norm}"
         if are_finite([p for p in model.parameters() if p.requires_grad]):
             alone = [place_of(step.chats[i], i) for i in non_finite_chats(model, step.chats, step.collator)]
-            few = ", ".join(alone[:8]) + (f" and {len(alone) - 8} more" if len(alone) > 8 else "")
             why = "None of them does so alone, without dropout: the steps are too large, or something else than the chats does it." if not alone else (
-                "Each of them does so alone: it lies in the base model or its precision." if len(alone) == len(step.chats) > 1 else f"Computed alone, it comes from {few}: look at it first.")  # fmt: skip
+                "Each of them does so alone: it lies in the base model or its precision." if len(alone) == len(step.chats) > 1 else f"Computed alone, it comes from {_first(alone, 8)}: look at it first.")  # fmt: skip
         else:
             why = "The adapter itself has weights that are no numbers since an earlier step."
         return NonFiniteError(
