@@ -33,14 +33,15 @@ from .lora import without_adapter
 from finetune_nb.metrics import (
     FEWEST,
     Difference,
-    bootstrap_interval,
     gap_told,
     holm,
     level_of,
+    mean_interval,
     paired_difference,
     spread_of,
     wilson_interval,
 )
+from .scores import cut_answers
 from .training import Run, TrainingError, load_base, load_splits
 from finetune_nb.ways import (
     Prompts,
@@ -74,11 +75,11 @@ class WayResult:
         return float(np.mean(_some(self.scores[score], which)))
 
     def interval(self, score: str, which: Sequence[bool] | None = None, level: float = 0.95) -> tuple[float, float]:
-        "Its interval: Wilson's for a share, else a bootstrap over chats."
+        "Its interval: Wilson's for a share, else `mean_interval`."
         values = _some(self.scores[score], which)
         if set(values) <= {0.0, 1.0}:
             return wilson_interval(int(sum(values)), len(values), NormalDist().inv_cdf((1 + level) / 2))
-        return bootstrap_interval(values, level=level)
+        return mean_interval(values, level=level)
 
 
 def _some(values: Sequence[float], which: Sequence[bool] | None) -> list[float]:
@@ -303,19 +304,29 @@ def _against_tuned(report: BaselineReport, best: WayResult, tuned: WayResult) ->
     points = f"{gap.mean * 100:+.0f} points ({gap.low * 100:+.0f} to {gap.high * 100:+.0f}, {gap.n} questions)"
     seen = f"The tuned model against {best.name!r}, the best way of asking the base model: {report.score} {points}"
     if gap.verdict == "better":
-        return "fine-tune", f"{seen}."
+        return "fine-tune", f"{seen}.{_enough(report, best, tuned)}"
     if gap.high <= MARGIN:
-        return "do not fine-tune", f"{seen}: a gain of more than {MARGIN * 100:.0f} points is ruled out. {_cost(report, best)}"
+        return "do not fine-tune", f"{seen}: a gain of more than {MARGIN * 100:.0f} points is ruled out. {_cost(report, best)}{_enough(report, best, tuned)}".rstrip()
     spread = spread_of(np.subtract(*(_some(r.scores[report.score], report.clean) for r in (tuned, best))))
+    if gap.too_few:
+        return "can't tell", f"{seen}. {gap.too_few[0].upper()}{gap.too_few[1:]}."
     more = f"; a difference of this size shows with about {gap.needed:,}" if gap.needed else ""
     return "can't tell", f"{seen}. {gap.n} test questions tell differences of about {max(gap_told(spread, gap.n), 1 / gap.n) * 100:.0f} points only{more}."
 
 
+def _enough(report: BaselineReport, best: WayResult, tuned: WayResult) -> str:
+    "A word where neither asking nor tuning reaches the target."
+    asked, learned = (way.mean(report.score, report.clean) for way in (best, tuned))
+    if max(asked, learned) >= report.target:
+        return ""
+    return f" Neither is enough yet: {learned:.0%} tuned and {asked:.0%} asked, where {report.target:.0%} would be. More chats, more steps or a larger base model may do."
+
+
 def _cost(report: BaselineReport, best: WayResult) -> str:
-    "What the best way costs beside the plain question."
+    "What the best way costs beside the plain question; nothing to say of a plain question that is not enough."
     first = report.results[0]
     if best is first:
-        return "The model does it as it is."
+        return "The model does it as it is." if best.mean(report.score, report.clean) >= report.target else ""
     times = np.mean(best.prompts.tokens) / np.mean(first.prompts.tokens)
     return f"Its prompts are {times:.1f} times as long as the plain ones: {np.mean(best.prompts.tokens):.0f} tokens against {np.mean(first.prompts.tokens):.0f}."
 
@@ -361,7 +372,8 @@ def should_you_finetune(
     documents = None if documents is None else read_documents(documents)
     model, tokenizer = (run.model, run.tokenizer) if run else loaded or load_base(config)
     all_ways, missing = _ways(config, tokenizer, splits.train, system, documents, ways or {})
-    said += missing + (_other_data(run, fingerprint(splits.train)) if run else [])
+    cut = cut_answers([len(tokenizer(chat.answer, add_special_tokens=False)["input_ids"]) + 1 for chat in sample], config.max_new_tokens)
+    said += missing + [cut] * bool(cut) + (_other_data(run, fingerprint(splits.train)) if run else [])
     leaks = check_leaks(sample, splits.train)
     made = _all_prompts(config, all_ways, sample, min(k, max(len(splits.train), len(documents or ()), 4)), tokenizer, room_of(model, config.max_new_tokens))
     ask = [(name, prompts, without_adapter if run else nullcontext) for name, prompts in made.items()]

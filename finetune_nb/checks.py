@@ -12,9 +12,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
+import numpy as np
+
 from .config import ConfigError
 from .data import Chat
-from .metrics import Score, closed_set, exact_match, follows_pattern, follows_schema, normalised_match, token_f1
+from .labels import closed_set
+from .metrics import Score, exact_match, follows_pattern, follows_schema, normalised_match, token_f1
 
 # %% ../nbs/08d_checks.ipynb #a4404106
 Check = Callable[[str, Chat], bool | float]
@@ -86,7 +89,7 @@ def judge(
     chat: Chat,  # what it was asked, and the right answer
     checks: dict[str, Check],  # of `make_checks`
 ) -> tuple[dict[str, bool], dict[str, float]]:
-    "Which checks the answer passes, and its scores. Raises `ConfigError` that names a check which fails, or returns what is no number."
+    "Which checks the answer passes, and its scores. Raises `ConfigError` that names a check which fails, or returns what is neither true or false nor a number that has a mean."
     passed = {"exact match": exact_match(answer, chat.answer), "normalised match": normalised_match(answer, chat.answer)}
     scores = {"token F1": token_f1(answer, chat.answer)}
     for name, check in checks.items():
@@ -94,12 +97,16 @@ def judge(
             value = check(answer, chat)
         except Exception as error:
             raise ConfigError(f"The check {name!r} failed on {chat.where or 'a test chat'}: {error!r}. It is called as check(answer, chat).") from error
-        if isinstance(value, Real) and not isinstance(value, bool):
-            scores[name] = float(value)
-        else:
+        where = chat.where or "a test chat"
+        if isinstance(value, (bool, np.bool_)):
             passed[name] = bool(value)
-        if not math.isfinite(scores.get(name, 0)):
-            raise ConfigError(f"The check {name!r} returned {value} for {chat.where or 'a test chat'}; a score has to be a number that has a mean.")
+        elif isinstance(value, Real) and math.isfinite(value):
+            scores[name] = float(value)
+        elif isinstance(value, Real):
+            raise ConfigError(f"The check {name!r} returned {value} for {where}; a score has to be a number that has a mean.")
+        else:
+            hint = "Did it forget to return?" if value is None else "Let it return bool(…) or float(…) of that."
+            raise ConfigError(f"The check {name!r} returned {value!r:.80} for {where}, which is neither true or false nor a number. {hint}")
     return passed, scores
 
 

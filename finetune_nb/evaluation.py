@@ -166,7 +166,8 @@ class Comparison:
         name, base, tuned = self.base.main, self.base.figures(), self.tuned.figures()
         shared = f"{self.facts['shared questions']} " if "shared questions" in self.facts else ""
         said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
-        return shared + (said if LOSS not in self.told or name == LOSS else f"{said} Loss per token: {self.told[LOSS]}.")
+        loss = "" if LOSS not in self.told or name == LOSS else f" Loss per token: {self.told[LOSS]}."
+        return shared + said + loss + (f" {self.tuned.cut}" if self.tuned.cut else "")
 
     @cached_property
     def told(self) -> dict[str, str]:

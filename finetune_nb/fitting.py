@@ -93,8 +93,25 @@ class Gap:
         return self.last.validation / self.best.validation - 1 if self.best.validation else 0.0
 
     @property
+    def base(self) -> Look | None:
+        "The look at the base model; None where there was none."
+        return next((look for look in self.looks if not look.step), None)
+
+    @property
+    def gained(self) -> bool:
+        "Whether the best look lies below that at the base model, as far as it is known."
+        return self.base is None or self.best.validation < self.base.validation
+
+    @property
+    def got_worse(self) -> bool:
+        "Whether every look lies above that at the base model, by more than noise."
+        return self.base is not None and risen(self.base.validation, self.best.validation)
+
+    @property
     def opened(self) -> int | None:
-        "The step from which validation no longer followed training; None where it did to the end."
+        "The step from which validation no longer followed training, 0 for one before the first look; None where it followed to the end, or both went wrong."
+        if self.got_worse:
+            return 0 if self.last.train is not None and self.last.train < self.base.validation else None
         went_on = self.best.train is None or self.last.train is None or self.last.train < self.best.train
         return self.best.step if risen(self.best.validation, self.last.validation) and went_on else None
 
@@ -102,6 +119,8 @@ class Gap:
     def reason(self) -> str:
         "What the curves say, in words."
         apart = "" if self.last.gap is None else f" At the end validation lies {self.last.gap:+.3f} nats from training ({self.last.validation:.3f} against {self.last.train:.3f})."
+        if not self.gained:
+            return f"No look was better than that at the base model: the validation loss was {self.base.validation:.3f} before training, and at its lowest {self.best.validation:.3f} at step {self.best.step}.{apart}"
         if len([look for look in self.looks if look.step]) == 1:
             return f"There is one look at the validation chats only, at step {self.last.step}; where the loss turns can't be seen.{apart}"
         if self.opened is not None:
@@ -353,12 +372,14 @@ class Fitting:
 
     @property
     def verdict(self) -> str:
-        "`learned by heart`, `went too far`, `healthy` or `can't tell`."
+        "`learned by heart`, `got worse`, `went too far`, `healthy` or `can't tell`."
         if self.recitation and self.recitation.verdict == "recites":
             return "learned by heart"
+        if self.gap and self.gap.got_worse:
+            return "got worse"
         if self.gap and self.gap.opened is not None:  # what the curves say, unless there are chats enough to ask one by one, and they do not confirm it
             return "went too far" if self.last is None or self.last.too_few or self.last.verdict == "worse" else "can't tell"
-        clear = self.gap and len(self.gap.looks) > 2 and (self.recitation is None or self.recitation.verdict == "does not recite")
+        clear = self.gap and len(self.gap.looks) > 2 and self.gap.gained and (self.recitation is None or self.recitation.verdict == "does not recite")
         return "healthy" if clear else "can't tell"
 
     @property
@@ -376,6 +397,9 @@ class Fitting:
     def _advice(self) -> str:
         if self.verdict == "learned by heart":
             return "Fewer epochs, a lower rank or learning rate, or more and more varied chats keep a model from reciting."
+        if self.verdict == "got worse":
+            how = "the training loss fell meanwhile, so the gap opened before the first look. Look sooner (eval_steps), and take fewer steps, a lower rank or learning rate" if self.gap.opened == 0 else "the training loss did not fall either. Take a lower learning_rate"
+            return f"On chats that it was not trained on, the base model is better than the adapter that was kept: {how}, or more and more varied chats."
         if self.verdict == "went too far":
             return f"The adapter that was kept is that of step {self.kept_step}, before the rise; fewer epochs would have been enough."
         return ""
@@ -401,7 +425,7 @@ class Fitting:
         return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
-        colour = {"learned by heart": "#d62728", "went too far": "#e0902f", "healthy": "#2e9e4f"}.get(self.verdict, "#e0902f")
+        colour = {"learned by heart": "#d62728", "got worse": "#d62728", "went too far": "#e0902f", "healthy": "#2e9e4f"}.get(self.verdict, "#e0902f")
         parts = [f"<p><b style='color:{colour}'>{escape(self.verdict.capitalize())}</b> · {escape(self.name)}<br>{escape(self.reason)}</p>"]
         parts += [inlined(self.plot()._repr_png_(), "training and validation loss")] if self.gap else []
         parts += [html_table(HEAD, self.recitation.table())] if self.recitation and self.recitation.rows else []

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import neutralise, tokenize_chats
 from .config import ConfigError, FinetuneError
 from .data import Chat, load_chats, question
-from .display import html_table, markdown_table, md_cell, text_table
+from .display import free_name, html_table, markdown_table, md_cell, text_table
 from .duplicates import UNSPACED
 from .evaluation import generate
 from .kept import load_kept, reading, save_kept
@@ -47,7 +47,6 @@ from finetune_nb.metrics import (
     bootstrap_interval,
     estimate_share,
     follows_pattern,
-    free_name,
     level_of,
     paired_difference,
     paired_interval,
@@ -337,7 +336,7 @@ def _lost_alone(rows: list[ItemDrift], warn_at: float, risk: float) -> bool:
     "Whether the items of one category got worse, with a chance of `risk` to say so where nothing did."
     before, after, tokens = np.array([(r.loss_before, r.loss_after, r.tokens) for r in rows]).T
     rise = float(np.average(after - before, weights=tokens))
-    if rise > math.log(warn_at) and bootstrap_interval(after - before, tokens, level=1 - risk)[0] > 0:
+    if rise > math.log(warn_at) and paired_difference(before, after, higher_is_better=False, weights=tokens, level=1 - risk).verdict == "worse":
         return True
     checked = [(r.right_before, r.right_after) for r in rows if r.right_before is not None and r.right_after is not None]
     gained, lost = (sum(pair == change for pair in checked) for change in ((False, True), (True, False)))
@@ -513,13 +512,13 @@ def plot_forgetting(
     report: Forgetting,  # what to show
 ) -> Picture:
     "Perplexity after over before for all items and each category, with 95 % intervals; the line is where we warn."
-    figures = dict(reversed(report.figures.items()))
+    figures, lost = dict(reversed(report.figures.items())), [*report.forgot_alone, *([ALL] if report.verdict == "forgot" else [])]
     figure = Picture(figsize=(7, 0.5 * len(figures) + 1), layout="constrained")
     axes = figure.subplots()
-    for at, f in enumerate(figures.values()):
+    for at, (name, f) in enumerate(figures.items()):
         ratio, low, high = f.ratio
         axes.plot([low, high] if f.n > 1 else [ratio, ratio], [at, at], color="#555", linewidth=1.5)
-        axes.plot(ratio, at, "o", color="#d62728" if low > report.warn_at else "#2e9e4f" if high <= report.warn_at else "#e0902f")
+        axes.plot(ratio, at, "o", color="#d62728" if name in lost or low > report.warn_at else "#2e9e4f" if high <= report.warn_at and f.n >= FEWEST else "#e0902f")
     axes.axvline(1, color="#999", linewidth=0.8)
     axes.axvline(report.warn_at, color="#d62728", linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(figures)), yticklabels=[f"{name} ({f.n})" for name, f in figures.items()], xlabel="perplexity of good answers, after / before", xscale="log")

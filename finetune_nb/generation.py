@@ -479,9 +479,11 @@ def continuations(
     sampling: Sampling | None = None,  # None: the likeliest tokens
     told: Callable[[int], None] = lambda done: None,  # is given the number of finished answers, often
 ) -> list[list[int]]:
-    "The new tokens after each prompt, up to and with the one that ends the answer; the same for any batch size, order and choice of prompts up to rounding, also where they are drawn, and also by `generate` of transformers. Raises `ConfigError` for amounts below 1."
+    "The new tokens after each prompt, up to and with the one that ends the answer; the same for any batch size, order and choice of prompts up to rounding, also where they are drawn, and also by `generate` of transformers. Raises `ConfigError` for amounts below 1, and for a prompt without a token."
     check_amounts(batch_size=batch_size)
     training, prompts = model.training, [list(prompt) for prompt in prompts]
+    if [] in prompts:
+        raise ConfigError(f"Prompt {prompts.index([]) + 1} of {len(prompts)} has no token, so that there is nothing to go on from. Leave it out, or begin it with the token that begins a text.")
     model.eval()
     try:
         if not prompts:

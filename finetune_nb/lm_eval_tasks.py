@@ -24,7 +24,7 @@ from .config import ConfigError, FinetuneError
 from .display import markdown_table, md_cell, text_table
 from .lora import without_adapter
 from .losses import mixed_precision
-from .metrics import Difference, bootstrap_interval, paired_difference, wilson_interval
+from .metrics import Difference, mean_interval, paired_difference, wilson_interval
 from .scores import finite
 from .training import Run
 
@@ -56,11 +56,11 @@ HEAD = ("task", "score", "questions", "base", "tuned", "difference", "verdict")
 
 
 def _mean(values: Sequence[float]) -> str:
-    "A mean with its interval: Wilson's for a share, else a bootstrap over questions."
+    "A mean with its interval: Wilson's for a share, else `mean_interval`."
     if set(values) <= {0.0, 1.0}:
         low, high = wilson_interval(int(sum(values)), len(values))
     else:
-        low, high = bootstrap_interval(values)
+        low, high = mean_interval(values)
     return f"{np.mean(values):.3f}" + ("" if math.isnan(low) else f" ({low:.3f} to {high:.3f})")
 
 

@@ -47,7 +47,9 @@ SMOOTH = 0.85  # weight of the past: about seven steps
 def has_diverged(
     smooth: Sequence[float],  # smoothed losses
 ) -> bool:
-    "Whether the loss has risen again by a third of its fall, and by a tenth of where it began; not within the first ten steps."
+    "Whether the loss has risen again by a third of its fall, and by a tenth of where it began, not within the first ten steps; or is no number any more."
+    if not math.isfinite(smooth[-1]):
+        return True
     start, best = smooth[min(4, len(smooth) - 1)], min(smooth)
     return len(smooth) > 10 and smooth[-1] > best + max((start - best) / 3, start / 10)
 
@@ -87,13 +89,13 @@ class RangeTest:
     @cached_property
     def lowest(self) -> int:
         "The step at which the smoothed loss is lowest."
-        return int(np.argmin(self.smooth))
+        return int(np.argmin([loss if math.isfinite(loss) else math.inf for loss in self.smooth]))
 
     @cached_property
     def steepest(self) -> int | None:
         "The step at which the smoothed loss falls fastest, per factor of the learning rate; None where it never falls."
         half = 3  # steps to each side, over which the slope is taken
-        slopes = {i: self.smooth[i + half] - self.smooth[i - half] for i in range(half, min(self.lowest, len(self.smooth) - 1 - half) + 1)}
+        slopes = {i: self.smooth[i + half] - self.smooth[i - half] for i in range(half, min(self.lowest, len(self.smooth) - 1 - half) + 1) if math.isfinite(self.smooth[i + half])}
         fell = self.smooth[0] - self.smooth[self.lowest] > 0.02 * self.smooth[0]
         return min(slopes, key=slopes.get) if fell and slopes else None
 

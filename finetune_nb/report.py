@@ -17,15 +17,15 @@ from .baselines import TUNED, BaselineReport, load_baselines
 from .config import ConfigError, FinetuneError, changed_settings, replacing
 from .data import check_leaks
 from .diagnosis import Diagnosis, diagnose
-from .display import html_table, markdown_table, md_cell
+from .display import free_name, html_table, markdown_table, md_cell
 from .evaluation import Comparison, compare, comparison_parts, evaluate_run, html_page, load_comparison, plot_comparison
 from .fitting import Fitting, load_fitting, measure_fitting
 from .forgetting import Forgetting, fullest, is_part, load_forgetting, measure_forgetting, plot_forgetting
 from .kept import is_old, save_kept
-from .metrics import FEWEST, Difference, free_name, paired_difference
+from .metrics import Difference, paired_difference
 from .pictures import inlined, plot_history
 from .progress import clock_time
-from .scores import difference_text, finite
+from .scores import LOSS, difference_text, finite
 from .several import resting_on
 from .stop import TrainingError
 from .sweep import load_sweep
@@ -105,8 +105,16 @@ class Findings:
             return "no"
         if self.comparison.verdict == "can't tell" or (self.against_asking is not None and self.against_asking.verdict != "better"):
             return "can't tell"
-        paid = any(report.verdict == "forgot" for report in self.forgetting) or (self.fitting and self.fitting.verdict == "learned by heart")
-        return "yes, at a price" if paid else "yes"
+        return "yes, at a price" if self.price else "yes"
+
+    @property
+    def price(self) -> list[str]:
+        "What was paid for the gain, in words."
+        what = ", ".join(name for report in self.forgetting for name in report.forgot_alone)
+        paid = ["something was forgotten" + (f" ({what})" if what else "")] if any(report.verdict == "forgot" for report in self.forgetting) else []
+        paid += ["training answers are recited"] if self.fitting and self.fitting.verdict == "learned by heart" else []
+        loss = self.comparison.differences.get(LOSS) if self.comparison else None
+        return paid + (["the loss of the right answers rose"] if loss and loss.verdict == "worse" else [])
 
     def headline(self) -> str:
         "The verdict in one sentence."
@@ -121,12 +129,11 @@ class Findings:
         if self.worth_it == "can't tell" and self.comparison.verdict == "better":
             return f"Can't tell: it got better than the base model asked plainly, but whether it is better than {self.baselines.best.name!r} these test chats can't say."
         if self.worth_it == "can't tell":
-            if len(self.comparison.base.rows) < FEWEST:
-                return f"Can't tell: {len(self.comparison.base.rows)} test chats are too few for a verdict, it takes {FEWEST} at least."
+            gap = self.comparison.differences.get(self.comparison.base.main)
+            if gap and gap.too_few:
+                return f"Can't tell: {gap.too_few}."
             return f"Can't tell: {len(self.comparison.base.rows)} test chats show no difference that is more than chance."
-        what = ", ".join(name for report in self.forgetting for name in report.forgot_alone)
-        lost = [word for word, hit in (("something was forgotten" + (f" ({what})" if what else ""), any(r.verdict == "forgot" for r in self.forgetting)), ("training answers are recited", self.fitting and self.fitting.verdict == "learned by heart")) if hit]
-        return f"Yes, at a price: it got better, but {' and '.join(lost)}." if lost else "Yes: it got better" + (", and nothing much was forgotten." if any(r.verdict == "kept" for r in self.forgetting) else ".")
+        return f"Yes, at a price: it got better, but {' and '.join(self.price)}." if self.price else "Yes: it got better" + (", and nothing much was forgotten." if any(r.verdict == "kept" for r in self.forgetting) else ".")
 
 
 def _asking_does(found: Findings) -> bool:

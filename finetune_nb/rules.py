@@ -178,15 +178,16 @@ def never_stops(record: RunRecord) -> Found | None:
     "Training answers lack their end, or the tuned model goes on to the limit where the right answer is short."
     rows, ended, answers = record.train_data.get("rows", 0), record.train_data.get("ended_rows"), record.answers_of("tuned")
     taught = ended is None or ended >= 0.8 * (rows - record.train_data.get("masked_rows", 0))
-    on = [row for row in answers if not row["passed"].get("ended by itself", True) and len(row["expected"]) < len(row["answer"])]
+    on, before = ([row for row in rows if not row["passed"].get("ended by itself", True) and len(row["expected"]) < len(row["answer"])] for rows in (answers, record.answers_of("base")))
     if taught and (len(answers) < 5 or len(on) < 0.5 * len(answers)):
         return None
     evidence = {} if taught else {"training rows that show an end": f"{ended:,} of {rows:,}"}
-    evidence |= {"answers that went on to the limit": f"{len(on)} of {len(answers)}"} if answers else {}
+    evidence |= {"answers that went on to the limit": f"{len(on)} of {len(answers)}, of the base model {len(before)} of {len(record.answers_of('base'))}"} if answers else {}
+    as_before = len(before) >= 0.5 * len(answers) if answers else False
     evidence |= {"chats over max_length": f"are cut (too_long: {record.config.too_long})"} if record.config.too_long == "truncate" else {}
     return Found(
-        "The tuned model does not stop: it learned answers, but hardly how they end." if taught else "The training answers lack their end, so that the model is not taught to stop.",
-        "Train longer, and check with check_template that generation stops at the token that ends an answer." if taught else 'Raise max_length, or set too_long to "drop": a cut answer teaches to go on. If nothing was cut, the mask leaves the end out: look at show_labels.',
+        ("The tuned model does not stop, as the base model did not: it has not learned yet how answers end." if as_before else "The tuned model does not stop where the base model did: it learned answers, but lost how they end.") if taught else "The training answers lack their end, so that the model is not taught to stop.",
+        ("Train longer" if as_before else "Lower learning_rate") + ", and check with check_template that generation stops at the token that ends an answer." if taught else 'Raise max_length, or set too_long to "drop": a cut answer teaches to go on. If nothing was cut, the mask leaves the end out: look at show_labels.',
         evidence,
     )
 

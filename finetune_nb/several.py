@@ -133,18 +133,25 @@ class SeveralRuns:
             said.append(f"{len(self.reports) - 1} runs are held against {self.reports[0].name}: the verdicts of a figure hold together (Holm's correction), each with the interval by which it was decided.")
         if len(self.reports) > 1:
             said.append("The lines are not corrected for one another: of many figures one may differ by chance alone. Decide beforehand which one counts.")
+        if (wanted := main_figures(self.reports[0])[0]) != self._by:
+            said.append(f"The verdict would rest on {wanted}, by which not every run can be compared; so it rests on {self._by}.")
         for other in self.reports[1:]:
             said += [f"{what[0].upper()}{what[1:]}." for what in conditions_apart(self.reports[0], other)]
             for why in dict.fromkeys(self.apart[other.name].values()):
                 said.append(f"{other.name}: not compared: {', '.join(name for name, x in self.apart[other.name].items() if x == why)} ({why}).")
         return said
 
+    @cached_property
+    def _by(self) -> str:
+        "The figure that the verdict rests on: the first by which every run was judged."
+        first = self.reports[0]
+        known = [name for name in main_figures(first) if all(name in self.differences[other.name] for other in self.reports[1:])]
+        return known[0] if known else first.main
+
     @property
     def verdict(self) -> str:
         "Which runs are better or worse than the first, by the figure that tells most."
-        first, told = self.reports[0], []
-        known = [name for name in main_figures(first) if all(name in self.differences[other.name] for other in self.reports[1:])]
-        by = known[0] if known else first.main  # your own check counts only where every run was judged by it
+        first, told, by = self.reports[0], [], self._by
         for other in self.reports[1:]:
             said = difference_texts(first, other, self.differences[other.name])
             told.append(f"{other.name} {said.get(by, 'not comparable')}")

@@ -414,6 +414,8 @@ def report_of(n, target=0.9, **rights):
         (9, {"plain": 0, "tuned": 9}, "can't tell", "9 test questions are too few"),
         (100, {"plain": 10, "examples": 99, "tuned": 99}, "do not fine-tune", "more than 5 points is ruled out"),
         (100, {"plain": 10, "examples": 50, "tuned": 90}, "fine-tune", "+40 points"),
+        (100, {"plain": 0, "tuned": 12}, "fine-tune", "Neither is enough yet: 12% tuned and 0% asked, where 90% would be"),
+        (100, {"plain": 0, "tuned": 0}, "do not fine-tune", "Neither is enough yet: 0% tuned and 0% asked"),
         (10, {"plain": 1, "examples": 5, "tuned": 6}, "can't tell", "10 test questions tell"),
         (100, {"plain": 10, "examples": 99, "tuned": 50}, "do not fine-tune", "-49 points"),
     ],
@@ -430,6 +432,17 @@ def test_a_score_that_is_no_share_has_a_bootstrap():
     report = report_of(80, target=0.7, plain=[v / 2 for v in values], examples=values)
     low, high = report.results[1].interval("exact match")
     assert low < sum(values) / 80 < high < 0.6 and report.verdict == "fine-tune"
+
+
+def test_equal_scores_are_no_certainty():
+    report = report_of(20, target=0.7, plain=[0.75] * 20)
+    low, high = report.results[0].interval("exact match")
+    assert low < 0.7 < 0.75 < high and report.verdict == "can't tell"
+
+
+def test_right_answers_that_do_not_fit_are_told(quick, chats, pair):
+    said = lambda n: " ".join(should_you_finetune(replace(quick, max_new_tokens=n), split(chats), loaded=pair).said)  # noqa: E731
+    assert re.search(r"\d of 6 right answers are longer than max_new_tokens=4 allows .* raise it", said(4)) and "longer than max_new_tokens" not in said(64)
 
 
 def test_of_equally_good_ways_the_cheaper_is_best():

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_nb.config import FinetuneConfig, FinetuneError
-from finetune_nb.curve_rules import RULES, is_gibberish, overfitted, rate_too_high
+from finetune_nb.curve_rules import RULES, is_gibberish, not_falling, overfitted, rate_too_high
 from finetune_nb.diagnosis import Diagnosis, diagnose
 from finetune_nb.models import base_mark
 from finetune_nb.record import RunRecord, read_record
+from finetune_nb.rules import never_stops
 from finetune_nb.stop import Stop, StoppedEarly
 from finetune_nb.training import load_run, resume
 
@@ -193,7 +194,13 @@ def test_jumps_of_a_curve_are_no_rise():
         noise = (1 + 0.3 * torch.randn(60)).clamp(0.2)
         curve = (2 * torch.exp(-torch.arange(60) / 10) + 0.5) * noise
         assert rate_too_high(record_of(curve.tolist())) is None
+    for n, noise in ((8, 0.5), (15, 0.6), (40, 0.8), (200, 0.8)):
+        alarms = sum(rate_too_high(record_of((0.5 + 2 * torch.exp(-torch.arange(n) / (n / 4)) + noise * torch.randn(n)).clamp(0.01).tolist())) is not None for _ in range(200))
+        assert alarms <= 4, f"{alarms} of 200 curves of {n} points"
     assert rate_too_high(record_of([2, 1.5, 1, 0.9, 0.9, 1, 1.5, 2, 2.5, 3]))
+    for climb in (2.0, 4.0):
+        seen = sum(rate_too_high(record_of([2.0] * 20 + torch.cat([torch.linspace(2, 1, 30), torch.linspace(1, 1 + climb, 30)]).add(0.2 * torch.randn(60)).tolist())) is not None for _ in range(50))
+        assert seen == 50
 
 
 def test_overfitting_is_a_turn_of_validation_with_training_going_on():
@@ -201,3 +208,17 @@ def test_overfitting_is_a_turn_of_validation_with_training_going_on():
     turned = [(0, 2.2), (20, 1.5), (40, 1.7), (60, 1.9)]
     assert overfitted(record_of(fell, turned)) and not overfitted(record_of(fell, [(0, 2.2), (20, 1.5), (40, 1.52), (60, 1.53)]))
     assert not overfitted(record_of([2.0] * 60, turned)), "both rise: that is no learning by heart"
+
+
+def test_overfitting_before_the_first_look_is_no_loss_that_does_not_fall():
+    fell, worse = record_of([2 - 0.03 * i for i in range(60)], [(0, 2.2), (30, 2.6), (60, 3.0)]), record_of([2.0] * 60, [(0, 2.2), (60, 2.3)])
+    assert "before the first look at step 30" in overfitted(fell).cause and not_falling(fell) is None
+    assert overfitted(worse) is None and not_falling(worse)
+
+
+def test_whether_the_base_model_stopped_is_part_of_never_stopping():
+    row = lambda model, ended: {"model": model, "expected": "yes", "answer": "yes yes yes", "passed": {"ended by itself": ended}}  # noqa: E731
+    learned = {"data": {"train": {"rows": 10, "ended_rows": 10}}}
+    for before, words in ((True, "where the base model did"), (False, "as the base model did not")):
+        found = never_stops(replace(record_of([1.0] * 20, **learned), answers=[row(model, ended) for model, ended in (("tuned", False), ("base", before)) for _ in range(8)]))
+        assert words in found.cause and f"of the base model {0 if before else 8} of 8" in found.evidence["answers that went on to the limit"]

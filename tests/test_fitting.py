@@ -98,11 +98,25 @@ def curve(*looks):
     (((2, 1.9), (1.2, 1.6)), None, "still falling"),
     (((2, 1.9),), None, "one look"),
     (((2, 1.5), (2.5, 1.9)), None, "lowest at step 10"),
+    (((1.0, 3.6), (0.3, 4.0)), 0, "No look was better than that at the base model"),
+    (((5.0, 6.0), (7.0, 8.0)), None, "No look was better than that at the base model"),
+    (((2.5, 3.1), (2.0, 3.05)), None, "No look was better than that at the base model"),
 ])  # fmt: skip
 def test_where_the_gap_opened(looks, opened, words):
     gap = gap_of(curve(*looks))
     assert gap.opened == opened and words in gap.reason
     assert gap_of([]) is None is gap_of([{"step": 0, "eval_loss": 1.0}]) and gap_of([*curve((2, 1.0)), {"step": 20, "eval_loss": float("nan")}]).last.step == 10
+
+
+@pytest.mark.parametrize(("looks", "verdict", "advice"), [
+    (((1.0, 3.6), (0.3, 3.7), (0.2, 3.8)), "got worse", "before the first look"),
+    (((5.0, 6.0), (7.0, 8.0), (7.0, 8.0)), "got worse", "a lower learning_rate"),
+    (((2.5, 3.1), (2.0, 3.05), (2.0, 3.02)), "can't tell", "No look was better"),
+    (((2.5, 2.9), (2.0, 2.5), (1.5, 2.2)), "healthy", "still falling"),
+])  # fmt: skip
+def test_a_run_that_is_worse_than_its_base_is_not_healthy(looks, verdict, advice):
+    report = Fitting("x", gap_of(curve(*looks)), None, 10, None)
+    assert report.verdict == verdict and advice in report.reason and Fitting.from_dict(report.to_dict()).verdict == verdict
 
 
 def test_a_rise_that_the_chats_do_not_confirm_is_not_too_far():

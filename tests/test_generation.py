@@ -107,6 +107,12 @@ def test_an_adapter_on_and_off_and_low_precision():
         assert all(1 <= len(answer) <= 12 for answer in tuned + plain)
 
 
+def test_a_prompt_without_a_token_is_named():
+    model = made(ARCHITECTURES["llama"][0])
+    with pytest.raises(ConfigError, match="Prompt 2 of 2 has no token"):
+        continuations(model, [[5], []], SETTINGS)
+
+
 def test_it_falls_back_and_says_so_once():
     prompts = mixed_prompts()
     model = made(ARCHITECTURES["bloom"][0])

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from finetune_nb.config import ConfigError
+from finetune_nb.labels import classification_report, closed_set
 from finetune_nb.metrics import (
     FEWEST,
     bootstrap_interval,
-    classification_report,
-    closed_set,
     exact_match,
     follows_pattern,
     follows_schema,

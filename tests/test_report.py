@@ -44,6 +44,12 @@ def few(comparison, n):
     return Comparison(*(replace(report, rows=report.rows[:n]) for report in (comparison.base, comparison.tuned)))
 
 
+def louder(comparison):
+    "The same, with a loss that rose."
+    rows = [replace(row, loss=30.0 + i % 3) for i, row in enumerate(comparison.tuned.rows)]
+    return replace(comparison, tuned=replace(comparison.tuned, rows=rows))
+
+
 def by_category(gain):
     rows = forgot(-0.05, n=300).rows + [replace(row, category="refusal") for row in forgot(gain, n=20).rows]
     return Forgetting("x", "made up", rows)
@@ -70,12 +76,13 @@ def fitted(recited=0, text="x"):
     (Findings(compared(), [forgot(0.5)]), "yes, at a price", "something was forgotten"),
     (Findings(compared(), fitting=fitted(20)), "yes, at a price", "training answers are recited"),
     (Findings(compared(36, 10)), "no", "it got worse"),
+    (Findings(louder(compared())), "yes, at a price", "the loss of the right answers rose"),
     (Findings(compared(20, 21)), "can't tell", "no difference that is more than chance"),
     (Findings(compared(), baselines=asked(40)), "no", "asking the base model better does as well"),
     (Findings(compared(), baselines=asked(5)), "yes", "Yes"),
     (Findings(compared(20, 21), baselines=asked(40)), "no", "asking the base model does as well ('better prompt')"),
     (Findings(compared(20, 21), baselines=asked(5)), "can't tell", "no difference that is more than chance"),
-    (Findings(few(compared(0, 40), 4)), "can't tell", "4 test chats are too few"),
+    (Findings(few(compared(0, 40), 4)), "can't tell", "4 chats are too few"),
     (Findings(compared(), [by_category(0.5)]), "yes, at a price", "something was forgotten (refusal)"),
     (Findings(compared(), baselines=asked(38, 39)), "can't tell", "whether it is better than 'better prompt'"),
     (Findings(compared(), baselines=asked(5, 39)), "yes", "Yes"),

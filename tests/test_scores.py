@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -184,10 +185,17 @@ def test_a_cell_means_nothing_but_itself():
     assert len(said.splitlines()) == 1 and "<" not in said and "\\[x\\](" in said and "\\`" in said and "\\*" in said and said.count("|") == 3
 
 
-def test_a_wrong_type_of_check_is_a_score_or_a_share():
+def test_checks_say_true_or_false_or_a_number():
     chat = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "here")
-    passed, scores = judge("a", chat, make_checks({"none": lambda a, c: None, "bool": lambda a, c: np.bool_(True), "one": lambda a, c: 1, "np": lambda a, c: np.float32(0.5)}))
-    assert passed["none"] is False and passed["bool"] is True and scores["one"] == 1.0 and scores["np"] == 0.5
+    passed, scores = judge("a", chat, make_checks({"bool": lambda a, c: np.bool_(True), "one": lambda a, c: 1, "np": lambda a, c: np.float32(0.5)}))
+    assert passed["bool"] is True and scores["one"] == 1.0 and scores["np"] == 0.5
+
+
+@pytest.mark.parametrize(("value", "told"), [(None, "forget to return"), ("yes", "bool"), (re.search("a", "a"), "bool"), ([1], "bool"), (float("nan"), "a mean")], ids=["nothing", "a text", "a match", "a list", "nan"])
+def test_what_a_check_may_not_return_is_told(value, told):
+    chat = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "here")
+    with pytest.raises(ConfigError, match=f"'mine' returned .*here.*{told}"):
+        judge("a", chat, make_checks({"mine": lambda a, c: value}))
 
 
 def test_an_answer_without_the_form_has_no_right_label():
@@ -200,6 +208,13 @@ def test_no_label_of_a_user_gives_way():
     rows = [replace(one, expected=f"It is {'(no label)' if i % 2 else 'A'}.", answer=f"It is {'(no label)' if i % 4 else 'A'}." if i % 3 else "?") for i, one in enumerate(report("x", 12).rows)]
     right, said = labels_of(EvalReport("x", rows, pattern=r"It is (?P<code>.+)\."))
     assert set(right) == {"A", "(no label)"} and set(said) == {"A", "(no label)", "((no label))"} and said.count("((no label))") == 4
+
+
+def test_right_answers_longer_than_may_be_said_are_told():
+    rows = [row(i, True, 2.0, 30 if i < 3 else 4) for i in range(12)]
+    short, long = (EvalReport("x", rows, about={"max_new_tokens": n}) for n in (8, 64))
+    assert short.cut.startswith("3 of 12 right answers are longer than max_new_tokens=8 allows (up to 30 tokens)") and not long.cut
+    assert short.cut in compare(short, short).reason and short.cut in short._repr_markdown_()
 
 
 def test_small_comparisons_say_why_there_is_no_verdict():

@@ -411,6 +411,9 @@ def test_a_range_test_without_a_fall_suggests_nothing(quick, splits):
     assert found.suggestion is None and found.ended_by == "the plan" and "did not fall" in str(found) and found.plot()._repr_png_()
     falling = RangeTest([10.0**-k for k in range(6, 0, -1)] * 4, [5 - i / 10 for i in range(24)], "the plan")
     assert falling.suggestion is not None and "try a larger high" in str(falling)
+    broken = RangeTest(falling.rates, [*falling.losses[:-1], float("nan")], "divergence")
+    assert broken.lowest == 22 and broken.suggestion == RangeTest(falling.rates[:-1], falling.losses[:-1], "divergence").suggestion and broken.plot()._repr_png_()
+    assert RangeTest(falling.rates, [float("nan")] * 24, "divergence").suggestion is None
 
 
 def test_a_loss_that_is_no_number_ends_a_range_test(quick, splits, monkeypatch):
