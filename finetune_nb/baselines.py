@@ -395,8 +395,9 @@ def add_tuned(
     report: BaselineReport,  # of `should_you_finetune`, made before the training
     run: Run,  # a finished run of the same base model
     checks: dict[str, Check | str] | None = None,  # those that the report was made with
+    keep: bool = True,  # in the folder of the run, in place of what was kept there before
 ) -> BaselineReport:
-    "The report with the tuned model beside the ways of asking its base; only the tuned one is asked now. It is kept in the folder of the run. Raises `ConfigError` for another base model, or a score that is missing."
+    "The report with the tuned model beside the ways of asking its base; only the tuned one is asked now. Raises `ConfigError` for another base model, or a score that is missing."
     config = run.config
     if config.model_name_or_path != report.model:
         raise ConfigError(f"{run.folder.name} was trained on {config.model_name_or_path}, and the report is about {report.model}.")
@@ -407,7 +408,8 @@ def add_tuned(
     tuned = try_way(run.model, run.tokenizer, TUNED, prompts, scores, config.max_new_tokens, config.generation_batch_size, config.chat_template_kwargs)
     results = [r for r in report.results if r.name != TUNED]
     both = replace(report, results=[*results, tuned], said=report.said + _other_data(run, report.train_data))
-    both.save(run.folder)
+    if keep:
+        both.save(run.folder)
     return both
 
 

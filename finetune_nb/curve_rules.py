@@ -80,7 +80,8 @@ def rate_too_high(record: RunRecord) -> Found | None:
         return None
     n, (_, last), top = max(1, len(whole) // 5), begin_and_end(whole), max(record.rates, default=0.0)
     low = min(sum(whole[i : i + n]) / n for i in range(len(whole) - n + 1))
-    chance = 4 * jump_of(whole)  # four standard deviations: the lowest of many means is low by luck as well
+    sure = 4 + 8 / len(whole) if top <= 0.01 else 0  # standard deviations: the lowest of many means is low by luck as well; above ten times what suits an adapter, jumps are what is looked for
+    chance = sure * jump_of(whole)
     climbed = last > 1.25 * low + 0.1 + chance * math.sqrt(2 / n) or last > 1.25 * whole[0] + 0.1 + chance and top > 1e-5  # from its lowest, or from where it began
     burst = len(whole) < len(record.losses) and top > 0.01  # ten times what suits an adapter
     if not climbed and not burst:

@@ -324,6 +324,9 @@ def test_a_run_is_asked_beside_its_base(quick, chats):
     before = should_you_finetune(quick, Splits(chats[20:], [], chats[:12]), k=1, loaded=load_model(quick.model_name_or_path, torch.float32, use_cpu=True, say=lambda line: None))
     after = add_tuned(before, run)
     assert (after.verdict, after.reason, after.notes) == (report.verdict, report.reason, report.notes) and after.results[-1].scores == report.results[-1].scores
+    kept = (run.folder / "baselines.json").read_text()
+    add_tuned(replace(before, questions="others"), run, keep=False)
+    assert (run.folder / "baselines.json").read_text() == kept
     assert [r.name for r in add_tuned(after, run).results].count(TUNED) == 1
     with pytest.raises(ConfigError, match="no check for"):
         add_tuned(replace(before, score="mine"), run)
@@ -350,7 +353,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(quick, chats, pair
         ({"system": "word " * 9000}, ConfigError, r"better prompt: .* tokens long without any example"),
         ({"checks": {"exact match": lambda a, c: True}}, ConfigError, "a check 'exact match' already"),
         ({"checks": {"mine": lambda a, c: 1 / 0}}, ConfigError, "'mine' failed on chats.jsonl, line 1: ZeroDivisionError"),
-        ({"checks": {"mine": lambda a, c: None}}, ConfigError, "By 'mine' the right answers themselves reach 0% only"),
+        ({"checks": {"mine": lambda a, c: False}}, ConfigError, "By 'mine' the right answers themselves reach 0% only"),
+        ({"checks": {"mine": lambda a, c: None}}, ConfigError, "returned None for chats.jsonl, line 1, .*forget to return"),
         ({"checks": {"mine": "("}}, ConfigError, "no regular expression"),
         ({"ways": {"mine": lambda c, n: None}}, ConfigError, "mine: A way returns the messages"),
         ({"target": 90}, ConfigError, "target=90"),
