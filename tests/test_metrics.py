@@ -163,8 +163,8 @@ def test_the_size_that_was_named_can_tell():
     found = paired_difference(first, second)
     gaps = np.asarray(second) - np.asarray(first)
     assert found.verdict == "can't tell" and 60 < found.needed < 1000
-    told = [paired_difference(np.zeros(found.needed), rng.choice(gaps, found.needed)).verdict != "can't tell" for _ in range(100)]
-    assert 0.68 <= np.mean(told) <= 0.92
+    told = [paired_difference(np.zeros(found.needed), rng.choice(gaps, found.needed)).verdict != "can't tell" for _ in range(60)]
+    assert 0.65 <= np.mean(told) <= 0.95
 
 
 def test_the_size_that_was_named_can_tell_a_mean_over_tokens():
@@ -176,7 +176,7 @@ def test_the_size_that_was_named_can_tell_a_mean_over_tokens():
     found = paired_difference(np.zeros(80), gaps, weights=tokens)
     assert found.verdict == "can't tell" and 80 < found.needed < 3000
     told = []
-    for seed in range(50):
+    for seed in range(40):
         drawn = np.random.default_rng(seed).integers(0, 80, found.needed)
         told.append(paired_difference(np.zeros(len(drawn)), gaps[drawn], weights=tokens[drawn]).verdict != "can't tell")
     assert 0.68 <= np.mean(told) <= 0.92
