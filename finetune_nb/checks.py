@@ -16,7 +16,7 @@ import numpy as np
 
 from .config import ConfigError
 from .data import Chat
-from .labels import closed_set
+from .labels import closed_set, stay_apart
 from .metrics import Score, exact_match, follows_pattern, follows_schema, normalised_match, token_f1
 
 # %% ../nbs/08d_checks.ipynb #a4404106
@@ -129,14 +129,16 @@ def telling_scores(
     expected: Sequence[str],  # the right answers
     chosen: str | None = None,  # a check or score that was named for it
 ) -> dict[str, str]:
-    "The scores that a verdict could rest on, the best first, and why: what was chosen, what the pattern asks for, the user's checks, the normalised match of a closed set, else token F1."
+    "The scores that a verdict could rest on, the best first, and why: what was chosen, what the pattern asks for, the user's checks, of a closed set the normalised match, or the exact one where labels need it, else token F1."
     wanted = [(chosen, "you chose it")] if chosen else []
     if pattern:
         group = group_of(pattern)
         wanted += [(name, "it is what answer_pattern asks for") for name in ([f"right {group}"] if group else []) + ["right form"]]
     wanted += [(name, "it is your own check") for name in checks]
     why = "answers are free text; with answer_pattern or checks you can say what must be right"
-    wanted += [("normalised match", "answers come from a closed set") if closed_set(expected) else ("token F1", why), ("exact match", "it is always there")]
+    if closed_set(expected):
+        wanted.append(("normalised match", "answers come from a closed set") if stay_apart(expected) else ("exact match", "answers come from a closed set, of which some are the same once normalised"))
+    wanted += [("token F1", why), ("exact match", "it is always there")]
     found = {}
     for name, reason in wanted:
         found.setdefault(name, reason)

@@ -45,7 +45,11 @@ def _with_changes(
         name, equals, text = change.partition("=")
         if not equals:
             raise ConfigError(f"--set {change}: expected NAME=VALUE, such as --set r=8")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {change}: {text!r} is no value. Put a text with brackets or colons into quotes, such as --set \"{name}='…'\".") from None
+        value = text.strip() if isinstance(value, bool) and isinstance(getattr(config, name, None), str) else value  # the words yes, no, on and off
         try:  # YAML reads 1e-3 as a text
             value = float(value) if isinstance(value, str) and name in field_help(FinetuneConfig) else value
         except ValueError:
@@ -147,6 +151,8 @@ def sweep_command(options: argparse.Namespace) -> None:
 def range_test_command(options: argparse.Namespace) -> None:
     "Finds a learning rate by a range test."
     config = _with_changes(load_config(options.config), options.set)
+    if options.save and Path(options.save).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg"):
+        raise ConfigError(f"--save {options.save}: a curve is saved as .png, .svg, .pdf or .jpg. Give it such an ending.")
     from finetune_nb.range_test import lr_range_test
 
     found = lr_range_test(config, low=options.low, high=options.high, steps=options.steps)

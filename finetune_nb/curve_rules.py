@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
+from .duplicates import UNSPACED
 from .record import RunRecord
 from finetune_nb.rules import (
     Found,
@@ -49,9 +49,9 @@ def begin_and_end(
 def jump_of(
     losses: Sequence[float],  # in their order, at least three
 ) -> float:
-    "The standard deviation of the points about a smooth curve: the median second difference, as that of normal noise would be."
-    bends = sorted(abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False))
-    return bends[(len(bends) - 1) // 2] / (NormalDist().inv_cdf(0.75) * math.sqrt(6))
+    "The standard deviation of the points about a smooth curve, from the mean square of its second differences."
+    bends = [(a - 2 * b + c) ** 2 for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    return math.sqrt(sum(bends) / len(bends) / 6)
 
 
 def not_a_number(record: RunRecord) -> Found | None:
@@ -90,7 +90,7 @@ def rate_too_high(record: RunRecord) -> Found | None:
     return Found(
         "The learning rate is too high: the loss rose again instead of falling.",
         f"Lower learning_rate to a tenth ({top / 10:.1g}) or less; LoRA seldom bears more than 1e-3. {RANGE_TEST}",
-        {"training loss": f"{whole[0]:.3g} at first, {low:.3g} at its lowest, {last:.3g} at the end", "highest learning rate": f"{top:.2g}", "longest gradient": f"{gradient:.3g}"},
+        {"training loss": f"{whole[0]:.3g} at the first point, {low:.3g} over its lowest {n}, {last:.3g} over the last {n}", "highest learning rate": f"{top:.2g}", "longest gradient": f"{gradient:.3g}"},
     )
 
 
@@ -207,10 +207,12 @@ def not_falling(record: RunRecord) -> Found | None:
     "The loss is where it was, after ten steps or more."
     if len(record.losses) < 3 or record.steps < 10 or not any(record.losses) or not _moved(record) < 0.02 or _fell_for_itself(record):
         return None
+    top = max(record.rates, default=0.0)
+    rate = "lower learning_rate to a tenth, as LoRA seldom bears more than 1e-3" if top > 1e-3 else "raise learning_rate (or lower it, where the curve jumps)"
     return Found(
         "The loss does not fall.",
-        f"If nothing above explains it: raise learning_rate (or lower it, where the curve jumps), take target_modules: all-linear, and look at the labels with show_labels. {RANGE_TEST}",
-        _course(record) | {"learning rate": f"{max(record.rates, default=0):.2g} at most"},
+        f"If nothing above explains it: {rate}, take target_modules: all-linear, and look at the labels with show_labels. {RANGE_TEST}",
+        _course(record) | {"learning rate": f"{top:.2g} at most"},
     )
 
 # %% ../nbs/09dc_curve_rules.ipynb #5e29edb8
@@ -225,19 +227,20 @@ def is_gibberish(
     most = Counter(words).most_common(1)[0][1] if words else 0
     if len(text) >= 8 and Counter(text).most_common(1)[0][1] > 0.5 * len(text):
         return True
-    return len(words) >= 8 and (len(set(words)) < 0.3 * len(words) or most > 0.6 * len(words)) or any(len(word) > 60 for word in text.split())
+    return len(words) >= 8 and (len(set(words)) < 0.3 * len(words) or most > 0.6 * len(words)) or re.search(r"[^\W\d_]{60}", re.sub(f"[{UNSPACED}]", " ", text)) is not None
 
 
 def gibberish(record: RunRecord) -> Found | None:
-    "Half of the tuned answers or more are gibberish, far more than of the base model's."
-    base, tuned = ([row["answer"] for row in record.answers_of(model)] for model in ("base", "tuned"))
+    "Half of five tuned answers or more are gibberish, far more than of the base model's; none is that looks like the right one."
+    base, tuned = ([(row["answer"], row["expected"]) for row in record.answers_of(model)] for model in ("base", "tuned"))
     if not tuned and record.samples:
         last = record.samples[-1].step
-        base, tuned = ([sample.answer for sample in record.samples if sample.step == step] for step in (0, last))
-    before, after = (sum(map(is_gibberish, texts)) / max(len(texts), 1) for texts in (base, tuned))
-    if after < 0.5 or after < before + 0.3:
+        base, tuned = ([(sample.answer, sample.expected) for sample in record.samples if sample.step == step] for step in (0, last))
+    odd = [text for text, right in tuned if is_gibberish(text) and not is_gibberish(right)]
+    before, after = sum(is_gibberish(text) and not is_gibberish(right) for text, right in base) / max(len(base), 1), len(odd) / max(len(tuned), 1)
+    if len(tuned) < 5 or after < 0.5 or after < before + 0.3:
         return None
-    example = next(text for text in tuned if is_gibberish(text))
+    example = odd[0]
     return Found(
         "The tuned model talks gibberish where the base model did not.",
         f"Most often the learning rate was too high: lower it to a tenth. Else the model was overfitted (fewer epochs, more chats), or it is asked with another chat template. {RANGE_TEST}",

@@ -125,7 +125,8 @@ class Gap:
             return f"There is one look at the validation chats only, at step {self.last.step}; where the loss turns can't be seen.{apart}"
         if self.opened is not None:
             return f"The gap opened at step {self.opened}: from there the validation loss rose by {self.rise:.1%} to the end at step {self.last.step}, while the training loss went on falling.{apart}"
-        if self.last is self.best:
+        after = [look for look in self.looks if look.step]
+        if self.last is self.best and self.last.validation < 0.99 * after[-2].validation and self.last.validation < 0.99 * after[0].validation:
             return f"The validation loss was still falling at the end (step {self.last.step}); longer training may help.{apart}"
         return f"The validation loss was lowest at step {self.best.step} and stayed near it to the end ({self.rise:+.1%}).{apart}"
 
@@ -309,7 +310,7 @@ class Recitation:
         "The verdict with the figures that it rests on."
         rows = self.of(*RULES[:2])
         if len(rows) < FEWEST:
-            return f"Whether training answers are recited can't be told: {self.told or 'too few questions'}."
+            return f"Whether training answers are recited can't be told: {len(rows)} altered questions are too few, it takes {FEWEST} at least{'; ' + self.told if self.told else ''}."
         before, after = (estimate_share([getattr(row, name) for row in rows]) for name in ("recited_before", "recited_after"))
         seen = f"training answers came out at {after} of {len(rows)} altered questions, from the base model at {before}"
         words = {"recites": "Learned by heart", "does not recite": f"Not learned by heart, more than {TOO_MUCH:.0%} is ruled out", "can't tell": "Can't tell whether answers were learned by heart"}

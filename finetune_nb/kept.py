@@ -92,7 +92,7 @@ def load_kept(
         said = json.loads(path.read_text(encoding="utf-8"))
         return (read_old if isinstance(said, dict) and is_old(said, path) else read)(said)
     except (TypeError, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error} {then}") from None
+        raise ConfigError(f"{path} can't be read: {str(error).removesuffix(then).strip()} {then}") from None
 
 # %% ../nbs/08f_kept.ipynb #bb0a2653
 @contextmanager

@@ -279,6 +279,8 @@ def set_adapter_weights(
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if broken := [k for k, weight in sorted(weights.items()) if not weight.isfinite().all()]:
+        raise AdapterError(f"{source}: {len(broken)} weights hold values that are no numbers, such as {broken[0]}. The file is damaged, or the training ran away: take an earlier checkpoint, or train again with a lower learning_rate.")
     faults = [
         f"{len(keys)} {what}, such as {keys[0]}"
         for keys, what in ((missing, "weights are missing"), (surplus, "weights have no place"), (shapes, "weights have another shape"))

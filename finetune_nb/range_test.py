@@ -110,7 +110,8 @@ class RangeTest:
         at = f"from {self.rates[0]:.1e} to {self.rates[-1]:.1e} in {len(self.rates)} steps"
         end = {"divergence": f"It ran away at {self.rates[-1]:.1e}.", "the user": "You stopped the test there."}.get(self.ended_by, "It did not run away up to there: try a larger high.")
         if self.steepest is None:
-            return f"The loss did not fall {at}. {end} There is nothing to suggest: the steps are too few, or every learning rate is too low or too high."
+            fall = max(1 - self.smooth[self.lowest] / self.smooth[0], 0) if self.smooth and self.smooth[0] else 0
+            return f"The loss fell by {fall:.1%}, which is less than the 2 % that would count, {at}. {end} There is nothing to suggest: the steps are too few, or every learning rate is too low or too high."
         fastest, lowest = self.rates[self.steepest], self.rates[self.lowest]
         why = "where it falls fastest" if fastest <= lowest / 10 else "a tenth of where it is lowest"
         return f"The loss falls fastest at {fastest:.1e} and is lowest at {lowest:.1e} ({at}). {end} Suggested: {self.suggestion:.1e}, {why}."

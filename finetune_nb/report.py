@@ -310,9 +310,16 @@ def _findings(run: Run, given: dict[str, Section], score: str | None) -> Finding
     kept = [report for report in load_forgetting(run.folder) if report.items not in [part.items for part in forgetting]]
     comparison = one(Comparison) or _resting_on(load_comparison(run.folder), score)
     return Findings(
-        comparison, fullest([*forgetting, *kept]), one(BaselineReport) or load_baselines(run.folder), one(Fitting) or load_fitting(run.folder),
+        comparison, fullest([*forgetting, *kept]), _by_the_same(one(BaselineReport) or load_baselines(run.folder), comparison), one(Fitting) or load_fitting(run.folder),
         *_leaks(run, comparison), _old_files(run.folder, given),
     )  # fmt: skip
+
+
+def _by_the_same(baselines: BaselineReport | None, comparison: Comparison | None) -> BaselineReport | None:
+    "The other ways of asking, judged by the score of the comparison where they know it: one verdict, one score."
+    if baselines is None or comparison is None or comparison.base.main == baselines.score or any(comparison.base.main not in way.scores for way in baselines.results):
+        return baselines
+    return replace(baselines, score=comparison.base.main, why_score="the verdict on the run rests on it")
 
 
 def _leaks(run: Run, comparison: Comparison | None) -> tuple[str, bool]:
@@ -335,7 +342,12 @@ def _old_files(folder: Path, given: dict[str, Section]) -> list[str]:
     kinds, found = {"report": Comparison, "fitting": Fitting, "forgetting": Forgetting, "baselines": BaselineReport}, []
     for path in sorted(path for kind in kinds for path in folder.glob(f"{kind}*.json" if kind == "forgetting" else f"{kind}.json")):
         kind = path.stem.partition("-")[0]
-        said = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue  # told when it is read
+        if not isinstance(said, dict):
+            raise ConfigError(f"{path} holds no measurement of a run. Measure again, or remove the file.")
         holds = {"report": "comparison" in said, "baselines": any(way.get("name") == TUNED for way in said.get("ways", []))}.get(kind, True)
         if holds and is_old(said, path) and not any(isinstance(part, kinds[kind]) for part in given.values()):
             found.append(path.name + (" (the tuned model)" if kind == "baselines" else ""))

@@ -37,7 +37,7 @@ DRAWS = 1000
         ("in Paris, France", "Paris", 2 * (1 / 3) / (1 / 3 + 1), False),
         ("Paris Paris", "Paris", 2 * 0.5 / 1.5, False),
         ("", "", 1.0, True),
-        ("the", "a", 1.0, True),
+        ("the", "a", 0.0, False),
         ("", "Paris", 0.0, False),
         ("London", "Paris", 0.0, False),
         ("J20.9", "j209", 1.0, True),

@@ -135,7 +135,8 @@ def test_files_of_reports_come_back_the_same():
     one = report("one", pattern="yes|no", about={"test_sha256": "x"}, seconds=2.0, peak_memory_gib=1.0)
     said = json.loads(json.dumps(one.to_dict(), allow_nan=False))
     assert EvalReport.from_dict(said) == one
-    both = Comparison(one, report("other"), {"seed": "1"})
+    both = compare(one, report("other"), {"seed": "1"})
+    assert both.facts["asked otherwise"] == "other: another pattern" and "Asked otherwise: other: another pattern." in both.reason
     again = Comparison.from_dict(json.loads(json.dumps(both.to_dict(), allow_nan=False)))
     assert again == both and again.lines() == both.lines() and again.verdict == both.verdict
     unknown = EvalReport("old", [EvalRow("", "q", "a", "b", {"exact match": False}, math.nan, 0)])
