@@ -35,8 +35,8 @@ from .evaluation import generate, packing_of
 from .jobs import best_look
 from .kept import load_kept, reading, save_kept
 from .lora import set_adapter_weights, without_adapter
+from .memory import chat_losses
 from .metrics import FEWEST, Difference, estimate_share, paired_difference
-from .packing import chat_losses
 from .pictures import Picture, inlined
 from .run_folder import last_checkpoint, step_of
 from .scores import finite

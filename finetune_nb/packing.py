@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Tokens', 'MODES', 'IN_ROWS', 'common_prefix', 'pack', 'pad', 'Chats', 'PackingCollator',
-           'fastest_ways', 'PackingReport', 'check_packing', 'chat_losses']
+           'fastest_ways', 'PackingReport', 'check_packing']
 
 # %% ../nbs/06_packing.ipynb #f639bf54
 import hashlib
@@ -19,6 +19,7 @@ from .attention import PACKED, Layout, NotPackable, Segment, attention_of, secon
 from .chat_template import NO_LOSS
 from .config import ConfigError
 from .losses import Batch, inner_model, mixed_precision, token_losses
+from .models import is_out_of_memory
 
 # %% ../nbs/06_packing.ipynb #410ce780
 WORTH_SHARING = 16  # tokens; a shorter common beginning is computed for each chat
@@ -221,13 +222,16 @@ class PackingCollator:
             return pack(chats, self.max_tokens, self.mode == "shared")
         return pad(chats, self.max_tokens if self.mode == "padded" else 1, self.pad_token_id)
 
-    def computed(self, chats: Sequence[dict[str, Any]]) -> int:
-        "How many tokens the device computes for the chats, without laying them out."
+    def sizes(self, chats: Sequence[dict[str, Any]]) -> list[int]:
+        "How many tokens the device computes at once, batch by batch, without laying them out."
         if self.mode in IN_ROWS:
-            size = _row_tokens if self.mode == "shared" else _sum_tokens
-            return sum(map(size, _rows_of(chats, self.max_tokens, self.mode == "shared")))
+            return list(map(_row_tokens if self.mode == "shared" else _sum_tokens, _rows_of(chats, self.max_tokens, self.mode == "shared")))
         groups = _of_like_length([len(chat["input_ids"]) for chat in chats], self.max_tokens if self.mode == "padded" else 1)
-        return sum(longest * len(group) for longest, group in groups)
+        return [longest * len(group) for longest, group in groups]
+
+    def computed(self, chats: Sequence[dict[str, Any]]) -> int:
+        "How many tokens the device computes for the chats."
+        return sum(self.sizes(chats))
 
     def attention(self, model: torch.nn.Module) -> Any:
         "The context in which `model` computes these batches."
@@ -290,6 +294,8 @@ def check_packing(
                 _try_in_training(model, chats[0], collator)
                 together = _losses_and_gradient(model, chats, collator)
             except Exception as error:  # whatever an architecture has against it
+                if is_out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0] if isinstance(error, NotPackable) else f"this architecture does not take it ({error!r:.100})"
                 found[name] = f"not possible: {reason}"
                 model.eval()
@@ -391,26 +397,3 @@ def _stirred(model: torch.nn.Module) -> Iterator[None]:
             p.data.copy_(before)
         model.train(training)
         torch.set_rng_state(state)
-
-# %% ../nbs/06_packing.ipynb #9a52e2f8
-@torch.no_grad()
-def chat_losses(
-    model: torch.nn.Module,  # a causal language model, with or without adapter
-    rows: Sequence[dict[str, Any]],  # input_ids and labels of the chats
-    collator: PackingCollator | None = None,  # how chats are computed together; None: filled up to the longest
-    at_once: int = 64,  # chats handed to the collator together
-) -> tuple[list[float], list[int]]:
-    "For each chat the mean loss in nats over its supervised tokens, and their number; the model is left in the mode it was in."
-    collator = collator or PackingCollator("padded")
-    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    training = model.training
-    model.eval()
-    with collator.attention(model):
-        for start in range(0, len(rows), at_once):
-            for batch in collator.batches([rows[i] for i in range(start, min(start + at_once, len(rows)))]):
-                with mixed_precision(model):
-                    losses = token_losses(model, batch.to(inner_model(model).device))
-                total.index_add_(0, batch.chat + start, losses.double().cpu())
-                count.index_add_(0, batch.chat + start, torch.ones_like(batch.chat))
-    model.train(training)
-    return (total / count.clamp(min=1)).tolist(), count.tolist()

@@ -92,14 +92,20 @@ def are_finite(
     return bool(torch.nn.utils.get_total_norm(floating, math.inf).isfinite()) if floating else True
 
 # %% ../nbs/07fa_sentinels.ipynb #a938a1df
+def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
+    "Eight bytes at once, which costs a tenth of one number after the other."
+    bits = weight.contiguous().view(-1).view(torch.uint8)
+    bits = bits.clone() if bits.storage_offset() % 8 else bits  # a part of a larger tensor may begin anywhere
+    whole = bits.numel() // 8 * 8
+    return bits[:whole].view(torch.int64).sum() + bits[whole:].sum(dtype=torch.int64)
+
+
 @torch.no_grad()
 def base_sums(
     model: torch.nn.Module,  # with its adapter
 ) -> dict[str, int]:
-    "For each frozen tensor the sum of its bit patterns."
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
-    sums = {name: p.data.contiguous().view(whole[p.element_size()]).sum(dtype=torch.int64) for name, p in frozen.items()}
+    "For each frozen tensor the sum of its bits, taken as whole numbers of 64 bits."
+    sums = {name: _sum_of_bits(p.data) for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
     by_device: dict[Any, list[str]] = {}
     for name, n in sums.items():
         by_device.setdefault(n.device, []).append(name)

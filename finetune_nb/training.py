@@ -39,12 +39,13 @@ from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chat
 from .display import html_table
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import recompute_blocks
-from .memory import is_out_of_memory, no_room
+from .memory import no_room
 from finetune_nb.models import (
     base_mark,
     cache_folder,
     dtype_of,
     hardware,
+    is_out_of_memory,
     load_model,
     origin_facts,
     release_memory,
@@ -52,7 +53,7 @@ from finetune_nb.models import (
     suit_machine,
     tokenizer_mark,
 )
-from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
+from .packing import IN_ROWS, PackingCollator, PackingReport, check_packing, fastest_ways
 from .pictures import Picture, inlined, plot_history
 from finetune_nb.planning import (
     Probe,
@@ -611,12 +612,12 @@ def _counts_so_far(folder: Path) -> dict[str, int]:
     return {name: last[name] for name in names if name in last}
 
 
-def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int) -> None:
-    "Tells and records that a step did not fit, so that the run also goes on with what did."
+def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int, what: str) -> None:
+    "Tells and records that something did not fit, so that the run also goes on with what did."
     before, started["max_tokens_at_once"] = started["max_tokens_at_once"], collator.max_tokens
     started.setdefault("out_of_memory", []).append({"step": step, "max_tokens_at_once": collator.max_tokens})
     write_facts(started, folder / "started.json")
-    _tell(say, f"Step {step} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follow. Its loss and gradient are the same.")
+    _tell(say, f"{what} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follows. Loss and gradient are the same.")
 
 # %% ../nbs/08_training.ipynb #9e47b9f8
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
@@ -660,7 +661,7 @@ def choose_packing(
     ways = ["tree"]
     if config.packing in IN_ROWS:
         ways = fastest_ways(model, largest_batch(rows, config, budget), total_steps(config, len(rows)))
-    report = check_packing(model, _telling_chats(rows), config.packing, tokenizer.pad_token_id, ways)
+    report = _compared(config, model, tokenizer, rows, ways)
     _tell(say, str(report))
     if report.mode != config.packing:
         budget = token_budget(replace(config, packing=report.mode), rows, shape)
@@ -697,12 +698,32 @@ def _plan_that_fits(config: FinetuneConfig, rows: Dataset, shape: torch.nn.Modul
     return asked + (f"By `estimate` this would need less: {'; '.join(map(str, advice))}." if advice else "Close what else uses the device, lower max_length, or take a smaller model.")
 
 
-def _telling_chats(rows: Dataset) -> list[dict[str, Any]]:
-    "Two chats that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    first = 0 if longest else min(1, len(rows) - 1)
+def _telling_chats(rows: Dataset, most: int) -> list[dict[str, Any]]:
+    "Two chats of at most so many tokens that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
+    lengths = {i: len(ids) for i, ids in enumerate(rows["input_ids"]) if len(ids) <= most}
+    longest = max(lengths, key=lengths.__getitem__)
+    first = next((i for i in lengths if i != longest), longest)
     return [rows[i] for i in dict.fromkeys((first, longest))]
+
+
+def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, ways: Sequence[str]) -> PackingReport:
+    "What `check_packing` says of two chats, of shorter ones where the longest do not fit into the memory as they are compared: whole blocks are kept then."
+    lengths = sorted(map(len, rows["input_ids"]))
+    most = lengths[-1]
+    while True:
+        try:
+            report = check_packing(model, _telling_chats(rows, most), config.packing, tokenizer.pad_token_id, ways)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            cut = {"memory": f"it did not suffice to compare the longest chats ({lengths[-1]:,} tokens); compared were chats of at most {most:,}"}
+            return report if most == lengths[-1] else replace(report, differences=report.differences | cut)
+        release_memory()
+        shorter = [n for n in lengths if n <= most // 2]
+        if len(shorter) < 2:
+            return PackingReport("single", {config.packing: "not compared: the memory does not suffice for two chats"})
+        most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
 def load_run(
