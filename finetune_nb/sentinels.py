@@ -128,6 +128,13 @@ class Step:
     learning_rate: float  # the highest of the optimizer
     collator: PackingCollator  # how the chats were computed
     may_skip: bool = False  # whether a gradient that overflows is left out (float16)
+    configured_rate: float | None = None  # learning_rate of the configuration, which the schedule makes less of
+
+    @property
+    def rates(self) -> str:
+        "The learning rate that can be changed, and that of this step where it is another."
+        asked, now = (f"{rate:g}" for rate in (self.configured_rate or self.learning_rate, self.learning_rate))
+        return f"now {asked}" + (f", of which this step took {now}" if now != asked else "")
 
     def places(self, most: int = 16) -> str:
         "Where its chats came from."
@@ -270,7 +277,7 @@ class Sentinels:
         else:
             why = "The adapter itself has weights that are no numbers since an earlier step."
         return NonFiniteError(
-            f"{what} at step {step.number}. Lower learning_rate (now {step.learning_rate:g}) or raise warmup_ratio; with fp16, try bf16 hardware or bf16=False. "
+            f"{what} at step {step.number}. Lower learning_rate ({step.rates}) or raise warmup_ratio; with fp16, try bf16 hardware or bf16=False. "
             f"{why} The step was not taken. Its chats: {step.places()}.",
             step.number, loss=loss, grad_norm=norm,
         )  # fmt: skip

@@ -22,8 +22,8 @@ from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
+from .checkpoints import random_state, set_random_state
 from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
 from .memory import in_pieces
@@ -137,7 +137,7 @@ class FinetuneTrainer(CrashSafeTrainer):
         if self.sentinels and self.at_hand:
             (inputs, supervised, loss), self.at_hand = self.at_hand, None
             rate = max(group["lr"] for group in self.optimizer.param_groups)
-            step = Step(self.state.global_step + 1, inputs["chats"].rows, supervised, loss, norm, rate, self.data_collator, self.accelerator.scaler is not None)
+            step = Step(self.state.global_step + 1, inputs["chats"].rows, supervised, loss, norm, rate, self.data_collator, self.accelerator.scaler is not None, self.args.learning_rate)
             self.sentinels.before_step(model, step)
         return norm
 

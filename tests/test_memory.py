@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from test_any_model import SHAPES
-from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from test_any_model import SHAPES, SMALL, TOKENS
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TrainerCallback
 
 from finetune_nb.data import Splits
 from finetune_nb.generation import continuations
@@ -182,15 +182,20 @@ def test_the_longest_chat_is_tried_before_the_first_step(quick, chats):
     assert run.facts["packing"] == "shared" and run.facts["steps"] == 2
 
 
-def test_a_run_that_can_not_fit_fails_before_its_first_step_with_the_plan(quick, chats):
-    "The plan is that of `estimate`, for the memory that there really is."
-    base, looked = load_base(quick, lambda text: None), []
+def test_a_run_that_can_not_fit_fails_before_its_first_step_with_the_plan(quick, chats, tmp_path):
+    "The plan is that of `estimate`, for less memory than it reckoned with: here, wide blocks that are computed twice in place of being kept."
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**TOKENS, **SMALL | {"intermediate_size": 8192, "num_hidden_layers": 4})).save_pretrained(tmp_path / "wide")
+    load_tokenizer().save_pretrained(tmp_path / "wide")
+    config, looked = replace(quick, model_name_or_path=str(tmp_path / "wide")), []
+    base = load_base(config, lambda text: None)
 
     class Looks(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             looked.append("it began")
 
     table, _ = limited(base[0], 100)
-    with pytest.raises(NoRoomError, match=r"chats.jsonl, line 24: this chat alone \([0-9]+ tokens\) does not fit.*was reckoned to need [0-9.]+ GiB.*By `estimate` this would need less: [a-z_]+=") as caught:
-        train(quick, with_a_long_one(chats, 220), [Looks()], base=base, say=lambda text: None)
+    with pytest.raises(NoRoomError, match=r"chats.jsonl, line 24: this chat alone \([0-9]+ tokens\) does not fit.*was reckoned to need [0-9.]+ GiB") as caught:
+        train(config, with_a_long_one(chats, 220), [Looks()], base=base, say=lambda text: None)
+    assert "By `estimate` this would need less: gradient_checkpointing=True" in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError) and not looked and max(table.sizes) <= 100
