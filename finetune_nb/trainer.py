@@ -22,8 +22,8 @@ from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .config import FinetuneConfig
 from .checkpoints import random_state, set_random_state
+from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
 from .memory import in_pieces
