@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from finetune_nb import training
 from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
 from finetune_nb.cli import main
 from finetune_nb.config import load_config, save_config
-from finetune_nb.run_folder import checkpoints
+from finetune_nb.run_folder import checkpoints, read_facts
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import kept_sets, resume, train
 from finetune_nb.whole_folder import MANIFEST, Part, read_about, whole_folder
@@ -339,6 +340,61 @@ def test_a_process_that_is_told_to_end_saves_and_ends(tiny_model, splits, tmp_pa
     assert crashing.wait(crashing.start(work, log)) == 1 and "SystemExit: 143" in log.read_text()
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-3"
     assert crashing.to_the_end(config, splits, log) == undisturbed[0]
+
+
+class Tell(TrainerCallback):
+    "Slow steps, of which a file tells; after the third it does something."
+
+    def __init__(self, path, then=lambda: None, pause=0.1):
+        self.path, self.then, self.pause = path, then, pause
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.path.write_text(str(state.global_step))
+        if state.global_step == 3:
+            self.then()
+        time.sleep(self.pause)
+
+
+def test_a_process_that_is_told_to_end_saves_the_run_in_its_thread(tiny_model, splits, tmp_path, undisturbed):
+    config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
+
+    def work():
+        from finetune_nb.jobs import start_job
+
+        start_job(config, splits, True, callbacks=[Tell(tmp_path / "step", lambda: os.kill(os.getpid(), signal.SIGTERM))], questions=0)
+        time.sleep(600)
+
+    assert crashing.wait(crashing.start(work, log)) == -signal.SIGTERM, log.read_text()
+    step = (tmp_path / "step").read_text()
+    assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{step}" and int(step) < 12
+    assert crashing.to_the_end(config, splits, log) == undisturbed[0]
+
+
+def test_a_kernel_that_is_shut_down_saves_its_run(tiny_model, tmp_path):
+    "As Jupyter does it: a request, then SIGTERM, then SIGKILL."
+    from jupyter_client.manager import start_new_kernel
+
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = f"""
+import crashing, conftest, time
+from pathlib import Path
+from test_checkpoints import Tell
+from finetune_nb.jobs import start_job
+config = crashing.config_of({tiny_model!r}, Path({str(tmp_path)!r}))
+job = start_job(config, conftest.some_splits(), True, callbacks=[Tell(Path({str(tmp_path / "step")!r}), pause=2)], questions=0)
+while job.step < 3 and job.active:
+    time.sleep(0.05)
+"""
+    manager, client = start_new_kernel(env=os.environ | {"PYTHONPATH": os.pathsep.join(places)})
+    try:
+        assert client.execute_interactive(code, timeout=300, output_hook=lambda message: None)["content"]["status"] == "ok"
+        manager.shutdown_wait_time = 60  # a busy machine
+        manager.shutdown_kernel()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    step, folder = int((tmp_path / "step").read_text()), tmp_path / "run"
+    assert 3 <= step < 12 and newest_checkpoint(folder).name == f"checkpoint-{step}" and read_facts(folder)["ended_by"] == "the user"
 
 
 def test_nothing_is_pickled_or_unpickled(folder, tiny_model, splits, tmp_path):
