@@ -124,7 +124,7 @@ def best_against_last(
     "The loss per token on the validation chats, last checkpoint against the best; None where one of the two is not there, or they are the same."
     checkpoint, best = last_checkpoint(run.folder), run.facts.get("best_step")
     chats = kept_sets(run.folder, run.config).validation
-    if checkpoint is None or not chats or run.config.init_lora_weights == "pissa" or step_of(checkpoint) == best:
+    if checkpoint is None or checkpoint.is_file() or not chats or run.config.init_lora_weights == "pissa" or step_of(checkpoint) == best:
         return None
     config, model = run.config, run.model
     rows = tokenize_chats(chats, run.tokenizer, config.max_length, config.too_long, config.train_on, config.chat_template_kwargs, config.control_tokens)

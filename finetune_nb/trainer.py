@@ -28,6 +28,7 @@ from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
 from .memory import in_pieces
 from .models import hardware, release_memory
+from .one_file import why_it_may_lie
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
 from .progress import Progress
@@ -283,5 +284,6 @@ def make_trainer(
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
     trainer.loraplus_lr_ratio, trainer.sentinels = config.loraplus_lr_ratio, Sentinels(say)
     trainer.made_of, trainer.changed, trainer.tell = made_of or {}, list(changed), say
+    trainer.far = why_it_may_lie(folder)
     trainer.remove_callback(PrinterCallback)
     return trainer

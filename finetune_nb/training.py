@@ -586,6 +586,8 @@ def _fit(
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         about = made_of(config, started)
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
+        if trainer.far:
+            _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint is made on a disk of this machine, copied there as one file, read back and compared.")
         trainer.on_less = partial(_note_less, started, folder, say)
         trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):
