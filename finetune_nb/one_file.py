@@ -51,7 +51,7 @@ def save_one_file(
     folder: str | Path,  # of `whole_folder`, on a disk of this machine
     target: str | Path,  # the file; one that is there is replaced
 ) -> None:
-    "Copies a whole folder as one file; raises `OSError`, and leaves what was there before, when it reads back otherwise."
+    "Copies a whole folder as one file; raises `OSError`, and leaves no file that reads back otherwise."
     folder, target = Path(folder), Path(target)
     packed, part = folder.with_name(f".{folder.name}{SUFFIX}"), target.with_name(f".{target.name}.part")
     try:
@@ -66,7 +66,11 @@ def save_one_file(
         _compare(part, right, target)
         os.replace(part, target)
         flush(target.parent)
-        _compare(target, right, target)
+        try:
+            _compare(target, right, target)
+        except OSError:
+            target.unlink(missing_ok=True)  # nobody is to take it for a checkpoint
+            raise
     finally:
         for path in (packed, part):
             with suppress(OSError):
