@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'SIGNS', 'Hardware', 'hardware', 'container_limits', 'suit_machine', 'cache_folder',
            'convert_gguf', 'find_model', 'origin_facts', 'load_tokenizer', 'load_model', 'with_attention', 'size_of',
-           'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark', 'tokenizer_mark', 'ModelError', 'Origin',
-           'trust_remote_code']
+           'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark', 'tokenizer_mark', 'template_difference',
+           'ModelError', 'Origin', 'trust_remote_code']
 
 # %% ../nbs/03_models.ipynb #91c42cd5
 import ctypes
+import difflib
 import gc
 import hashlib
 import importlib.util
@@ -447,3 +448,15 @@ def tokenizer_mark(
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # these two change in use
     parts = {"tokenizer": [spec, tokenizer.special_tokens_map], "chat template": [str(tokenizer.chat_template), chat_template_kwargs or {}]}
     return {name: hashlib.sha256(json.dumps(part, default=str).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+# %% ../nbs/03_models.ipynb #d7dabc95
+def template_difference(
+    before: str,  # the chat template of a run
+    tokenizer: PreTrainedTokenizerBase,  # as it is now
+    most: int = 40,  # lines to show
+) -> str:
+    "How the chat template of `tokenizer` differs from another one, line by line; empty when it does not."
+    now = str(tokenizer.chat_template)
+    lines = list(difflib.unified_diff(before.splitlines(), now.splitlines(), "in training", "now", lineterm="", n=1))
+    shown = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[:200]) for line in lines[:most]]  # a template may be from anybody
+    return "\n".join(shown + ([f"… and {len(lines) - most} more lines"] if len(lines) > most else [])) or ("" if before == now else "ends of lines alone are different")

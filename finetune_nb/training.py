@@ -51,6 +51,7 @@ from finetune_nb.models import (
     release_memory,
     size_of,
     suit_machine,
+    template_difference,
     tokenizer_mark,
 )
 from .packing import IN_ROWS, PackingCollator, PackingReport, check_packing, fastest_ways
@@ -161,6 +162,8 @@ class Run:
             return self.loaded
         self._check_base()
         base, tokenizer = load_base(self.config)
+        if different := _other_template(self.folder, tokenizer):
+            warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
         return load_adapter(base, self.folder / "adapter"), tokenizer
 
     def save(self) -> None:
@@ -226,9 +229,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int]) -> dict[str, Any]:
-    "What there is to learn from; `ends` are the tokens that end an answer."
-    facts = {"chats": len(chats), "sha256": fingerprint(chats)}
+def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int], mark: str) -> dict[str, Any]:
+    "What there is to learn from; `ends` are the tokens that end an answer, `mark` is the fingerprint of the chats."
+    facts = {"chats": len(chats), "sha256": mark}
     facts["different_chats"] = len({fingerprint([chat]) for chat in chats})
     facts["different_answers"] = len({chat.answer for chat in chats})
     if rows is not None:
@@ -294,8 +297,9 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
             for name, chats in splits._asdict().items():
                 if chats and (given or name == "test"):
                     save_chats(chats, folder / f"{name}.jsonl")
+            _keep_template(folder, ready.tokenizer)
             save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
-        return _run(config, folder, ready, _starting_facts(config, splits, ready), callbacks, stop, say)
+        return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
 
 # %% ../nbs/08_training.ipynb #d0a71884
 def resume(
@@ -332,19 +336,41 @@ def _go_on(
         raise TrainingError(f"{folder}: none of its checkpoints is whole, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
     splits = splits or kept_sets(folder, config)
     before = read_about(checkpoint) if checkpoint else made_of(config, started) if started else {}
-    _check_chats(folder, before, {f"{name}_chats": fingerprint(chats) for name, chats in splits._asdict().items()}, allow_change)
+    marks = _fingerprints(splits)
+    _check_chats(folder, before, {f"{name}_chats": mark for name, mark in marks.items()}, allow_change)
     ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
-    facts = _starting_facts(config, splits, ready)
+    facts = _starting_facts(config, splits, ready, marks)
     if not started:
         started = facts
     before.pop("step", None)
-    if changed := check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []:
+    try:
+        changed = check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []
+    except TrainingError as error:
+        different = _other_template(folder, ready.tokenizer)
+        raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
+    if changed:
         _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
+        if "chat_template" in changed and PartialState().is_main_process:
+            _keep_template(folder, ready.tokenizer)
         same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
         started |= same | {"changed": [*started.get("changed", []), {"step": step_of(checkpoint) if checkpoint else 0, "names": changed}]}
     if checkpoint is None:
         _tell(say, f"{folder} had not reached its first checkpoint.")
     return _run(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
+
+
+def _keep_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with open(folder / "chat_template.jinja", "w", encoding="utf-8", newline="") as file:
+        file.write(str(tokenizer.chat_template))
+
+
+def _other_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    "How the chat template differs from the one that the run of a folder began with; empty when it does not, or the run kept none."
+    try:
+        with open(folder / "chat_template.jinja", encoding="utf-8", newline="") as file:
+            return template_difference(file.read(), tokenizer)
+    except (OSError, ValueError):
+        return ""
 
 
 def _check_chats(folder: Path, before: dict[str, Any], now: dict[str, Any], allow_change: Sequence[str]) -> None:
@@ -444,7 +470,12 @@ def _tell(say: Callable[[str], None], text: str) -> None:
     sys.stdout.flush()
 
 # %% ../nbs/08_training.ipynb #e9210acc
-def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> dict[str, Any]:
+def _fingerprints(splits: Splits) -> dict[str, str]:
+    "Of the chats of each set."
+    return {name: fingerprint(chats) for name, chats in splits._asdict().items()}
+
+
+def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks: dict[str, str]) -> dict[str, Any]:
     "What is known of a run before its first step."
     ends = {ready.tokenizer.eos_token_id, end_of_turn_id(ready.tokenizer, config.chat_template_kwargs)}
     return {
@@ -453,7 +484,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> di
         "hardware": str(hardware(config.use_cpu)),
         "versions": _versions(),
         "seed": config.seed,
-        "data": {name: _data_facts(chats, ready.rows.get(name), ends) for name, chats in splits._asdict().items()},
+        "data": {name: _data_facts(chats, ready.rows.get(name), ends, marks[name]) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
         "template": ready.template,
         "preflight": ready.preflight,

@@ -248,6 +248,24 @@ def test_other_versions_chats_template_and_base_are_refused(folder, splits, monk
             resume(folder)
 
 
+def test_another_chat_template_is_shown(folder, tiny_model, tmp_path):
+    "Not only that it is another one: what is different, where a run goes on and where it is asked."
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    template = next(path for path in other.iterdir() if path.name == "chat_template.jinja")
+    template.write_text(template.read_text() + "\n{# \x1b[31m added #}")
+    save_config(replace(load_config(folder / "config.yaml"), model_name_or_path=str(other)), folder / "config.yaml")
+    with pytest.raises(TrainingError, match="chat_template: ") as caught:
+        resume(folder)
+    assert "\n--- in training\n+++ now\n" in str(caught.value) and "\n+{# \N{REPLACEMENT CHARACTER}[31m added #}" in str(caught.value)
+    resume(folder, allow_change=["chat_template"])
+    assert "added #}" in (folder / "chat_template.jinja").read_text(), "it goes on with that one"
+    template.write_text(template.read_text().replace("added #}", "changed #}"))
+    with pytest.warns(UserWarning, match="trained with another chat template than its base model has now") as told:
+        assert training.load_run(folder).model
+    assert "added #}" in str(told[-1].message) and "changed #}" in str(told[-1].message)
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_a_disk_that_fails_leaves_a_run_that_can_be_used(part, tiny_model, splits, tmp_path, undisturbed):
     "A fifth of the places each; `benchmarks/corruption_test.py` has more. What is told is told, and nothing is lost."
@@ -410,5 +428,5 @@ def test_nothing_is_pickled_or_unpickled(folder, tiny_model, splits, tmp_path):
 
     assert crashing.wait(crashing.start(work, log)) == 0, log.read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "log" != path]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".yaml", ".md", ".png", ""}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".yaml", ".md", ".png", ".jinja", ""}
     assert not [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")]
