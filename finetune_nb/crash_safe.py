@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from .checkpoints import load_state, random_state, rotate, save_state, set_random_state
 from .lora import set_adapter_weights
 from .one_file import SUFFIX, save_one_file, scratch_of
+from .private import make_private
 from .run_folder import checkpoints
 from .stop import TrainingError
 from .whole_folder import Part, remove_whole
@@ -122,6 +123,7 @@ class CrashSafeTrainer(Trainer):
             if self.far:
                 save_one_file(part.target, Path(self.args.output_dir, f"{part.target.name}{SUFFIX}"))
                 remove_whole(part.target)
+            make_private(self.args.output_dir)  # also what others wrote, and before the end, to which a run may not come
             rotate(self.args.output_dir, self.args.save_total_limit)
         except OSError as error:
             if part:
