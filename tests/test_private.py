@@ -150,6 +150,14 @@ def test_a_run_that_fails_writes_nothing_through_a_link(outside, tmp_path):
     assert not (tmp_path / "runs" / ".failed").is_symlink() and (tmp_path / "runs" / ".failed" / "config.yaml").is_file()
 
 
+def test_a_run_whose_folder_has_become_a_link_deletes_the_link(outside, tmp_path):
+    with pytest.raises(StoppedEarly), run_folder(FinetuneConfig(output_dir=str(tmp_path / "runs"), run_name="mine")) as folder:
+        folder.rename(tmp_path / "runs" / "moved")
+        folder.symlink_to(outside)
+        raise StoppedEarly("stopped")
+    assert not folder.is_symlink() and not folder.exists()
+
+
 def test_the_trash_is_no_link(outside, tmp_path):
     run = tmp_path / "runs" / "run-001"
     run.mkdir()
@@ -164,6 +172,11 @@ def test_the_trash_is_no_link(outside, tmp_path):
     trashed = trash_run(run)
     empty_trash(tmp_path / "runs", [trashed.name])
     assert not trashed.exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.yaml").write_text("")
+    trashed.symlink_to(tmp_path / "elsewhere")
+    empty_trash(tmp_path / "runs", [trashed.name])
+    assert not trashed.is_symlink() and (tmp_path / "elsewhere" / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".", ".x", "a\0b", "x" * 300, "CON", "nul.txt", "LPT1", "a.", "a ", "a\\b", "..\\x", "a\nb", "a\x1bb", "evil\u202egpj"])
