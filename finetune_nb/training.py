@@ -731,7 +731,7 @@ def _plan_that_fits(config: FinetuneConfig, rows: Dataset, shape: torch.nn.Modul
     return asked + (f"By `estimate` this would need less: {'; '.join(map(str, advice))}." if advice else "Close what else uses the device, lower max_length, or take a smaller model.")
 
 
-def _telling_chats(rows: Dataset, most: int) -> list[dict[str, Any]]:
+def _telling_chats(rows: Dataset, most: float = math.inf) -> list[dict[str, Any]]:
     "Two chats of at most so many tokens that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
     lengths = {i: len(ids) for i, ids in enumerate(rows["input_ids"]) if len(ids) <= most}
     longest = max(lengths, key=lengths.__getitem__)
