@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from test_any_model import SHAPES, SMALL, TOKENS
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune_nb.data import Splits
 from finetune_nb.generation import continuations
@@ -28,13 +29,14 @@ def limited(model, most):
     table.most, table.sizes = most, []
 
     def look(module, args):
-        if args[0].numel() > module.most:
+        tokens = args[0].shape[0] * args[0].shape[1]
+        if tokens > table.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if args[0].numel() > 9:  # some architectures try themselves on a few
-            module.sizes.append(args[0].numel())
+        if tokens > 9:  # some architectures try themselves on a few
+            table.sizes.append(tokens)
 
-    hook = table.register_forward_pre_hook(look)
-    return table, hook
+    blocks = [module for module in inner_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    return table, blocks[-1].register_forward_pre_hook(look)  # when the blocks before have drawn their dropout
 
 
 @contextmanager
