@@ -32,8 +32,9 @@ from finetune_nb import preflight as ahead  # noqa: E402
 from finetune_nb.chat_template import NO_LOSS, tokenize_chats  # noqa: E402
 from finetune_nb.config import FinetuneConfig, FinetuneError  # noqa: E402
 from finetune_nb.data import Chat, Splits, leak_report, load_chats  # noqa: E402
+from finetune_nb.memory import chat_losses  # noqa: E402
 from finetune_nb.models import load_model  # noqa: E402
-from finetune_nb.packing import chat_losses, check_packing  # noqa: E402
+from finetune_nb.packing import check_packing  # noqa: E402
 from finetune_nb.training import resume, train  # noqa: E402
 
 
@@ -282,7 +283,7 @@ MODES = [
     Mode("half of an adapter's keys", "lora.set_adapter_weights", "test_training.py: test_adapter_keys_that_do_not_match_raise", half_an_adapter),
     Mode("an adapter on another base", "training.Run", "test_thirty_modes.py", another_base),
     Mode("merged into another precision", "nothing merges yet", "none", merged),
-    Mode("evaluated in training mode or with padding", "packing.chat_losses; evaluation", "test_evaluation.py: test_answers_and_losses_do_not_depend_on_the_batch", in_train_mode),
+    Mode("evaluated in training mode or with padding", "memory.chat_losses; evaluation", "test_evaluation.py: test_answers_and_losses_do_not_depend_on_the_batch", in_train_mode),
     Mode("test questions among the training chats", "data.leak_report", "test_data.py: test_leaks_of_every_kind_are_found", leaked),
     Mode("a stale cache of rows", "chat_template.tokenize_chats", "test_chat_template.py: test_the_cache_never_gives_what_is_out_of_date", stale_cache),
 ]  # fmt: skip

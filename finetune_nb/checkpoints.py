@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'to_plain', 'from_plain', 'save_state', 'load_state', 'random_state', 'set_random_state', 'check_checkpoint',
-           'newest_checkpoint', 'rotate', 'check_unchanged', 'check_room']
+           'opened', 'newest_checkpoint', 'rotate', 'check_unchanged', 'check_room']
 
 # %% ../nbs/07f_checkpoints.ipynb #2742f9d4
 import json
@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
+from .one_file import SUFFIX, load_one_file, scratch_of
 from .run_folder import checkpoints, step_of
 from .stop import TrainingError
-from .whole_folder import Part, check_whole, read_about, remove_whole
+from .whole_folder import DamageError, Part, check_whole, read_about, remove_whole
 
 # %% ../nbs/07f_checkpoints.ipynb #0c03edf6
 def to_plain(
@@ -120,20 +121,31 @@ def check_checkpoint(
     checkpoint: Path,  # of a run
 ) -> list[str]:
     "What is wrong with it, in words; empty when it can be gone on from."
-    if faults := check_whole(checkpoint):
+    try:
+        place = opened(checkpoint)
+    except (DamageError, OSError) as error:
+        return [str(error)]
+    if faults := check_whole(place):
         return faults
-    said = read_about(checkpoint).get("step")
+    said = read_about(place).get("step")
     return [] if said == step_of(checkpoint) else [f"it is that of step {said}"]
+
+
+def opened(
+    checkpoint: Path,  # a folder, or a file on a mount that lies
+) -> Path:
+    "The folder of a checkpoint; a file is opened on a disk of this machine. Raises `DamageError` where it is not as it was written."
+    return load_one_file(checkpoint, scratch_of(checkpoint.parent) / checkpoint.name.removesuffix(SUFFIX)) if checkpoint.is_file() else checkpoint
 
 
 def newest_checkpoint(
     folder: str | Path,  # of a run
     say: Callable[[str], None] = print,  # is told which are passed over, and why
 ) -> Path | None:
-    "The newest checkpoint that is whole, or None."
+    "The folder of the newest checkpoint that is whole, or None."
     for path in reversed(checkpoints(folder)):
         if not (faults := check_checkpoint(path)):
-            return path
+            return opened(path)
         say(f"{path} is passed over: {'; '.join(faults)}.")
     return None
 

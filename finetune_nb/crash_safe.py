@@ -22,9 +22,11 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import load_state, random_state, rotate, save_state, set_random_state
 from .lora import set_adapter_weights
+from .one_file import SUFFIX, save_one_file, scratch_of
+from .private import make_private
 from .run_folder import checkpoints
 from .stop import TrainingError
-from .whole_folder import Part
+from .whole_folder import Part, remove_whole
 
 # %% ../nbs/07fa_crash_safe.ipynb #c74152f7
 class _PutLossesBack(TrainerCallback):
@@ -48,6 +50,7 @@ class CrashSafeTrainer(Trainer):
     best_weights: dict[str, torch.Tensor] = {}  # of the best look so far
     rows_sha256 = ""  # of all chats seen so far, in their order
     tell: Callable[[str], None] = print  # takes what there is to be told
+    far = ""  # why the run's folder may not hold what was written, in words
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         "Also keeps the best adapter in memory: every checkpoint has it, and the end needs no old one."
@@ -70,7 +73,8 @@ class CrashSafeTrainer(Trainer):
         "Whole or not at all; sharded training (FSDP, DeepSpeed) writes as transformers does, and can't be gone on from yet."
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._save_checkpoint(model, trial)
-        target, main = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.args.should_save
+        place = scratch_of(self.args.output_dir) if self.far else Path(self.args.output_dir)
+        target, main = place / f"checkpoint-{self.state.global_step}", self.args.should_save
         self.store_flos()
         self.state.best_model_checkpoint = str(target) if self.state.best_global_step else None  # each has the best adapter
         part, problem = None, None
@@ -116,6 +120,10 @@ class CrashSafeTrainer(Trainer):
             if missing:
                 raise OSError(f"process {missing[0]} could not write its part")
             part.finish(self.made_of | {"step": self.state.global_step})
+            if self.far:
+                save_one_file(part.target, Path(self.args.output_dir, f"{part.target.name}{SUFFIX}"))
+                remove_whole(part.target)
+            make_private(self.args.output_dir)  # also what others wrote, and before the end, to which a run may not come
             rotate(self.args.output_dir, self.args.save_total_limit)
         except OSError as error:
             if part:

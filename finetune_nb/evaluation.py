@@ -33,8 +33,9 @@ from .generation import Sampling, check_amounts, continuations, greedy
 from .kept import MARK, adapter_mark, load_kept, reading, save_kept
 from .lora import without_adapter
 from .losses import inner_model
+from .memory import chat_losses
 from .metrics import Difference, wilson_interval
-from .packing import PackingCollator, chat_losses
+from .packing import PackingCollator
 from .planning import forget_peak
 from finetune_nb.scores import (
     LOSS,

@@ -35,8 +35,8 @@ from .evaluation import generate, packing_of
 from .jobs import best_look
 from .kept import load_kept, reading, save_kept
 from .lora import set_adapter_weights, without_adapter
+from .memory import chat_losses
 from .metrics import FEWEST, Difference, estimate_share, paired_difference
-from .packing import chat_losses
 from .pictures import Picture, inlined
 from .run_folder import last_checkpoint, step_of
 from .scores import finite
@@ -144,7 +144,7 @@ def best_against_last(
     "The loss per token on the validation chats, last checkpoint against the best; None where one of the two is not there, or they are the same."
     checkpoint, best = last_checkpoint(run.folder), run.facts.get("best_step")
     chats = kept_sets(run.folder, run.config).validation
-    if checkpoint is None or not chats or run.config.init_lora_weights == "pissa" or step_of(checkpoint) == best:
+    if checkpoint is None or checkpoint.is_file() or not chats or run.config.init_lora_weights == "pissa" or step_of(checkpoint) == best:
         return None
     config, model = run.config, run.model
     rows = tokenize_chats(chats, run.tokenizer, config.max_length, config.too_long, config.train_on, config.chat_template_kwargs, config.control_tokens)

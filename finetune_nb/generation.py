@@ -23,8 +23,8 @@ from .attention import NotPackable, attention_of
 from .chat_template import end_of_turn_id
 from .config import ConfigError
 from .losses import inner_model, mixed_precision
-from .memory import is_out_of_memory
-from .models import release_memory
+from .memory import NoRoomError
+from .models import is_out_of_memory, release_memory
 
 # %% ../nbs/08ca_generation.ipynb #ed69dbcb
 def check_amounts(
@@ -479,7 +479,7 @@ def continuations(
     sampling: Sampling | None = None,  # None: the likeliest tokens
     told: Callable[[int], None] = lambda done: None,  # is given the number of finished answers, often
 ) -> list[list[int]]:
-    "The new tokens after each prompt, up to and with the one that ends the answer; the same for any batch size, order and choice of prompts up to rounding, also where they are drawn, and also by `generate` of transformers. Raises `ConfigError` for amounts below 1, and for a prompt without a token."
+    "The new tokens after each prompt, up to and with the one that ends the answer; the same for any batch size, order and choice of prompts up to rounding, also where they are drawn, and also by `generate` of transformers. Raises `ConfigError` for amounts below 1 and for a prompt without a token, `NoRoomError` where not even one text fits."
     check_amounts(batch_size=batch_size)
     training, prompts = model.training, [list(prompt) for prompt in prompts]
     if [] in prompts:
@@ -500,6 +500,13 @@ def continuations(
         release_memory(cycles=False)
 
 
+def _no_room(prompts: list[list[int]], most: int) -> NoRoomError:
+    return NoRoomError(
+        f"Not even one answer at a time can be written: a prompt of up to {max(map(len, prompts)):,} tokens and {most:,} new ones do not fit into the memory of this device. "
+        "Lower max_new_tokens, ask with shorter prompts, load the base model with load_in_4bit, set use_cpu to true, or take a smaller model."
+    )
+
+
 def _write(writer: _Writer, n: int, told: Callable[[int], None]) -> None:
     "Writes until all answers have ended."
     writer.start(n)
@@ -507,8 +514,10 @@ def _write(writer: _Writer, n: int, told: Callable[[int], None]) -> None:
         try:
             writer.step()
         except (MemoryError, RuntimeError) as error:
-            if n == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if n == 1:
+                raise _no_room(writer.prompts, writer.most) from error
             n //= 2
         else:
             told(len(writer.answers))
@@ -547,9 +556,11 @@ def _filled_up(
         try:
             answers |= dict(zip(batch, _written(model, prompts, batch, settings, sampling), strict=True))
         except (MemoryError, RuntimeError) as error:
-            if n == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            n = max(len(batch) // 2, 1)
+            if len(batch) == 1:
+                raise _no_room([prompts[batch[0]]], settings.max_new_tokens) from error
+            n = len(batch) // 2
         else:
             told(len(answers))
             continue

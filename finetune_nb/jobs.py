@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .losses import inner_model
 from .models import load_tokenizer, release_memory
 from .progress import progress_to
 from .run_folder import how_it_ended, read_facts, read_history, read_lines, why_not_on
-from .stop import Stop, StoppedEarly
+from .stop import Stop, StoppedEarly, before_the_end
 from .tasks import ACTIVE, Task, in_words
 from .training import Run, is_training, kept_sets, load_splits, resume, train
 
@@ -319,7 +320,17 @@ def _launch(job: Job, background: bool | None, listeners: Sequence[Callable[[], 
     job.listeners += listeners
     for watcher in list(WATCHERS):
         watcher(job)
+    before_the_end(_finish)
     return job.start(front_end() != "colab" if background is None else background)
+
+
+def _finish() -> None:
+    "When the kernel is to end, the run at work in a thread is stopped after its step, saved, and waited for."
+    job = active_job()
+    if job is not None and not job.foreground:
+        job._stop.wanted = True  # not `stop`, whose lock this thread may hold at the moment
+        with suppress(FinetuneError):
+            job.wait()
 
 
 def active_job() -> Job | None:

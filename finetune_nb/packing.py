@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Tokens', 'MODES', 'IN_ROWS', 'common_prefix', 'pack', 'pad', 'Chats', 'PackingCollator',
-           'fastest_ways', 'PackingReport', 'check_packing', 'chat_losses']
+           'fastest_ways', 'ordered', 'PackingReport', 'check_packing']
 
 # %% ../nbs/06_packing.ipynb #f639bf54
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .attention import PACKED, Layout, NotPackable, Segment, attention_of, seconds_by_way
+from .attention import PACKED, WAYS, Layout, NotPackable, Segment, attention_of, seconds_by_way
 from .chat_template import NO_LOSS
-from .config import ConfigError
+from .config import ConfigError, replacing
 from .losses import Batch, inner_model, mixed_precision, token_losses
+from .models import cache_folder, is_out_of_memory
 
 # %% ../nbs/06_packing.ipynb #410ce780
 WORTH_SHARING = 16  # tokens; a shorter common beginning is computed for each chat
@@ -221,13 +223,16 @@ class PackingCollator:
             return pack(chats, self.max_tokens, self.mode == "shared")
         return pad(chats, self.max_tokens if self.mode == "padded" else 1, self.pad_token_id)
 
-    def computed(self, chats: Sequence[dict[str, Any]]) -> int:
-        "How many tokens the device computes for the chats, without laying them out."
+    def sizes(self, chats: Sequence[dict[str, Any]]) -> list[int]:
+        "How many tokens the device computes at once, batch by batch, without laying them out."
         if self.mode in IN_ROWS:
-            size = _row_tokens if self.mode == "shared" else _sum_tokens
-            return sum(map(size, _rows_of(chats, self.max_tokens, self.mode == "shared")))
+            return list(map(_row_tokens if self.mode == "shared" else _sum_tokens, _rows_of(chats, self.max_tokens, self.mode == "shared")))
         groups = _of_like_length([len(chat["input_ids"]) for chat in chats], self.max_tokens if self.mode == "padded" else 1)
-        return sum(longest * len(group) for longest, group in groups)
+        return [longest * len(group) for longest, group in groups]
+
+    def computed(self, chats: Sequence[dict[str, Any]]) -> int:
+        "How many tokens the device computes for the chats."
+        return sum(self.sizes(chats))
 
     def attention(self, model: torch.nn.Module) -> Any:
         "The context in which `model` computes these batches."
@@ -247,8 +252,34 @@ def fastest_ways(
     key_heads = getattr(shape, "num_key_value_heads", None) or heads
     if batch.layout is None or heads % key_heads:
         return ["tree"]
-    found = seconds_by_way(heads, key_heads, size, batch.layout, inner.device, inner.dtype, rows * shape.num_hidden_layers)
-    return list(found) or ["tree"]
+    asked = heads, key_heads, size, batch.layout, inner.device, inner.dtype, rows * shape.num_hidden_layers
+    return _kept_ways(asked) or ["tree"]
+
+
+def _kept_ways(asked: tuple[Any, ...]) -> list[str]:
+    "What `seconds_by_way` said when this was first asked on a machine like this one; measured, and kept in the cache, where it was not."
+    device = asked[4]
+    there = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    words = (*asked[:3], asked[3].segments, device.type, *asked[5:], there, torch.get_num_threads(), torch.__version__, *WAYS)
+    path = cache_folder() / "attention" / f"{hashlib.sha256(repr(words).encode()).hexdigest()[:24]}.json"
+    with suppress(OSError, ValueError):
+        if set(kept := json.loads(path.read_text(encoding="utf-8"))) <= WAYS.keys():
+            return kept
+    ways = ordered(seconds_by_way(*asked))
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            json.dump(ways, file)
+    return ways
+
+
+def ordered(
+    seconds: dict[str, float],  # of `seconds_by_way`
+) -> list[str]:
+    "The fastest way first; the first of `WAYS` where no other takes a fifth less."
+    first = next(iter(WAYS))
+    ways = sorted(seconds, key=seconds.__getitem__)
+    return [first, *(way for way in ways if way != first)] if first in seconds and 0.8 * seconds[first] < seconds[ways[0]] else ways
 
 # %% ../nbs/06_packing.ipynb #27419126
 @dataclass(frozen=True)
@@ -290,6 +321,8 @@ def check_packing(
                 _try_in_training(model, chats[0], collator)
                 together = _losses_and_gradient(model, chats, collator)
             except Exception as error:  # whatever an architecture has against it
+                if is_out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0] if isinstance(error, NotPackable) else f"this architecture does not take it ({error!r:.100})"
                 found[name] = f"not possible: {reason}"
                 model.eval()
@@ -391,26 +424,3 @@ def _stirred(model: torch.nn.Module) -> Iterator[None]:
             p.data.copy_(before)
         model.train(training)
         torch.set_rng_state(state)
-
-# %% ../nbs/06_packing.ipynb #9a52e2f8
-@torch.no_grad()
-def chat_losses(
-    model: torch.nn.Module,  # a causal language model, with or without adapter
-    rows: Sequence[dict[str, Any]],  # input_ids and labels of the chats
-    collator: PackingCollator | None = None,  # how chats are computed together; None: filled up to the longest
-    at_once: int = 64,  # chats handed to the collator together
-) -> tuple[list[float], list[int]]:
-    "For each chat the mean loss in nats over its supervised tokens, and their number; the model is left in the mode it was in."
-    collator = collator or PackingCollator("padded")
-    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    training = model.training
-    model.eval()
-    with collator.attention(model):
-        for start in range(0, len(rows), at_once):
-            for batch in collator.batches([rows[i] for i in range(start, min(start + at_once, len(rows)))]):
-                with mixed_precision(model):
-                    losses = token_losses(model, batch.to(inner_model(model).device))
-                total.index_add_(0, batch.chat + start, losses.double().cpu())
-                count.index_add_(0, batch.chat + start, torch.ones_like(batch.chat))
-    model.train(training)
-    return (total / count.clamp(min=1)).tolist(), count.tolist()

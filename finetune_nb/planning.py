@@ -11,6 +11,7 @@ __all__ = ['CONSTANTS', 'OPTIMIZER', 'OPTIMIZER_BYTES', 'KEPT_PART', 'MOMENT', '
 
 # %% ../nbs/07_planning.ipynb #2957feca
 import math
+import random
 import sys
 import time
 from collections import Counter
@@ -419,7 +420,7 @@ def largest_batch(
     config: FinetuneConfig,  # how many make a step, and how they are computed
     max_tokens: int,  # tokens at once
 ) -> Batch:
-    "The largest batch that a step of `rows` can hold: of its longest chats, or of the longest that have little in common."
+    "The largest batch of some steps of `rows`: of its longest chats, of the longest that have little in common, and of steps drawn at random, half of them with the longest chat."
     n, rows = _chats_a_step(config), CountedRows.of(rows)
     return rows.once(("largest batch", config.packing, n, max_tokens), lambda: _largest_batch(rows, PackingCollator(config.packing, max_tokens), n))
 
@@ -427,8 +428,16 @@ def largest_batch(
 def _largest_batch(rows: CountedRows, collator: PackingCollator, n: int) -> Batch:
     choice = max(n, 1000) if collator.mode == "shared" and n > 1 else n  # to find unlike chats among
     chats = [rows[i] for i in rows.longest_first[:choice]]
-    steps = (chats[:n], _unlike(chats, n)) if len(chats) > n else (chats[:n],)
-    return max((batch for step in steps for batch in collator.batches(step)), key=lambda batch: batch.tokens)
+    steps = [chats[:n]] + ([_unlike(chats, n)] if len(chats) > n else []) + (_drawn(rows, n) if len(rows) > n > 1 else [])
+    step = max(steps, key=lambda step: max(collator.sizes(step)))  # the longest chats may make less even rows than others
+    return max(collator.batches(step), key=lambda batch: batch.tokens)
+
+
+def _drawn(rows: CountedRows, n: int, times: int = 16) -> list[list[dict[str, Any]]]:
+    "Steps as they come, the longest chat in every second one."
+    draw, longest = random.Random(0), rows.longest_first[0]
+    steps = [draw.sample(range(len(rows)), n) for _ in range(times)]
+    return [[rows[i] for i in ([longest, *(j for j in step if j != longest)][:n] if k % 2 else step)] for k, step in enumerate(steps)]
 
 
 def _chats_a_step(config: FinetuneConfig) -> int:

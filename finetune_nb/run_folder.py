@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from .config import FinetuneConfig, replacing, why_not_named
 from .locks import LockError, hold
+from .one_file import SUFFIX
 from .private import make_private, remove_tree
 from .redact import without_keys
 from .stop import StoppedEarly, TrainingError
@@ -98,8 +99,8 @@ def _next_free(parent: Path) -> Path:
 def checkpoints(
     folder: str | Path,  # of a run
 ) -> list[Path]:
-    "Its checkpoints, the oldest first, whole or not."
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    "Its checkpoints, the oldest first, whole or not: folders, or files on a mount that lies."
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removesuffix(SUFFIX).rpartition("-")[2].isdecimal()]
     return sorted(found, key=step_of)
 
 
@@ -107,7 +108,7 @@ def step_of(
     checkpoint: Path,  # called by its step
 ) -> int:
     "The number of steps that it was written after."
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(checkpoint.name.removesuffix(SUFFIX).rpartition("-")[2])
 
 # %% ../nbs/07e_run_folder.ipynb #d417acf7
 def write_facts(
@@ -231,7 +232,7 @@ def last_checkpoint(
     folder: str | Path,  # of a run
 ) -> Path | None:
     "The checkpoint with the most steps, or None; whether it is whole is not looked at."
-    return next((path for path in reversed(checkpoints(folder)) if (path / MANIFEST).is_file()), None)
+    return next((path for path in reversed(checkpoints(folder)) if path.is_file() or (path / MANIFEST).is_file()), None)
 
 
 def why_not_on(

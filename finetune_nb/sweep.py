@@ -41,9 +41,10 @@ from .data import Splits, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
 from .locks import LockError, held_elsewhere, hold, is_mine
 from .lora import load_adapter
+from .memory import chat_losses
 from .metrics import Difference, holm, level_of, paired_difference
 from .models import cache_folder
-from .packing import PackingCollator, chat_losses
+from .packing import PackingCollator
 from .pictures import Picture, inlined
 from .private import remove_tree
 from .progress import Progress, clock_time, progress_to

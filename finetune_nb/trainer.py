@@ -22,11 +22,13 @@ from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
-from .memory import in_pieces, random_state, set_random_state
+from .memory import in_pieces
 from .models import hardware, release_memory
+from .one_file import why_it_may_lie
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
 from .progress import Progress
@@ -77,7 +79,7 @@ class FinetuneTrainer(CrashSafeTrainer):
     loraplus_lr_ratio = 1.0  # learning rate of B as a multiple of that of A
     tokens_since_log, logged_at = 0, math.nan  # for the speed: tokens of the chats, however few were computed
     sentinels: Sentinels | None = None  # look at every step
-    on_less: Callable[[PackingCollator, int], None] | None = None  # is told when a step did not fit: how chats are computed from then on, and the step
+    on_less: Callable[[PackingCollator, int, str], None] | None = None  # is told when something did not fit: how chats are computed from then on, the step, and what it was
     at_hand: tuple[dict[str, Any], float, Any] | None = None  # the step that is being computed, its supervised tokens and its loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -95,7 +97,7 @@ class FinetuneTrainer(CrashSafeTrainer):
         self.tokens_since_log += inputs["tokens"] * self.args.world_size
         self.rows_sha256 = hashlib.sha256(f"{self.rows_sha256}{inputs['sha256']}".encode()).hexdigest()
         supervised = self._mean_over_processes(inputs["supervised"])
-        total = self._fitted(lambda batches: self._gradient(model, batches, supervised or 1), inputs["chats"].rows, inputs["batches"], model.zero_grad)
+        total = self._fitted(lambda batches: self._gradient(model, batches, supervised or 1), inputs["chats"].rows, inputs["batches"], model.zero_grad, 1)
         self.at_hand = inputs, supervised, total
         return total
 
@@ -109,7 +111,7 @@ class FinetuneTrainer(CrashSafeTrainer):
             total += loss.detach()
         return total
 
-    def _fitted(self, compute, chats, batches=None, clear=lambda: None):
+    def _fitted(self, compute, chats, batches=None, clear=lambda: None, ahead=0):
         "What `compute` makes of the batches, in smaller pieces where they don't fit; several processes have no second try, since they wait for each other."
         collator = self.data_collator
         if self.args.world_size > 1:
@@ -126,7 +128,8 @@ class FinetuneTrainer(CrashSafeTrainer):
         if fitting is not collator:
             self.data_collator = fitting
             if self.on_less:
-                self.on_less(fitting, self.state.global_step + 1)
+                step = self.state.global_step + ahead
+                self.on_less(fitting, step, f"Step {step}" if ahead else f"The look at the validation chats after step {step}")
         return made
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -135,7 +138,7 @@ class FinetuneTrainer(CrashSafeTrainer):
         if self.sentinels and self.at_hand:
             (inputs, supervised, loss), self.at_hand = self.at_hand, None
             rate = max(group["lr"] for group in self.optimizer.param_groups)
-            step = Step(self.state.global_step + 1, inputs["chats"].rows, supervised, loss, norm, rate, self.data_collator, self.accelerator.scaler is not None)
+            step = Step(self.state.global_step + 1, inputs["chats"].rows, supervised, loss, norm, rate, self.data_collator, self.accelerator.scaler is not None, self.args.learning_rate)
             self.sentinels.before_step(model, step)
         return norm
 
@@ -281,5 +284,6 @@ def make_trainer(
     trainer = FinetuneTrainer(model, arguments, collator, rows["train"], validation, callbacks=callbacks)
     trainer.loraplus_lr_ratio, trainer.sentinels = config.loraplus_lr_ratio, Sentinels(say)
     trainer.made_of, trainer.changed, trainer.tell = made_of or {}, list(changed), say
+    trainer.far = why_it_may_lie(folder)
     trainer.remove_callback(PrinterCallback)
     return trainer

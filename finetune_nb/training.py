@@ -39,20 +39,22 @@ from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chat
 from .display import html_table
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import recompute_blocks
-from .memory import is_out_of_memory, no_room
+from .memory import no_room
 from finetune_nb.models import (
     base_mark,
     cache_folder,
     dtype_of,
     hardware,
+    is_out_of_memory,
     load_model,
     origin_facts,
     release_memory,
     size_of,
     suit_machine,
+    template_difference,
     tokenizer_mark,
 )
-from .packing import IN_ROWS, PackingCollator, check_packing, fastest_ways
+from .packing import IN_ROWS, PackingCollator, PackingReport, check_packing, fastest_ways
 from .pictures import Picture, inlined, plot_history
 from finetune_nb.planning import (
     Probe,
@@ -160,6 +162,8 @@ class Run:
             return self.loaded
         self._check_base()
         base, tokenizer = load_base(self.config)
+        if different := _other_template(self.folder, tokenizer):
+            warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
         return load_adapter(base, self.folder / "adapter"), tokenizer
 
     def save(self) -> None:
@@ -225,9 +229,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int]) -> dict[str, Any]:
-    "What there is to learn from; `ends` are the tokens that end an answer."
-    facts = {"chats": len(chats), "sha256": fingerprint(chats)}
+def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int], mark: str) -> dict[str, Any]:
+    "What there is to learn from; `ends` are the tokens that end an answer, `mark` is the fingerprint of the chats."
+    facts = {"chats": len(chats), "sha256": mark}
     facts["different_chats"] = len({fingerprint([chat]) for chat in chats})
     facts["different_answers"] = len({chat.answer for chat in chats})
     if rows is not None:
@@ -293,8 +297,9 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
             for name, chats in splits._asdict().items():
                 if chats and (given or name == "test"):
                     save_chats(chats, folder / f"{name}.jsonl")
+            _keep_template(folder, ready.tokenizer)
             save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
-        return _run(config, folder, ready, _starting_facts(config, splits, ready), callbacks, stop, say)
+        return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
 
 # %% ../nbs/08_training.ipynb #d0a71884
 def resume(
@@ -331,19 +336,41 @@ def _go_on(
         raise TrainingError(f"{folder}: none of its checkpoints is whole, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
     splits = splits or kept_sets(folder, config)
     before = read_about(checkpoint) if checkpoint else made_of(config, started) if started else {}
-    _check_chats(folder, before, {f"{name}_chats": fingerprint(chats) for name, chats in splits._asdict().items()}, allow_change)
+    marks = _fingerprints(splits)
+    _check_chats(folder, before, {f"{name}_chats": mark for name, mark in marks.items()}, allow_change)
     ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
-    facts = _starting_facts(config, splits, ready)
+    facts = _starting_facts(config, splits, ready, marks)
     if not started:
         started = facts
     before.pop("step", None)
-    if changed := check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []:
+    try:
+        changed = check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []
+    except TrainingError as error:
+        different = _other_template(folder, ready.tokenizer)
+        raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
+    if changed:
         _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
+        if "chat_template" in changed and PartialState().is_main_process:
+            _keep_template(folder, ready.tokenizer)
         same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
         started |= same | {"changed": [*started.get("changed", []), {"step": step_of(checkpoint) if checkpoint else 0, "names": changed}]}
     if checkpoint is None:
         _tell(say, f"{folder} had not reached its first checkpoint.")
     return _run(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
+
+
+def _keep_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with open(folder / "chat_template.jinja", "w", encoding="utf-8", newline="") as file:
+        file.write(str(tokenizer.chat_template))
+
+
+def _other_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    "How the chat template differs from the one that the run of a folder began with; empty when it does not, or the run kept none."
+    try:
+        with open(folder / "chat_template.jinja", encoding="utf-8", newline="") as file:
+            return template_difference(file.read(), tokenizer)
+    except (OSError, ValueError):
+        return ""
 
 
 def _check_chats(folder: Path, before: dict[str, Any], now: dict[str, Any], allow_change: Sequence[str]) -> None:
@@ -443,7 +470,12 @@ def _tell(say: Callable[[str], None], text: str) -> None:
     sys.stdout.flush()
 
 # %% ../nbs/08_training.ipynb #e9210acc
-def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> dict[str, Any]:
+def _fingerprints(splits: Splits) -> dict[str, str]:
+    "Of the chats of each set."
+    return {name: fingerprint(chats) for name, chats in splits._asdict().items()}
+
+
+def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks: dict[str, str]) -> dict[str, Any]:
     "What is known of a run before its first step."
     ends = {ready.tokenizer.eos_token_id, end_of_turn_id(ready.tokenizer, config.chat_template_kwargs)}
     return {
@@ -452,7 +484,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready) -> di
         "hardware": str(hardware(config.use_cpu)),
         "versions": _versions(),
         "seed": config.seed,
-        "data": {name: _data_facts(chats, ready.rows.get(name), ends) for name, chats in splits._asdict().items()},
+        "data": {name: _data_facts(chats, ready.rows.get(name), ends, marks[name]) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
         "template": ready.template,
         "preflight": ready.preflight,
@@ -585,6 +617,8 @@ def _fit(
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         about = made_of(config, started)
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
+        if trainer.far:
+            _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint is made on a disk of this machine, copied there as one file, read back and compared.")
         trainer.on_less = partial(_note_less, started, folder, say)
         trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):
@@ -611,12 +645,12 @@ def _counts_so_far(folder: Path) -> dict[str, int]:
     return {name: last[name] for name in names if name in last}
 
 
-def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int) -> None:
-    "Tells and records that a step did not fit, so that the run also goes on with what did."
+def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int, what: str) -> None:
+    "Tells and records that something did not fit, so that the run also goes on with what did."
     before, started["max_tokens_at_once"] = started["max_tokens_at_once"], collator.max_tokens
     started.setdefault("out_of_memory", []).append({"step": step, "max_tokens_at_once": collator.max_tokens})
     write_facts(started, folder / "started.json")
-    _tell(say, f"Step {step} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follow. Its loss and gradient are the same.")
+    _tell(say, f"{what} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follows. Loss and gradient are the same.")
 
 # %% ../nbs/08_training.ipynb #9e47b9f8
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
@@ -660,7 +694,7 @@ def choose_packing(
     ways = ["tree"]
     if config.packing in IN_ROWS:
         ways = fastest_ways(model, largest_batch(rows, config, budget), total_steps(config, len(rows)))
-    report = check_packing(model, _telling_chats(rows), config.packing, tokenizer.pad_token_id, ways)
+    report = _compared(config, model, tokenizer, rows, ways)
     _tell(say, str(report))
     if report.mode != config.packing:
         budget = token_budget(replace(config, packing=report.mode), rows, shape)
@@ -697,12 +731,32 @@ def _plan_that_fits(config: FinetuneConfig, rows: Dataset, shape: torch.nn.Modul
     return asked + (f"By `estimate` this would need less: {'; '.join(map(str, advice))}." if advice else "Close what else uses the device, lower max_length, or take a smaller model.")
 
 
-def _telling_chats(rows: Dataset) -> list[dict[str, Any]]:
-    "Two chats that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    first = 0 if longest else min(1, len(rows) - 1)
+def _telling_chats(rows: Dataset, most: float = math.inf) -> list[dict[str, Any]]:
+    "Two chats of at most so many tokens that show whether packing is exact: the longest, which reaches farthest, and the first of the others."
+    lengths = {i: len(ids) for i, ids in enumerate(rows["input_ids"]) if len(ids) <= most}
+    longest = max(lengths, key=lengths.__getitem__)
+    first = next((i for i in lengths if i != longest), longest)
     return [rows[i] for i in dict.fromkeys((first, longest))]
+
+
+def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, ways: Sequence[str]) -> PackingReport:
+    "What `check_packing` says of two chats, of shorter ones where the longest do not fit into the memory as they are compared: whole blocks are kept then."
+    lengths = sorted(map(len, rows["input_ids"]))
+    most = lengths[-1]
+    while True:
+        try:
+            report = check_packing(model, _telling_chats(rows, most), config.packing, tokenizer.pad_token_id, ways)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            cut = {"memory": f"it did not suffice to compare the longest chats ({lengths[-1]:,} tokens); compared were chats of at most {most:,}"}
+            return report if most == lengths[-1] else replace(report, differences=report.differences | cut)
+        release_memory()
+        shorter = [n for n in lengths if n <= most // 2]
+        if len(shorter) < 2:
+            return PackingReport("single", {config.packing: "not compared: the memory does not suffice for two chats"})
+        most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
 def load_run(

@@ -228,7 +228,7 @@ def remove_whole(
     with suppress(OSError):
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(folder, gone)
-        os.unlink(gone) if gone.is_symlink() else shutil.rmtree(gone, ignore_errors=True)
+        os.unlink(gone) if gone.is_symlink() or gone.is_file() else shutil.rmtree(gone, ignore_errors=True)
 
 
 def clear_leftovers(
@@ -242,4 +242,4 @@ def clear_leftovers(
         else:
             shutil.rmtree(path, ignore_errors=True)
     for path in Path(parent).glob(".*.part"):
-        shutil.rmtree(path, ignore_errors=True)
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)

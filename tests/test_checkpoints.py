@@ -5,8 +5,10 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +58,19 @@ def undisturbed(tiny_model, tmp_path_factory, alone):
 
 def test_an_undisturbed_run_is_the_same_again(tiny_model, splits, tmp_path, undisturbed):
     assert crashing.to_the_end(crashing.config_of(tiny_model, tmp_path), splits, tmp_path / "log") == undisturbed[0]
+
+
+def test_two_fresh_processes_end_the_same_to_the_bit(tiny_model, tmp_path):
+    "With all that a run measures and chooses by itself; only the cache is shared."
+    script = "import sys, crashing, conftest; from finetune_nb.training import train; from pathlib import Path; "
+    script += "train(crashing.config_of(sys.argv[1], Path(sys.argv[2]), max_steps=6), conftest.some_splits()); print(crashing.Outcome.of(Path(sys.argv[2], 'run')))"
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    said = []
+    for seed in ("1", "2"):
+        here = os.environ | {"PYTHONHASHSEED": seed, "FINETUNE_NB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(places)}
+        done = subprocess.run([sys.executable, "-c", script, tiny_model, str(tmp_path / seed)], env=here, capture_output=True, text=True, check=True, cwd=tmp_path)
+        said.append(done.stdout.splitlines()[-1])
+    assert said[0] == said[1] and said[0].startswith("Outcome(adapter=")
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -233,6 +248,24 @@ def test_other_versions_chats_template_and_base_are_refused(folder, splits, monk
             resume(folder)
 
 
+def test_another_chat_template_is_shown(folder, tiny_model, tmp_path):
+    "Not only that it is another one: what is different, where a run goes on and where it is asked."
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    template = next(path for path in other.iterdir() if path.name == "chat_template.jinja")
+    template.write_text(template.read_text() + "\n{# \x1b[31m added #}")
+    save_config(replace(load_config(folder / "config.yaml"), model_name_or_path=str(other)), folder / "config.yaml")
+    with pytest.raises(TrainingError, match="chat_template: ") as caught:
+        resume(folder)
+    assert "\n--- in training\n+++ now\n" in str(caught.value) and "\n+{# \N{REPLACEMENT CHARACTER}[31m added #}" in str(caught.value)
+    resume(folder, allow_change=["chat_template"])
+    assert "added #}" in (folder / "chat_template.jinja").read_text(), "it goes on with that one"
+    template.write_text(template.read_text().replace("added #}", "changed #}"))
+    with pytest.warns(UserWarning, match="trained with another chat template than its base model has now") as told:
+        assert training.load_run(folder).model
+    assert "added #}" in str(told[-1].message) and "changed #}" in str(told[-1].message)
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_a_disk_that_fails_leaves_a_run_that_can_be_used(part, tiny_model, splits, tmp_path, undisturbed):
     "A fifth of the places each; `benchmarks/corruption_test.py` has more. What is told is told, and nothing is lost."
@@ -327,6 +360,61 @@ def test_a_process_that_is_told_to_end_saves_and_ends(tiny_model, splits, tmp_pa
     assert crashing.to_the_end(config, splits, log) == undisturbed[0]
 
 
+class Tell(TrainerCallback):
+    "Slow steps, of which a file tells; after the third it does something."
+
+    def __init__(self, path, then=lambda: None, pause=0.1):
+        self.path, self.then, self.pause = path, then, pause
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.path.write_text(str(state.global_step))
+        if state.global_step == 3:
+            self.then()
+        time.sleep(self.pause)
+
+
+def test_a_process_that_is_told_to_end_saves_the_run_in_its_thread(tiny_model, splits, tmp_path, undisturbed):
+    config, log = crashing.config_of(tiny_model, tmp_path), tmp_path / "log"
+
+    def work():
+        from finetune_nb.jobs import start_job
+
+        start_job(config, splits, True, callbacks=[Tell(tmp_path / "step", lambda: os.kill(os.getpid(), signal.SIGTERM))], questions=0)
+        time.sleep(600)
+
+    assert crashing.wait(crashing.start(work, log)) == -signal.SIGTERM, log.read_text()
+    step = (tmp_path / "step").read_text()
+    assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{step}" and int(step) < 12
+    assert crashing.to_the_end(config, splits, log) == undisturbed[0]
+
+
+def test_a_kernel_that_is_shut_down_saves_its_run(tiny_model, tmp_path):
+    "As Jupyter does it: a request, then SIGTERM, then SIGKILL."
+    from jupyter_client.manager import start_new_kernel
+
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = f"""
+import crashing, conftest, time
+from pathlib import Path
+from test_checkpoints import Tell
+from finetune_nb.jobs import start_job
+config = crashing.config_of({tiny_model!r}, Path({str(tmp_path)!r}))
+job = start_job(config, conftest.some_splits(), True, callbacks=[Tell(Path({str(tmp_path / "step")!r}), pause=1)], questions=0)
+while job.step < 3 and job.active:
+    time.sleep(0.05)
+"""
+    manager, client = start_new_kernel(env=os.environ | {"PYTHONPATH": os.pathsep.join(places)})
+    try:
+        assert client.execute_interactive(code, timeout=300, output_hook=lambda message: None)["content"]["status"] == "ok"
+        manager.shutdown_wait_time = 12  # SIGTERM comes after half of it; Jupyter has five, too few on a busy machine
+        manager.shutdown_kernel()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    step, folder = int((tmp_path / "step").read_text()), tmp_path / "run"
+    assert 3 <= step < 12 and newest_checkpoint(folder).name == f"checkpoint-{step}"
+
+
 def test_nothing_is_pickled_or_unpickled(folder, tiny_model, splits, tmp_path):
     "Over a run, a stop, and going on: no class is looked for by an unpickler, and no file holds a pickle."
     log = tmp_path / "log"
@@ -340,5 +428,5 @@ def test_nothing_is_pickled_or_unpickled(folder, tiny_model, splits, tmp_path):
 
     assert crashing.wait(crashing.start(work, log)) == 0, log.read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "log" != path]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".yaml", ".md", ".png", ""}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".yaml", ".md", ".png", ".jinja", ""}
     assert not [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")]

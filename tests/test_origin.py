@@ -153,7 +153,7 @@ def test_settings_that_are_none(text, model):
         check_model_files(model, "m")
 
 
-@pytest.mark.parametrize("name", ["../x", "./x", "/x", "~/x", "a/b/c", "a/../b", "a\\b", "a:b", "", "a b", "a\nb", "-a/b", "a/b--c", "ünï/x", "https://x/y", "a/.."])
+@pytest.mark.parametrize("name", ["../x", "./x", "/x", "~/x", "a/b/c", "a/../b", "a\\b", "a:b", "", "a b", "a\nb", "-a/b", "a/b--c", "a/b..c", "ünï/x", "https://x/y", "a/.."])
 def test_what_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not is_hub_name(name)

@@ -1,5 +1,6 @@
 """Packing changes nothing but the speed: many architectures, in float64, against one chat at a time by transformers itself."""
 
+import json
 import random
 
 import pytest
@@ -218,12 +219,14 @@ def test_chats_without_a_label_are_an_error_in_words(fastest):
     check_packing(model, [masked[0], chats[1]], fastest)
 
 
-def test_ways_are_measured_and_one_that_fails_is_left_out(monkeypatch):
+def test_ways_are_measured_and_one_that_fails_is_left_out(monkeypatch, tmp_path):
+    "And what was measured stays so: a choice that changes with the clock would change the last bits of a run."
     from finetune_nb import attention
     from finetune_nb.packing import fastest_ways
 
     model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()
     (row,) = pack(chats, 10**6)
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "one"))
     assert sorted(fastest_ways(model, row)) == ["masked", "tree"], "FlexAttention has no backward pass on a CPU"
     slow = attention._tree
 
@@ -233,7 +236,15 @@ def test_ways_are_measured_and_one_that_fails_is_left_out(monkeypatch):
         return slow(*args)
 
     monkeypatch.setitem(attention.WAYS, "tree", slower)
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "two"))
     assert fastest_ways(model, row)[0] == "masked"
+    monkeypatch.setitem(attention.WAYS, "tree", slow)
+    assert fastest_ways(model, row)[0] == "masked", "as it was"
+    (kept,) = tmp_path.glob("two/attention/*.json")
+    for damaged in ('["masked", "gone"]', "["):
+        kept.write_text(damaged)
+        assert sorted(fastest_ways(model, row)) == ["masked", "tree"] == sorted(json.loads(kept.read_text()))
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "three"))
 
     def broken(*args):
         raise RuntimeError("no such kernel")

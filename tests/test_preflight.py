@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -262,9 +263,10 @@ def able(embedded, chats):
 def test_the_embedded_model_learns_a_chat_by_heart_and_stops(able):
     before = {name: p.detach().clone() for name, p in able.model.named_parameters() if p.requires_grad}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    begun = time.process_time()
     report = fly(able)
     assert not report.findings and report.losses[-1] < module.BY_HEART and "stopped there" in report["one chat by heart"].found
-    assert report.seconds < 10, "measured: 3 to 4 s with one thread"
+    assert (time.process_time() - begun) / torch.get_num_threads() < 10, "of the processor, which a busy machine does not change; measured: 3 to 4 s with one thread"
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in able.model.named_parameters() if name in before)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
 

@@ -42,6 +42,26 @@ def test_a_run_folder_is_its_owners(quick, chats, generous):
 
 
 @posix
+@pytest.mark.trains
+def test_a_run_folder_is_its_owners_after_each_save(quick, chats, generous):
+    "Not only at the end, to which a run that is killed does not come."
+    from transformers import TrainerCallback
+
+    from finetune_nb.training import train
+
+    found = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            found.append(modes(Path(args.output_dir)))
+
+    run = train(quick, split_chats(chats, validation_size=0.2, test_size=0.0, seed=1), [Look()])
+    assert len(found) == 2 and {"history.jsonl", "config.yaml", "started.json"} < found[0].keys()
+    for seen in found:
+        assert not {name: oct(mode) for name, mode in seen.items() if mode != (0o700 if (run.folder / name).is_dir() else 0o600)}
+
+
+@posix
 def test_also_where_a_run_fails_and_before_it_begins(tmp_path, generous):
     config = FinetuneConfig(output_dir=str(tmp_path))
     with pytest.raises(ValueError), run_folder(config) as folder:
@@ -49,6 +69,18 @@ def test_also_where_a_run_fails_and_before_it_begins(tmp_path, generous):
         (folder / "history.jsonl").write_text("")
         raise ValueError
     assert set(modes(folder).values()) == {0o700, 0o600}
+
+
+@posix
+@pytest.mark.parametrize("name", ["mine", None])
+def test_a_folder_is_its_owners_from_the_first_instant(name, tmp_path, generous, monkeypatch):
+    "Before it is made private for good; and what is put aside of a run that failed is, too."
+    monkeypatch.setattr("finetune_nb.run_folder.make_private", lambda folder: None)
+    with pytest.raises(ValueError), run_folder(FinetuneConfig(output_dir=str(tmp_path), run_name=name)) as folder:
+        assert is_private(folder)
+        (folder / "failed.json").write_text("{}")
+        raise ValueError
+    assert is_private(tmp_path / ".failed") and (tmp_path / ".failed/failed.json").is_file()
 
 
 @posix
@@ -68,8 +100,11 @@ def test_links_are_not_followed_and_odd_mounts_do_no_harm(tmp_path, monkeypatch)
     (tmp_path / "other").write_text("a")
     (tmp_path / "other").chmod(0o644)
     (tmp_path / "run" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "run" / "own").write_text("a")
+    (tmp_path / "run").chmod(0o750)
+    assert not is_private(tmp_path / "run") and not is_private(tmp_path / "nowhere")
     make_private(tmp_path / "run")
-    assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o644
+    assert is_private(tmp_path / "run") and stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o644
 
     def refuse(*args, **kwargs):
         raise PermissionError("Operation not permitted")
@@ -115,6 +150,14 @@ def test_a_run_that_fails_writes_nothing_through_a_link(outside, tmp_path):
     assert not (tmp_path / "runs" / ".failed").is_symlink() and (tmp_path / "runs" / ".failed" / "config.yaml").is_file()
 
 
+def test_a_run_whose_folder_has_become_a_link_deletes_the_link(outside, tmp_path):
+    with pytest.raises(StoppedEarly), run_folder(FinetuneConfig(output_dir=str(tmp_path / "runs"), run_name="mine")) as folder:
+        folder.rename(tmp_path / "runs" / "moved")
+        folder.symlink_to(outside)
+        raise StoppedEarly("stopped")
+    assert not folder.is_symlink() and not folder.exists()
+
+
 def test_the_trash_is_no_link(outside, tmp_path):
     run = tmp_path / "runs" / "run-001"
     run.mkdir()
@@ -129,6 +172,11 @@ def test_the_trash_is_no_link(outside, tmp_path):
     trashed = trash_run(run)
     empty_trash(tmp_path / "runs", [trashed.name])
     assert not trashed.exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.yaml").write_text("")
+    trashed.symlink_to(tmp_path / "elsewhere")
+    empty_trash(tmp_path / "runs", [trashed.name])
+    assert not trashed.is_symlink() and (tmp_path / "elsewhere" / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".", ".x", "a\0b", "x" * 300, "CON", "nul.txt", "LPT1", "a.", "a ", "a\\b", "..\\x", "a\nb", "a\x1bb", "evil\u202egpj"])

@@ -19,8 +19,8 @@ from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits
 from finetune_nb.locks import LockError
 from finetune_nb.lora import add_lora, remove_lora
+from finetune_nb.memory import chat_losses
 from finetune_nb.models import load_model
-from finetune_nb.packing import chat_losses
 from finetune_nb.range_test import RangeTest, lr_range_test, make_bare
 from finetune_nb.runs import list_runs
 from finetune_nb.stop import Stop, TrainingError
