@@ -69,7 +69,7 @@ from finetune_nb.planning import (
     total_steps,
 )
 from .preflight import preflight
-from .processes import anyone, from_first, is_first, n_processes, said_by_all, together
+from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
 from .progress import Progress, clock_time, progress_to
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
@@ -289,6 +289,7 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
     with together():
         if is_first():
             validate_run_name(config)
+        _tell_processes(config, say)
         _check_parts(config)
         given, splits = splits is not None, splits or load_splits(config)
         ready = _prepare(config, splits, say, stop.check, base)
@@ -301,6 +302,17 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
                     save_chats(chats, folder / f"{name}.jsonl")
             save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
         return _run(config, folder, ready, _starting_facts(config, splits, ready), callbacks, stop, say)
+
+
+def _tell_processes(config: FinetuneConfig, say: Callable[[str], None]) -> None:
+    "How many chats a step has with several processes; or that a GPU is idle."
+    n, batch, steps = n_processes(), config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if n > 1:
+        parts = ", each with its part of the model" if config.fsdp else ""
+        _tell(say, f"{n} processes{parts}: a step learns from {n} × {batch} × {steps} = {n * batch * steps} chats.")
+    gpus = 0 if config.use_cpu else torch.cuda.device_count()
+    if idle := idle_gpus(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if n > 1 else 1):
+        _tell(say, idle)
 
 
 def _say_nothing(text: str) -> None:
