@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -27,8 +28,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .config import FinetuneConfig, FinetuneError, save_config
 from .processes import PeerError
-from .run_folder import validate_run_name
-from .training import Run, load_run
+
+if TYPE_CHECKING:
+    from finetune_nb.training import Run  # brings transformers, which a launcher does without
 
 # %% ../nbs/08g_launch.ipynb #803f8412
 CAUSES = ("user", "bug", "killed", "peer")  # the likeliest cause first
@@ -42,7 +44,7 @@ def keep_error(
     if not file or "FINETUNE_NB_LAUNCHED" not in os.environ:
         return False
     more = {"cause": cause_of(error), "py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
-    words = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {error}"
+    words = f"{type(error).__name__}: {error}" if cause_of(error) == "bug" else str(error)
     Path(file).write_text(json.dumps({"message": {"message": words, "extraInfo": more}}), encoding="utf-8")
     return True
 
@@ -51,10 +53,12 @@ def cause_of(
     error: BaseException,  # that ends a process
 ) -> str:
     "`user` for what the user can mend, `peer` for what comes of another process that is gone, else `bug`."
-    if isinstance(error, FinetuneError):
-        return "peer" if isinstance(error, PeerError) else "user"
+    if isinstance(error, PeerError) or isinstance(error, ConnectionError):
+        return "peer"
+    if isinstance(error, (FinetuneError, OSError, ModuleNotFoundError)):
+        return "user"
     signs = ("peer", "gloo", "nccl", "connection reset", "connection refused", "process group", "broken pipe")
-    lost = isinstance(error, (RuntimeError, ConnectionError)) and any(sign in str(error).lower() for sign in signs)
+    lost = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
     return "peer" if lost else "bug"
 
 # %% ../nbs/08g_launch.ipynb #219facfa
@@ -90,9 +94,10 @@ def _sentence(failures: dict[int, ProcessFailure], n: int) -> str:
         if _cause(failure) == "bug":
             print(said["extraInfo"]["py_callstack"], file=sys.stderr)
         return f"Process {rank} of {n}: {said['message']}"
-    name = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    if failure.exitcode >= 0:
+        return f"Process {rank} of {n} ended with exit code {failure.exitcode}; what it said about that stands above."
     why = " On Linux that is mostly the kernel, when memory ran out: lower max_tokens_at_once, or start fewer processes." if failure.exitcode == -signal.SIGKILL else ""
-    return f"Process {rank} of {n} was ended from outside ({name}).{why}"
+    return f"Process {rank} of {n} was ended from outside ({failure.signal_name()}).{why}"
 
 
 def _cause(failure: ProcessFailure) -> str:
@@ -114,8 +119,10 @@ class Started:
         "Asks it to end after this step, with a checkpoint."
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self) -> Run:
+    def wait(self) -> "Run":
         "The run when it has ended; raises `LaunchError` with its last words when it has failed."
+        from finetune_nb.training import load_run
+
         self.process.wait()
         if not (self.folder / "run.json").is_file():
             last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -128,6 +135,8 @@ def start_processes(
     n: int,  # processes on this machine
 ) -> Started:
     "Starts a training in `n` processes and returns at once; raises `TrainingError` when the name of the run is taken."
+    from finetune_nb.run_folder import validate_run_name
+
     config = config if config.run_name else replace(config, run_name=_free_name(Path(config.output_dir)))
     validate_run_name(config)
     folder = Path(config.output_dir) / config.run_name

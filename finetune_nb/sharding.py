@@ -6,6 +6,7 @@
 __all__ = ['blocks_of', 'shard', 'is_sharded', 'Handed', 'whole', 'part_like', 'own_parts', 'take_apart']
 
 # %% ../nbs/07cb_sharding.ipynb #bed9b920
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +35,14 @@ def shard(
     model: nn.Module,  # whole, on its device, with its adapter, which is that of the first process
 ) -> None:
     "Leaves each process its part of every weight. All must call it."
-    plain_head(model)  # looks once, while the model is whole
+    plain_head(inner_model(model))  # looks once, while the model is whole
     for p in (p for p in model.parameters() if p.requires_grad):
         p.data = broadcast(p.data)  # as DDP does
     mesh = init_device_mesh(inner_model(model).device.type, (n_processes(),))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into what it returns
 
 
 def is_sharded(
