@@ -65,6 +65,7 @@ from finetune_nb.planning import (
     peak_bytes,
     probe_fit,
     shape_of,
+    share_out,
     token_budget,
     total_steps,
 )
@@ -100,7 +101,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model and the tokenizer of a run, in 4 bits for QLoRA."
     dtype = dtype_of(config)
-    packed = nf4_config(dtype) if config.load_in_4bit else None
+    packed = nf4_config(dtype, config.fsdp and n_processes() > 1) if config.load_in_4bit else None
     return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say, config.revision)
 
 
@@ -700,8 +701,8 @@ def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], No
     collator = replace(collator, max_tokens=min(said_by_all(collator.max_tokens)))  # GPUs may have different room
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
     estimated = estimate(fitting, ready.rows["train"], math.nan, model=shape)
-    plan = estimated.corrected(probe)
-    _tell(say, f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
+    plan = share_out(estimated.corrected(probe), shape, config, n_processes(), len(ready.rows["train"]))
+    _tell(say, f"{probe} The training computes {plan.computed:,} tokens{' in each process' if n_processes() > 1 else ''}: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
     return collator, {
         "packing": collator.mode,
         "attention": collator.way,

@@ -101,7 +101,6 @@ def no_file(folder, config):
 def main(folder, model):
     said = {}
     train(choices(folder, model, "ddp", preflight=True), seventeen())
-    train(choices(folder, model, "fsdp", fsdp=True, gradient_checkpointing=True), seventeen())
     half_masked(choices(folder, model, "masked", **MASKED))
     said["stopped"] = stopped_and_on(folder, choices(folder, model, "stopped"))
     said["stopped in parts"] = stopped_and_on(folder, choices(folder, model, "parts", fsdp=True, gradient_checkpointing=True))
