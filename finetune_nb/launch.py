@@ -71,7 +71,8 @@ def run_processes(
     words: Sequence[str],  # of the command, after `python`
 ) -> None:
     "Runs them until all have ended; raises `LaunchError` where one fails, `SystemExit` when a signal came."
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     seconds = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // n, 1)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

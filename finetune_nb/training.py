@@ -285,7 +285,7 @@ def train(
 
 
 def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None) -> Run:
-    PartialState(cpu=config.use_cpu)  # joins the other processes, when torchrun or accelerate has started several
+    config = _join(config)
     say = say if is_first() else _say_nothing
     with together():
         if is_first():
@@ -303,6 +303,13 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
                     save_chats(chats, folder / f"{name}.jsonl")
             save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
         return _run(config, folder, ready, _starting_facts(config, splits, ready), callbacks, stop, say)
+
+
+def _join(config: FinetuneConfig) -> FinetuneConfig:
+    "Joins the other processes, when torchrun or accelerate has started several; what accelerate was told of FSDP becomes the setting."
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
+    PartialState(cpu=config.use_cpu)
+    return replace(config, fsdp=True) if sharded else config
 
 
 def _tell_processes(config: FinetuneConfig, say: Callable[[str], None]) -> None:
@@ -343,8 +350,7 @@ def resume(
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise TrainingError(f"{folder} is not the folder of a run that began training: config.yaml is missing.{runs_inside(folder)}")
-    config = load_config(folder / "config.yaml")
-    PartialState(cpu=config.use_cpu)
+    config = _join(load_config(folder / "config.yaml"))
     with _alone(), hold_run(folder):
         return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say if is_first() else _say_nothing, base, allow_change)
 
