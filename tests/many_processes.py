@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from conftest import some_chats
 from transformers import TrainerCallback
 
-from finetune_nb import sentinels, trainer, training
+from finetune_nb import cli, sentinels, trainer, training
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
 from finetune_nb.models import load_tokenizer
@@ -109,9 +110,10 @@ def main(folder, model):
             end(folder, choices(folder, model, name.replace(" ", "_")))
         except (FinetuneError, OSError) as error:
             said[name] = [type(error).__name__, str(error)]
+    with (folder / f"printed_{RANK}.txt").open("w") as file, redirect_stdout(file):
+        said["code"] = cli.main(["train", str(folder / "run.yaml"), "--no-evaluate"])  # the processes part at its end
     (folder / f"said_{RANK}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
-    training.PartialState().destroy_process_group()

@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
+from dataclasses import replace
 
 import many_processes
 import pytest
@@ -13,7 +12,9 @@ from conftest import ROOT, save_tiny
 from many_processes import MASKED, choices, half_masked, seventeen
 from safetensors.torch import load_file
 
+from finetune_nb.cli import main
 from finetune_nb.config import load_config, save_config
+from finetune_nb.data import save_chats
 from finetune_nb.launch import LaunchError, run_processes, skypilot_file, slurm_script
 from finetune_nb.processes import idle_gpus
 from finetune_nb.run_folder import read_facts, read_history
@@ -35,6 +36,8 @@ def many(tmp_path_factory):
     "A folder with the runs of two processes, and of one in `one`."
     folder = tmp_path_factory.mktemp("many")
     model = save_tiny(folder / "model")
+    command = choices(folder / "runs", model, None, max_steps=1, train_file=str(save_chats(seventeen().train, folder / "chats.jsonl")))
+    save_config(replace(command, per_device_train_batch_size=2), folder / "run.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         launch_two(patch, [many_processes.__file__, str(folder), model])
@@ -113,15 +116,17 @@ def test_what_one_process_sees_ends_all(many):
     assert not (many / "no_file").exists()
 
 
-def test_the_command_starts_processes(many, tmp_path):
-    from finetune_nb.data import save_chats
-
-    config = choices(tmp_path / "runs", str(many / "model"), None, max_steps=1, train_file=str(save_chats(seventeen().train, tmp_path / "chats.jsonl")))
-    save_config(config, tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "finetune_nb", "train", "run.yaml", "--num-processes", "2", "--no-evaluate"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout.count("kept in: ") == 1 and "a step learns from 2 × 4 × 2 = 16 chats" in done.stdout, done.stderr[-2000:]
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run-001"]
+def test_the_command_is_that_of_each_process(many, monkeypatch):
+    words = []
+    monkeypatch.setattr("finetune_nb.launch.run_processes", lambda n, command: words.append((n, command)))
+    for option in (["--num-processes", "2"], ["--num-processes=2"]):
+        assert main(["train", "run.yaml", *option, "--no-evaluate"]) == 0
+    assert words == [(2, ["-m", "finetune_nb", "train", "run.yaml", "--no-evaluate"])] * 2
+    assert main(["train", "run.yaml", "--num-processes", "all"]) == 2, "there is no GPU here"
+    assert said(many, "code") == [0, 0] and (many / "printed_1.txt").read_text() == ""
+    printed = (many / "printed_0.txt").read_text()
+    assert printed.count("kept in: ") == 1 and "a step learns from 2 × 2 × 2 = 8 chats" in printed
+    assert [path.name for path in (many / "runs").iterdir()] == ["run-001"]
 
 
 def test_the_cause_is_said_and_not_what_comes_of_it(monkeypatch):
