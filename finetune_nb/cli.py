@@ -65,10 +65,41 @@ def train_command(options: argparse.Namespace) -> None:
     from finetune_nb.training import train
 
     validate_score(options.score, config.answer_pattern)  # before the minutes of a training
-    run = train(config)
+    _show(train(config), options)
+
+
+def _show(run: Any, options: argparse.Namespace) -> None:
+    "Prints what came of a training and evaluates it: the first process alone, since the others have nothing to add."
+    from finetune_nb.processes import is_first, leave, n_processes
+
+    first, several = is_first(), n_processes() > 1
+    leave()
+    if not first:
+        return
     print(f"\n{run}", flush=True)
-    if run.test and not options.no_evaluate:
+    if run.config.fsdp and several:  # it may not fit on one GPU
+        print(f"\nThe model lay in parts. Evaluate it with: finetune_nb evaluate {run.folder}", flush=True)
+    elif run.test and not options.no_evaluate:
         _evaluate(run, score=options.score)
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    "A command without one of its options, which has a value."
+    kept = [word for word, before in zip(words, ["", *words], strict=False) if option not in (word, before)]
+    return [word for word in kept if not word.startswith(f"{option}=")]
+
+
+def _in_processes(n: str, words: list[str]) -> None:
+    "Runs the same command in several processes."
+    from finetune_nb.launch import run_processes
+
+    if n == "all":
+        from torch.cuda import device_count
+
+        n = device_count()
+    if int(n) < 1:
+        raise ConfigError("--num-processes all: there is no GPU here. Name a number of processes, or leave it out.")
+    run_processes(int(n), ["-m", "finetune_nb", *_without(words, "--num-processes")])
 
 
 def resume_command(options: argparse.Namespace) -> None:
@@ -78,10 +109,7 @@ def resume_command(options: argparse.Namespace) -> None:
 
     settings = Path(options.run) / "config.yaml"
     validate_score(options.score, load_config(settings).answer_pattern if settings.is_file() else None)
-    run = resume(options.run, allow_change=options.allow_change)
-    print(f"\n{run}", flush=True)
-    if run.test and not options.no_evaluate:
-        _evaluate(run, score=options.score)
+    _show(resume(options.run, allow_change=options.allow_change), options)
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -360,6 +388,17 @@ def _takes_run(commands: Any, name: str, command: Callable[[argparse.Namespace],
     return parser
 
 
+def _takes_processes(parser: argparse.ArgumentParser) -> None:
+    "Lets the user start several processes."
+    parser.add_argument("--num-processes", metavar="N", type=_count, help="start N processes, one for each GPU, or 'all' for as many as there are GPUs; a step then has N times the chats")
+
+
+def _count(text: str) -> str:
+    if text != "all" and not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; choose one from 1 to 1024, or all")
+    return text
+
+
 def _takes_score(parser: argparse.ArgumentParser) -> None:
     "Lets the user choose what a verdict rests on."
     parser.add_argument("--score", metavar="NAME", help="the figure that the verdict rests on, such as 'exact match' or 'token F1' (default: what the answer_pattern asks for, else the one that tells most)")
@@ -384,11 +423,13 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="a YAML file of settings, as `finetune_nb config` writes it")
     train.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="change settings for this run")
     train.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
+    _takes_processes(train)
     train.set_defaults(run_command=train_command)
 
     resumed = _takes_run(commands, "resume", resume_command, "go on with a run from its newest whole checkpoint, as if it had never stopped", "a run that was stopped, or whose process ended")
     resumed.add_argument("--allow-change", metavar="NAME", nargs="+", action="extend", default=[], help="what may be different from what the run began with: a setting, train_chats, torch, …")
     resumed.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
+    _takes_processes(resumed)
 
     evaluate = _takes_run(commands, "evaluate", evaluate_command, "base against tuned on held-out chats; writes report.html, report.md and report.json; with --data under a name of their own")
     evaluate.add_argument("--data", metavar="FILE", help="other chats than the run's own test set")
@@ -481,8 +522,32 @@ def main(
 
             for name in options.trust_remote_code:
                 trust_remote_code(name)
-        options.run_command(options)
+        if getattr(options, "num_processes", None):
+            _in_processes(options.num_processes, sys.argv[1:] if argv is None else argv)
+        else:
+            options.run_command(options)
     except (FinetuneError, OSError, ModuleNotFoundError) as error:
-        print(f"finetune_nb: {redacted(str(error))}", file=sys.stderr)
-        return 2
+        if "WORLD_SIZE" not in os.environ or _is_to_say(error):
+            print(f"finetune_nb: {redacted(str(error))}", file=sys.stderr, flush=True)
+        return _end(2)
+    except Exception as error:
+        if "WORLD_SIZE" in os.environ and not _is_to_say(error):
+            return _end(1)
+        raise
     return 0
+
+
+def _is_to_say(error: Exception) -> bool:
+    "Whether this process of several is to say what ended it: not when the launcher does, nor when the first one does."
+    from finetune_nb.launch import keep_error
+    from finetune_nb.processes import PeerError, is_first
+
+    return not keep_error(error) and (is_first() or not (isinstance(error, PeerError) or getattr(error, "told", False)))
+
+
+def _end(code: int) -> int:
+    "The exit code; one of several processes ends at once, without waiting for those that may be gone."
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)
+    return code

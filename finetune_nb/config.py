@@ -274,6 +274,7 @@ class FinetuneConfig:
     optim: str = setting("adamw_torch", choices=("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit"))  # optimizer: adamw_torch is the safe choice; paged_adamw_8bit saves memory on a GPU, and QLoRA there takes it in place of adamw_torch
     gradient_checkpointing: bool | None = setting(None)  # compute activations twice instead of keeping them: a third slower, far less memory; empty: only where the memory demands it, in as few blocks as it takes
     group_by_length: bool = setting(False)  # steps of chats of similar length; only of use where chats are filled up (packing "padded"), and a little less random
+    fsdp: bool = setting(False)  # with several processes: each GPU holds its part of the model (FSDP2) in place of all of it; far less memory, somewhat slower
     preflight: bool = setting(True)  # before the first step, look for what would spoil the run in silence, and learn one chat by heart: a few seconds; false is told and stands in the record of the run
 
     # --- looking, saving, stopping

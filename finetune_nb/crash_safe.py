@@ -25,6 +25,7 @@ from .lora import set_adapter_weights
 from .one_file import SUFFIX, save_one_file, scratch_of
 from .private import make_private
 from .run_folder import checkpoints
+from .sharding import part_like, take_apart, whole
 from .stop import TrainingError
 from .whole_folder import Part, remove_whole
 
@@ -62,17 +63,26 @@ class CrashSafeTrainer(Trainer):
 
     def _weights(self) -> dict[str, torch.Tensor]:
         "A copy of the adapter, on the CPU."
-        weights = get_peft_model_state_dict(self.accelerator.unwrap_model(self.model), save_embedding_layers=False)
+        model = self.accelerator.unwrap_model(self.model)
+        take_apart(model)
+        weights = whole(get_peft_model_state_dict(model, save_embedding_layers=False))
         return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights.items()}
 
     def _load_best_model(self) -> None:
         if self.state.best_global_step != self.state.global_step:  # else it is at hand
-            set_adapter_weights(self.accelerator.unwrap_model(self.model), self.best_weights, "the best adapter")
+            self._set_weights(self.accelerator.unwrap_model(self.model), self.best_weights, "the best adapter")
+
+    def _set_weights(self, model: Any, weights: dict[str, torch.Tensor], source: str) -> None:
+        "Puts an adapter into the model, which may lie in parts."
+        take_apart(model)
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        set_adapter_weights(model, {name: part_like(weight, own[name]) if name in own else weight for name, weight in weights.items()}, source)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        "Whole or not at all; sharded training (FSDP, DeepSpeed) writes as transformers does, and can't be gone on from yet."
+        "Whole or not at all; DeepSpeed, and FSDP other than by the setting `fsdp`, write as transformers does, and can't be gone on from."
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._save_checkpoint(model, trial)
+        at_hand = self._weights(), whole(self.optimizer.state_dict())
         place = scratch_of(self.args.output_dir) if self.far else Path(self.args.output_dir)
         target, main = place / f"checkpoint-{self.state.global_step}", self.args.should_save
         self.store_flos()
@@ -83,29 +93,29 @@ class CrashSafeTrainer(Trainer):
         except OSError as error:
             problem = error
         self.accelerator.wait_for_everyone()
-        problem = problem or self._write_parts(part or Part(target, make=False))
+        problem = problem or self._write_parts(part or Part(target, make=False), *at_hand)
         self.accelerator.wait_for_everyone()
         if main:
             self._finish(part, problem)
 
-    def _write_parts(self, part: Part) -> Exception | None:
+    def _write_parts(self, part: Part, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> Exception | None:
         "Each process writes where its random numbers stand, the main one all else; returns what went wrong."
         try:
             save_state(part, f"random-{self.args.process_index}", random_state())
             if self.args.should_save:
-                self._write_state(part)
+                self._write_state(part, weights, optimizer)
         except OSError as error:
             return error
         return None
 
-    def _write_state(self, part: Part) -> None:
+    def _write_state(self, part: Part, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        part.write("adapter_model.safetensors", to_safetensors(self._weights(), {"format": "pt"}))
+        part.write("adapter_model.safetensors", to_safetensors(weights, {"format": "pt"}))
         model.peft_config["default"].save_pretrained(part.folder)
         if self.best_weights and self.state.best_global_step != self.state.global_step:
             part.write("best.safetensors", to_safetensors(self.best_weights, {"format": "pt"}))
         scaler = self.accelerator.scaler
-        trained = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
+        trained = {"optimizer": optimizer, "scheduler": self.lr_scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
         losses = {"since_log": self._tr_loss, "total": self._total_loss_scalar, "logged_at": self._globalstep_last_logged}
         save_state(part, "training", trained | {"losses": losses, "rows_sha256": self.rows_sha256})
         self.state.stateful_callbacks = _states([*self.callback_handler.callbacks, self.control])
@@ -143,7 +153,7 @@ class CrashSafeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.checkpoint = Path(resume_from_checkpoint)
         weights = _adapter_in(self.checkpoint, "adapter_model.safetensors")
-        set_adapter_weights(model or self.model, weights, str(self.checkpoint))
+        self._set_weights(model or self.model, weights, str(self.checkpoint))
         best = (self.checkpoint / "best.safetensors").is_file()
         self.best_weights = _adapter_in(self.checkpoint, "best.safetensors") if best else weights
 
@@ -156,13 +166,19 @@ class CrashSafeTrainer(Trainer):
         self.rows_sha256 = state["rows_sha256"]
         self.add_callback(_PutLossesBack(self, state["losses"]))
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._in_parts(state["optimizer"]))
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.changed:
             self._take_new_settings(fresh, state["scheduler"]["last_epoch"])
         else:
             self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _in_parts(self, state: dict[str, Any]) -> dict[str, Any]:
+        "The state of the optimizer, each tensor as the weight that it is of."
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of = {i: {name: part_like(t, own[i]) if isinstance(t, torch.Tensor) else t for name, t in kept.items()} for i, kept in state["state"].items()}
+        return state | {"state": of}
 
     def _take_new_settings(self, fresh: list[dict[str, Any]], step: int) -> None:
         "A change that was allowed counts from here on, and is not undone by what the checkpoint says."
@@ -177,7 +193,9 @@ class CrashSafeTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(load_state(Path(checkpoint), f"random-{self.args.process_index}"))
+            index = self.args.process_index
+            new = "processes" in self.changed and not Path(checkpoint, f"random-{index}.json").is_file()  # a process more than there were
+            set_random_state(load_state(Path(checkpoint), f"random-{0 if new else index}"))
 
 
 def _states(callbacks: list[Any]) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def pack(
 
 def _rows_of(chats: Sequence[dict[str, Any]], max_tokens: int, share_prefixes: bool) -> list[list[Tokens]]:
     "Which chats lie in a row."
+    if not chats:
+        return []
     numbered = [(number, list(chat["input_ids"]), list(chat["labels"])) for number, chat in enumerate(chats)]
     numbered.sort(key=(lambda chat: chat[1]) if share_prefixes else (lambda chat: len(chat[1])))
     cost, size = (_new_tokens, _row_tokens) if share_prefixes else (_own_tokens, _sum_tokens)

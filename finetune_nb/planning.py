@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'OPTIMIZER', 'OPTIMIZER_BYTES', 'KEPT_PART', 'MOMENT', 'GAPS', 'PROCESS', 'REACHED', 'LIBRARIES',
-           'REMEDIES', 'shape_of', 'base_shape', 'weight_bytes', 'activation_bytes', 'alike_blocks', 'shorten',
-           'short_shape', 'gap_bytes', 'PlanError', 'Plan', 'CountedRows', 'largest_batch', 'available_bytes',
-           'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes', 'total_steps', 'flops_per_second',
-           'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops', 'advice_for', 'Probe', 'probe_fit']
+           'PUT_TOGETHER', 'DIVIDED', 'REMEDIES', 'shape_of', 'base_shape', 'weight_bytes', 'activation_bytes',
+           'alike_blocks', 'shorten', 'short_shape', 'gap_bytes', 'PlanError', 'Plan', 'CountedRows', 'largest_batch',
+           'available_bytes', 'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes', 'total_steps',
+           'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops', 'share_out',
+           'advice_for', 'Probe', 'probe_fit']
 
 # %% ../nbs/07_planning.ipynb #2957feca
 import math
+import os
 import random
 import sys
 import time
@@ -458,10 +460,11 @@ def _unlike(chats: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
 
 
 def available_bytes(use_cpu: bool = False) -> int:
-    "Memory that is free now: of the GPU, or of the machine together with what this process has already."
+    "Memory that is free now: of the GPU, or this process's part of what is free on the machine, together with what it has already."
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return int(min(psutil.virtual_memory().available + resident_bytes(), container_limits()[1]))
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a run that share this machine
+    return int(min(psutil.virtual_memory().available // n + resident_bytes(), container_limits()[1] / n))
 
 
 def resident_bytes() -> int:
@@ -598,6 +601,7 @@ def estimate(
     available: int | None = None,  # bytes; None: what is free now
     advise: bool = True,  # look for settings that make it fit
     model: nn.Module | None = None,  # of `shape_of`, when it is at hand
+    processes: int = 1,  # that share the steps, each on a device like this one
 ) -> Plan:
     "What the run will cost, without loading a weight. Memory on a CPU counts the whole process. Raises `PlanError`, `ModelError` or `AdapterError`."
     if len(rows) == 0:
@@ -622,6 +626,7 @@ def estimate(
     epochs = config.num_train_epochs if config.max_steps <= 0 else config.max_steps * _chats_a_step(config) / n
     seconds = epochs * flops / (speed * REACHED[inner_model(model).dtype])
     plan = Plan(parts, evaluation, merging, available, count.trainable, count.total, total_steps(config, n), round(epochs * tokens), round(epochs * computed), epochs * flops, seconds)
+    plan = share_out(plan, model, config, processes, n)
     return plan if plan.fits or not advise else replace(plan, advice=advice_for(config, rows, available))
 
 
@@ -661,6 +666,52 @@ def training_flops(
     frozen = sum(n * p.numel() for _, p, n in _weights(model) if id(p) not in outside and not p.requires_grad)
     trained = _parameters(model).trainable
     return computed * (4 * frozen + 6 * trained) + supervised * 4 * (head.weight.numel() if head is not None else 0)
+
+# %% ../nbs/07_planning.ipynb #539e91f0
+PUT_TOGETHER = "blocks put together"
+
+
+def share_out(
+    plan: Plan,  # for one process
+    model: nn.Module,  # of `shape_of`
+    config: FinetuneConfig,  # fsdp says whether the model is divided too
+    processes: int,  # that share the steps, each on a device like that of the plan
+    n_chats: int,  # of the training set
+    link: float = math.inf,  # bytes per second that reach each device from the others
+) -> Plan:
+    "What the run costs each of several processes."
+    if processes == 1:
+        return plan
+    parts, computed = dict(plan.parts), math.ceil(plan.computed / processes)
+    passes, sent = 2 * computed / max(_passes_of(config), 1), 4 * plan.trainable * (processes - 1) / processes  # for each step, the gradients of the adapter
+    seconds, steps = plan.seconds / processes, total_steps(config, n_chats, processes)
+    notes = [f"For each of {processes} processes."]
+    if config.fsdp:
+        weights, outside, block = parts["base weights"], *_outside_and_block(model, config.load_in_4bit)
+        parts |= {name: math.ceil(n / processes) for name, n in parts.items() if name in DIVIDED} | {PUT_TOGETHER: outside + 2 * block}
+        seconds += passes * weights * (processes - 1) / processes / link
+        notes.append(f"Before the first step each holds the whole model once: {weights / 2**30:.2f} GiB of weights.")
+    return replace(plan, parts=parts, seconds=seconds + 2 * steps * sent / link, steps=steps, computed=computed, tokens=math.ceil(plan.tokens / processes), notes=[*plan.notes, *notes])
+
+
+DIVIDED = ("base weights", "quantisation constants", "adapter and its gradients", OPTIMIZER)
+
+
+def _passes_of(config: FinetuneConfig) -> int:
+    "Tokens in a pass, as far as the configuration says; a fetch is counted for each."
+    return config.max_tokens_at_once or 4096
+
+
+def _outside_and_block(model: nn.Module, load_in_4bit: bool) -> tuple[int, int]:
+    "Bytes of what lies outside of the blocks, and of one block; all of it as one where the blocks are not known."
+    path, _ = alike_blocks(model)
+    whole = weight_bytes(model, load_in_4bit)
+    if not path:
+        return whole, 0
+    packed = _packed_weights(model) if load_in_4bit else {}
+    sizes = {name: (p.numel() // 2 if id(p) in packed else p.numel() * p.element_size(), n) for name, p, n in _weights(model) if "lora_" not in name}
+    inside = sum(size * n for name, (size, n) in sizes.items() if name.startswith(f"{path}."))
+    return whole - inside, sum(size for name, (size, _) in sizes.items() if name.startswith(f"{path}.1."))
 
 # %% ../nbs/07_planning.ipynb #10a085f5
 REMEDIES = (

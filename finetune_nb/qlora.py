@@ -19,10 +19,12 @@ from .models import ModelError
 # %% ../nbs/05_qlora.ipynb #b26e8a49
 def nf4_config(
     dtype: torch.dtype = torch.bfloat16,  # the precision in which unpacked weights are multiplied
+    in_parts: bool = False,  # whether several processes will each hold a part of the model (fsdp), which divides floating-point tensors alone
 ) -> BitsAndBytesConfig:
     "How transformers loads a base model for QLoRA: NF4, double quantisation. Raises `ModelError` where bitsandbytes is missing."
     _check_bitsandbytes()
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    kept = {"bnb_4bit_quant_storage": dtype} if in_parts else {}  # the same bits, under another name
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, **kept)
 
 
 def _check_bitsandbytes() -> None:
@@ -38,7 +40,8 @@ def optimizer_of(
     device: str,  # "cuda", "mps" or "cpu"
 ) -> str:
     "The optimizer of a run: QLoRA on a GPU takes the paged one in eight bits in place of adamw_torch, and what was asked for otherwise."
-    return "paged_adamw_8bit" if config.load_in_4bit and device == "cuda" and config.optim == "adamw_torch" else config.optim
+    paged = config.load_in_4bit and device == "cuda" and not config.fsdp  # it knows no weights in parts
+    return "paged_adamw_8bit" if paged and config.optim == "adamw_torch" else config.optim
 
 # %% ../nbs/05_qlora.ipynb #59fceb64
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from .config import FinetuneConfig, replacing, why_not_named
 from .locks import LockError, hold
 from .one_file import SUFFIX
 from .private import make_private, remove_tree
+from .processes import from_first, is_first, said_by_all
 from .redact import without_keys
 from .stop import StoppedEarly, TrainingError
 from .whole_folder import MANIFEST
@@ -116,7 +114,7 @@ def write_facts(
     path: Path,  # of a JSON file in its folder
 ) -> None:
     "The main process writes them, whole or not at all."
-    if PartialState().is_main_process:
+    if is_first():
         with replacing(path) as file:
             json.dump(without_keys(facts), file, indent=2)
 
@@ -142,7 +140,7 @@ def forget_after(
     checkpoint: Path | None,  # that it goes on from; None: from the start
 ) -> None:
     "Puts the history back to what it was at `checkpoint`, and leaves out later answers: what came after it is computed again."
-    if not PartialState().is_main_process:
+    if not is_first():
         return
     step = step_of(checkpoint) if checkpoint else -1
     points = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"] if checkpoint else []
@@ -160,19 +158,24 @@ def hold_run(
 ) -> Iterator[None]:
     "While inside, no other process goes on with the run of this folder; all processes of a run learn whether it is free."
     with ExitStack() as stack:
-        problem = [""]
-        if PartialState().is_main_process:
+        problem = ""
+        if is_first():
             try:
                 stack.enter_context(hold(folder))
             except LockError as error:
-                problem = [str(error)]
-        if (said := broadcast_object_list(problem)[0]):
+                problem = str(error)
+        if said := said_by_all(problem)[0]:
             raise TrainingError(said)
         try:
-            make_private(folder)
+            _make_private(folder)
             yield
         finally:
-            make_private(folder)  # what the libraries wrote, too
+            _make_private(folder)  # what the libraries wrote, too
+
+
+def _make_private(folder: Path) -> None:
+    if is_first():
+        make_private(folder)
 
 # %% ../nbs/07e_run_folder.ipynb #138aaee6
 @contextmanager
@@ -180,22 +183,25 @@ def run_folder(
     config: FinetuneConfig,  # output_dir and, perhaps, run_name
 ) -> Iterator[Path]:
     "A fresh folder for a run, held while it is at work; cleared away when the run fails before its first step."
-    first, made = PartialState().is_main_process, [None]
-    if first:
-        parent = Path(config.output_dir)
-        parent.mkdir(parents=True, exist_ok=True)
-        if config.run_name:
-            validate_run_name(config)
-            (parent / config.run_name).mkdir(mode=0o700)
-        made = [str(parent / config.run_name if config.run_name else _next_free(parent))]
-    folder = Path(broadcast_object_list(made)[0])
+    folder = Path(from_first(lambda: _made(config)))
     try:
         with hold_run(folder):
             yield folder
     except BaseException as error:
-        if first and (isinstance(error, StoppedEarly) or not (folder / "history.jsonl").exists()):
+        if is_first() and (isinstance(error, StoppedEarly) or not (folder / "history.jsonl").exists()):
             _clear_away(folder)
         raise
+
+
+def _made(config: FinetuneConfig) -> str:
+    "Makes the folder."
+    parent = Path(config.output_dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    if not config.run_name:
+        return str(_next_free(parent))
+    validate_run_name(config)
+    (parent / config.run_name).mkdir(mode=0o700)
+    return str(parent / config.run_name)
 
 
 def _clear_away(folder: Path) -> None:

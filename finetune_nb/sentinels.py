@@ -17,6 +17,8 @@ import torch
 
 from .losses import inner_model, mixed_precision, token_losses
 from .packing import PackingCollator
+from .processes import anyone, said_by_all
+from .sharding import is_sharded, own_parts, take_apart
 from .stop import TrainingError
 
 # %% ../nbs/07fa_sentinels.ipynb #f1a20d2b
@@ -104,8 +106,11 @@ def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
 def base_sums(
     model: torch.nn.Module,  # with its adapter
 ) -> dict[str, int]:
-    "For each frozen tensor the sum of its bits, taken as whole numbers of 64 bits."
-    sums = {name: _sum_of_bits(p.data) for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
+    "For each frozen tensor the sum of its bits, taken as whole numbers of 64 bits, or of this process's part of it."
+    model = getattr(model, "module", model)  # the same names with and without a wrapper
+    take_apart(model)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
+    sums = {name: _sum_of_bits(own_parts([p])[0]) for name, p in frozen.items()}
     by_device: dict[Any, list[str]] = {}
     for name, n in sums.items():
         by_device.setdefault(n.device, []).append(name)
@@ -170,7 +175,7 @@ class Sentinels:
             self._no_gradient(step, loss)
         self.in_a_row = {name: n if name in self._seen(loss, norm) else 0 for name, n in self.in_a_row.items()}
         if not self.moved and norm and math.isfinite(norm) and step.learning_rate > 0:
-            self.before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+            self.before = {name: part.to("cpu", copy=True) for name, part in _trained_parts(model).items()}
 
     def after_step(self, model: torch.nn.Module, number: int, skipped: bool) -> None:
         "When the optimizer has taken its step, or has left it out; called again for the same step, it does nothing."
@@ -187,13 +192,13 @@ class Sentinels:
 
     def check_weights(self, model: torch.nn.Module, number: int) -> None:
         "Before the adapter is saved or looked at: every weight in it is a number."
-        if not are_finite([p for p in model.parameters() if p.requires_grad]):
+        if anyone(not _all_finite(model)):
             raise self._bad_weights(model, number)
 
     def check_base(self, model: torch.nn.Module, number: int) -> None:
         "The base model is what it was before the first step."
         now = base_sums(model) if self.base else {}
-        changed = [name for name, n in now.items() if self.base.get(name, n) != n]
+        changed = _in_all([name for name, n in now.items() if self.base.get(name, n) != n])
         if changed:
             raise ChangedBaseError(
                 f"By step {number} the weights of the base model had changed: {_first(changed, 4)}. "
@@ -252,7 +257,7 @@ class Sentinels:
     def _compare(self, model: torch.nn.Module, number: int) -> None:
         "Whether the first step that had a gradient and a learning rate changed the adapter."
         before, self.before, self.moved = self.before, None, True
-        if all(torch.equal(p.detach().cpu(), before[name]) for name, p in model.named_parameters() if name in before):
+        if not anyone(any(not torch.equal(part.cpu(), before[name]) for name, part in _trained_parts(model).items())):
             raise UnchangedAdapterError(
                 f"Step {number} had a gradient and a learning rate, and yet no number of the adapter changed. "
                 "The optimizer has other parameters than the model, or steps are rounded away: train the adapter in float32, as add_lora does, "
@@ -261,7 +266,7 @@ class Sentinels:
             )
 
     def _bad_weights(self, model: torch.nn.Module, number: int) -> NonFiniteError:
-        names = [name for name, p in model.named_parameters() if p.requires_grad and not are_finite([p])]
+        names = _in_all([name for name, part in _trained_parts(model).items() if not are_finite([part])])
         return NonFiniteError(
             f"After step {number} the adapter has weights that are no numbers: {_first(names, 3)}. It is not saved. "
             "Lower learning_rate or raise warmup_ratio; look for a callback or hook that writes into the adapter.",
@@ -270,17 +275,42 @@ class Sentinels:
 
     def _non_finite(self, model: torch.nn.Module, step: Step, loss: float, norm: float) -> NonFiniteError:
         what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient became {norm}"
-        if are_finite([p for p in model.parameters() if p.requires_grad]):
-            alone = [place_of(step.chats[i], i) for i in non_finite_chats(model, step.chats, step.collator)]
-            why = "None of them does so alone, without dropout: the steps are too large, or something else than the chats does it." if not alone else (
-                "Each of them does so alone: it lies in the base model or its precision." if len(alone) == len(step.chats) > 1 else f"Computed alone, it comes from {_first(alone, 8)}: look at it first.")  # fmt: skip
-        else:
-            why = "The adapter itself has weights that are no numbers since an earlier step."
         return NonFiniteError(
             f"{what} at step {step.number}. Lower learning_rate ({step.rates}) or raise warmup_ratio; with fp16, try bf16 hardware or bf16=False. "
-            f"{why} The step was not taken. Its chats: {step.places()}.",
+            f"{self._why_non_finite(model, step)} The step was not taken. Its chats: {'; '.join(_in_all([step.places()]))}.",
             step.number, loss=loss, grad_norm=norm,
         )  # fmt: skip
+
+
+    def _why_non_finite(self, model: torch.nn.Module, step: Step) -> str:
+        "Which chats of the step, in whichever process, do it."
+        model = getattr(model, "module", model)  # DDP would wait for other processes at each pass
+        if anyone(not _all_finite(model)):
+            return "The adapter itself has weights that are no numbers since an earlier step."
+        if is_sharded(model):
+            return "Which chat it comes from is not looked for, since no process has the whole model."
+        alone = _in_all([place_of(step.chats[i], i) for i in non_finite_chats(model, step.chats, step.collator)])
+        if not alone:
+            return "None of them does so alone, without dropout: the steps are too large, or something else than the chats does it."
+        if len(alone) == sum(said_by_all(len(step.chats))) > 1:
+            return "Each of them does so alone: it lies in the base model or its precision."
+        return f"Computed alone, it comes from {_first(alone, 8)}: look at it first."
+
+
+def _trained_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "What is trained, as far as this process has it."
+    model = getattr(model, "module", model)
+    take_apart(model)
+    return {name: own_parts([p])[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _all_finite(model: torch.nn.Module) -> bool:
+    return are_finite(list(_trained_parts(model).values()))
+
+
+def _in_all(words: list[str]) -> list[str]:
+    "What the processes say, each thing once."
+    return list(dict.fromkeys(word for said in said_by_all(words) for word in said))
 
 
 LOOK_AT_LABELS = "Look at show_labels(row, tokenizer): the answers must be green. Check train_on, the marks train: true and false in the data, and max_length."

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .config import FinetuneError
+from .processes import anyone, is_first
 
 # %% ../nbs/07d_stop.ipynb #d3094cb6
 class TrainingError(FinetuneError, RuntimeError):
@@ -36,7 +37,7 @@ class Stop(TrainerCallback):
 
     def check(self, goes_on: bool = False) -> None:
         "Between the stages of getting ready: raises `StoppedEarly` when the run is not wanted any more."
-        if self.wanted:
+        if self._heard():
             raise StoppedEarly(
                 "Stopped before it went on: nothing was lost, and it goes on from its last checkpoint."
                 if goes_on
@@ -47,8 +48,13 @@ class Stop(TrainerCallback):
         if state.global_step == 0:  # only the base model has been looked at
             self.check()
 
+    def _heard(self) -> bool:
+        "Whether this process, or another one of the run, is to stop; all ask at the same time."
+        self.wanted = anyone(self.wanted)
+        return self.wanted
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.wanted:
+        if self._heard():
             self.stopped_at, self.looks = state.global_step, control.should_evaluate
             control.should_training_stop = control.should_save = True
         return control
@@ -71,7 +77,8 @@ class Stop(TrainerCallback):
         def ask(number: int, frame: Any) -> None:
             self.wanted, self.terminated = True, self.terminated or number == signal.SIGTERM
             signal.signal(number, before[number] or signal.SIG_DFL)
-            print("\nStopping after this step; interrupt again to stop at once.", flush=True)
+            if is_first():
+                print("\nStopping after this step; interrupt again to stop at once.", flush=True)
 
         for number in before:
             signal.signal(number, ask)

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -67,11 +67,13 @@ from finetune_nb.planning import (
     peak_bytes,
     probe_fit,
     shape_of,
+    share_out,
     token_budget,
     total_steps,
 )
 from .preflight import preflight
-from .progress import Progress, clock_time
+from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
+from .progress import Progress, clock_time, progress_to
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
     append_line,
@@ -89,6 +91,7 @@ from finetune_nb.run_folder import (
     write_facts,
 )
 from .sentinels import ChangedBaseError, SentinelError, are_finite
+from .sharding import is_sharded, own_parts, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
 from .whole_folder import clear_leftovers, read_about, remove_whole, whole_folder
@@ -100,7 +103,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model and the tokenizer of a run, in 4 bits for QLoRA."
     dtype = dtype_of(config)
-    packed = nf4_config(dtype) if config.load_in_4bit else None
+    packed = nf4_config(dtype, config.fsdp and n_processes() > 1) if config.load_in_4bit else None
     return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say, config.revision)
 
 
@@ -139,6 +142,7 @@ class Run:
     facts: dict[str, Any]  # what was measured and seen: versions, hardware, data, times
     history: list[dict[str, float]] = field(repr=False)  # one row for each point of the curves
     loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = field(default=None, repr=False)  # the model in memory
+    trained: dict[str, torch.Tensor] | None = field(default=None, repr=False)  # its adapter, whole, when each process has but a part of the model
 
     @property
     def model(self) -> PeftModel:
@@ -152,7 +156,7 @@ class Run:
 
     def release(self) -> None:
         "Lets go of the model in memory; it is loaded from the folder when it is next asked for."
-        self.loaded = None
+        self.loaded = self.trained = None
         self.__dict__.pop("_pair", None)
         release_memory()
 
@@ -168,7 +172,7 @@ class Run:
 
     def save(self) -> None:
         "Writes the adapter, the loss curves and `run.json`; `train` and `resume` have done so, unless the disk was full or gone."
-        _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user")
+        _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user", parts=self.trained)
         if read_history(self.folder) != self.history:  # a line could not be written
             with replacing(self.folder / "history.jsonl") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.history)
@@ -285,21 +289,57 @@ def train(
 
 
 def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None) -> Run:
-    first = PartialState(cpu=config.use_cpu).is_main_process  # joins the other processes, when torchrun or accelerate has started several
-    if first:
-        validate_run_name(config)
-    given, splits = splits is not None, splits or load_splits(config)
-    ready = _prepare(config, splits, say, stop.check, base)
-    ready = ready._replace(preflight=_fly_ahead(config, splits, ready, say))
-    stop.check()
+    config = _join(config)
+    say = say if is_first() else _say_nothing
+    with together():
+        if is_first():
+            validate_run_name(config)
+        _tell_processes(config, say)
+        _check_parts(config)
+        given, splits = splits is not None, splits or load_splits(config)
+        ready = _prepare(config, splits, say, stop.check, base)
+        ready = ready._replace(preflight=from_first(lambda: _fly_ahead(config, splits, ready, say)))
+        stop.check()
     with run_folder(config) as folder:
-        if first:
+        if is_first():
             for name, chats in splits._asdict().items():
                 if chats and (given or name == "test"):
                     save_chats(chats, folder / f"{name}.jsonl")
             _keep_template(folder, ready.tokenizer)
             save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
         return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
+
+
+def _join(config: FinetuneConfig) -> FinetuneConfig:
+    "Joins the other processes, when torchrun or accelerate has started several; what accelerate was told of FSDP becomes the setting."
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
+    PartialState(cpu=config.use_cpu)
+    return replace(config, fsdp=True) if sharded else config
+
+
+def _tell_processes(config: FinetuneConfig, say: Callable[[str], None]) -> None:
+    "How many chats a step has with several processes; or that a GPU is idle."
+    n, batch, steps = n_processes(), config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if n > 1:
+        parts = ", each with its part of the model" if config.fsdp else ""
+        _tell(say, f"{n} processes{parts}: a step learns from {n} × {batch} × {steps} = {n * batch * steps} chats.")
+    gpus = 0 if config.use_cpu else torch.cuda.device_count()
+    if idle := idle_gpus(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if n > 1 else 1):
+        _tell(say, idle)
+
+
+def _say_nothing(text: str) -> None:
+    "The first process of a run says it."
+
+
+def _check_parts(config: FinetuneConfig) -> None:
+    "Raises `TrainingError` for what can't be trained in parts."
+    if not config.fsdp or n_processes() == 1:
+        return
+    if config.init_lora_weights == "pissa":
+        raise TrainingError('fsdp=True does not go with init_lora_weights="pissa", whose adapter is converted with the whole base model at the end. Take another one, or fsdp=False.')
+    if config.optim == "paged_adamw_8bit":
+        raise TrainingError('fsdp=True does not go with optim="paged_adamw_8bit", which knows no weights in parts. Take adamw_torch: it too is shared out.')
 
 # %% ../nbs/08_training.ipynb #d0a71884
 def resume(
@@ -315,48 +355,60 @@ def resume(
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise TrainingError(f"{folder} is not the folder of a run that began training: config.yaml is missing.{runs_inside(folder)}")
-    config = load_config(folder / "config.yaml")
-    PartialState(cpu=config.use_cpu)
+    config = _join(load_config(folder / "config.yaml"))
     with _alone(), hold_run(folder):
-        return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say, base, allow_change)
+        return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say if is_first() else _say_nothing, base, allow_change)
 
 
 def _go_on(
     config: FinetuneConfig, folder: Path, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None,
     allow_change: Sequence[str],
 ) -> Run:  # fmt: skip
-    if (ended := read_facts(folder)) and ended["ended_by"] != "the user":
-        raise TrainingError(why_not_on(folder, ended))
-    started = read_facts(folder, "started.json")
-    if PartialState().is_main_process:
-        clear_leftovers(folder)
-    PartialState().wait_for_everyone()
-    checkpoint = newest_checkpoint(folder, partial(_tell, say))
-    if checkpoint is None and checkpoints(folder):
-        raise TrainingError(f"{folder}: none of its checkpoints is whole, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
-    splits = splits or kept_sets(folder, config)
-    before = read_about(checkpoint) if checkpoint else made_of(config, started) if started else {}
-    marks = _fingerprints(splits)
-    _check_chats(folder, before, {f"{name}_chats": mark for name, mark in marks.items()}, allow_change)
-    ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
-    facts = _starting_facts(config, splits, ready, marks)
-    if not started:
-        started = facts
-    before.pop("step", None)
-    try:
-        changed = check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []
-    except TrainingError as error:
-        different = _other_template(folder, ready.tokenizer)
-        raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
-    if changed:
-        _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
-        if "chat_template" in changed and PartialState().is_main_process:
-            _keep_template(folder, ready.tokenizer)
-        same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
-        started |= same | {"changed": [*started.get("changed", []), {"step": step_of(checkpoint) if checkpoint else 0, "names": changed}]}
-    if checkpoint is None:
-        _tell(say, f"{folder} had not reached its first checkpoint.")
+    with together():
+        if (ended := read_facts(folder)) and ended["ended_by"] != "the user":
+            raise TrainingError(why_not_on(folder, ended))
+        started = read_facts(folder, "started.json")
+        found = from_first(lambda: clear_leftovers(folder) or str(newest_checkpoint(folder, partial(_tell, say)) or ""))
+        checkpoint = Path(found) if found else None
+        if checkpoint is None and checkpoints(folder):
+            raise TrainingError(f"{folder}: none of its checkpoints is whole, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
+        splits = splits or kept_sets(folder, config)
+        before = read_about(checkpoint) if checkpoint else made_of(config, started) if started else {}
+        marks = _fingerprints(splits)
+        _check_chats(folder, before, {f"{name}_chats": mark for name, mark in marks.items()}, allow_change)
+        ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
+        facts = _starting_facts(config, splits, ready, marks)
+        if not started:
+            started = facts
+        before.pop("step", None)
+        _check_step_size(before, config)
+        try:
+            changed = check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []
+        except TrainingError as error:
+            different = _other_template(folder, ready.tokenizer)
+            raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
+        if changed:
+            _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
+            if "chat_template" in changed and PartialState().is_main_process:
+                _keep_template(folder, ready.tokenizer)
+            same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
+            started |= same | {"changed": [*started.get("changed", []), {"step": step_of(checkpoint) if checkpoint else 0, "names": changed}]}
+        if checkpoint is None:
+            _tell(say, f"{folder} had not reached its first checkpoint.")
     return _run(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
+
+
+def _check_step_size(before: dict[str, Any], config: FinetuneConfig) -> None:
+    "Another number of processes goes on in the same steps only: the place in the data is counted in steps."
+    if not before:
+        return
+    now = {"processes": n_processes(), "per_device_train_batch_size": config.per_device_train_batch_size, "gradient_accumulation_steps": config.gradient_accumulation_steps}
+    was, is_now = math.prod(before[name] for name in now), math.prod(now.values())
+    if before["processes"] != now["processes"] and was != is_now:
+        raise TrainingError(
+            f"A step had {was} chats in {before['processes']} processes, and would have {is_now} in {now['processes']}: the place in the data would be another. "
+            f"Set gradient_accumulation_steps in config.yaml of the run so that their product with per_device_train_batch_size is {was} again, and allow both changes by name."
+        )
 
 
 def _keep_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -423,9 +475,11 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     model, tokenizer = load_base(config, say) if base is None else check_base(config, base)
     check()
     leaks = leak_report(splits)
-    odd = _show_checks(config, splits, model, tokenizer, leaks, say) if PartialState().is_main_process else []
+    odd = _show_checks(config, splits, model, tokenizer, leaks, say) if is_first() else []
     check()
-    rows = {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
+    with together():
+        rows = _all_tokenized(config, splits, tokenizer) if is_first() else {}
+    rows = rows or _all_tokenized(config, splits, tokenizer)  # the others find it in the cache
     check()
     tuned = add_lora(model, config)
     begin_with_data(tuned, rows["train"])
@@ -490,7 +544,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
         "preflight": ready.preflight,
         "dtype": str(ready.model.dtype).removeprefix("torch."),
         "device": hardware(config.use_cpu).device,
-        "processes": PartialState().num_processes,
+        "processes": n_processes(),
         "origin": origin_facts(config.model_name_or_path, config.revision),
         "marks": {"base": base_mark(config.model_name_or_path, config.revision)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
     }
@@ -508,21 +562,25 @@ def _run(
     changed: Sequence[str] = (),
 ) -> Run:
     "Trains, from the start or from `checkpoint`, and writes what comes of it."
-    if config.init_lora_weights == "pissa" and PartialState().is_main_process and not (folder / "initial").exists():
+    if config.init_lora_weights == "pissa" and is_first() and not (folder / "initial").exists():
         with whole_folder(folder / "initial") as part:
             _save_into(part.folder, ready.model)
     with failure_kept(folder, started), _last_good_kept(folder, ready.model):
         facts, history = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
-    facts["adapter_norm"] = adapter_norm(get_peft_model_state_dict(ready.model, save_embedding_layers=False))
-    run = Run(folder, config, facts, history, (ready.model.eval(), ready.tokenizer))
-    if PartialState().is_main_process:
+    trained, parts = _trained(ready.model), is_sharded(ready.model)
+    facts["adapter_norm"] = adapter_norm(trained)
+    run = Run(folder, config, facts, history, (ready.model.eval(), ready.tokenizer), trained if parts else None)
+    if is_first():
         try:
             run.save()
         except OSError as error:
+            parts = False  # so it stays in memory
             _tell(say, f"The run could not be written into {folder}: {error.strerror or error}. It is still in memory: make room, or bring the folder back, and call save() of the run.")
-    PartialState().wait_for_everyone()
+    said_by_all()  # all is written
+    if parts:
+        run.release()  # no process can use it alone; it is loaded whole when it is asked for
     if stop.terminated:
-        raise SystemExit(128 + signal.SIGTERM)  # all is written
+        raise SystemExit(128 + signal.SIGTERM)
     if config.init_lora_weights == "pissa":
         run.release()  # a part of the base weights is in this adapter, and switching it off would not bring the base model back; in the saved one it is not
     return run
@@ -534,25 +592,33 @@ def _last_good_kept(folder: Path, model: PeftModel) -> Iterator[None]:
     try:
         yield
     except SentinelError as error:
-        first, sound = PartialState().is_main_process, not isinstance(error, ChangedBaseError) and are_finite([p for p in model.parameters() if p.requires_grad])
+        take_apart(model)
+        sound = not isinstance(error, ChangedBaseError) and not anyone(not are_finite(own_parts([p for p in model.parameters() if p.requires_grad])))
+        first, parts = is_first(), _trained(model) if is_sharded(model) else None
         begun = len(read_history(folder)) > 0
         if first and (begun or error.row["step"]):
             with suppress(OSError):
                 append_line(folder / "history.jsonl", json.dumps(error.row) + "\n")
         if sound and first and error.row["step"] > 1:
-            _save_adapter(model, folder, keep_initial=True)
+            _save_adapter(model, folder, keep_initial=True, parts=parts)
             error.args = (f"{error} The adapter as it was before that is kept in the run's folder, in adapter.",)
         raise
 
 
-def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False) -> None:
+def _trained(model: PeftModel) -> dict[str, torch.Tensor]:
+    "What is trained, whole, by name; all processes must call it."
+    take_apart(model)
+    return whole({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False, parts: dict[str, torch.Tensor] | None = None) -> None:
     "Saves what is shipped; PiSSA has moved a part of the base weights into the adapter, and its adapter is saved as what was learned, of rank 2r."
     initial = folder / "initial"
-    first = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {}
+    first = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {"state_dict": parts} if parts else {}
     with whole_folder(folder / "adapter") as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _save_into(part.folder, model, **first)
-    if first and not keep_initial:  # a run that goes on needs it again
+    if initial.exists() and not keep_initial:  # a run that goes on needs it again
         remove_whole(initial)
 
 
@@ -574,6 +640,10 @@ def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: 
         if check.name != "control tokens in the data" or config.control_tokens == "raise":
             _tell(say, f"Chat template, {check}")
     return [asdict(check) for check in report.findings]
+
+
+def _all_tokenized(config: FinetuneConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+    return {name: _tokenized(config, chats, tokenizer) for name, chats in (("train", splits.train), ("validation", splits.validation)) if chats}
 
 
 def _tokenized(config: FinetuneConfig, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -601,17 +671,18 @@ def _fit(
         recompute_blocks(model, started["recomputed_blocks"])
         _tell(say, f"Going on from {checkpoint.name}." if checkpoint else "Beginning anew.")
     else:
-        collator, planned = _plan_batches(config, ready, say, stop.check)
-        started |= planned
-        write_facts(started, folder / "started.json")
-        check_room(folder, trainable_parameters(model).trainable, config.save_total_limit)
+        with together():
+            collator, planned = _plan_batches(config, ready, say, stop.check)
+            started |= planned
+            write_facts(started, folder / "started.json")
+            check_room(folder, trainable_parameters(model).trainable, config.save_total_limit)
     forget_after(folder, checkpoint)
     stop.check(goes_on=checkpoint is not None)
     before = read_facts(folder).get("seconds", 0.0)
     begun = time.monotonic()
     forget_peak()
-    steps = total_steps(config, len(rows["train"]), PartialState().num_processes)
-    with Progress("Training", steps) as progress, stop.on_interrupt():
+    steps = total_steps(config, len(rows["train"]), n_processes())
+    with _bar_of_first(), Progress("Training", steps) as progress, stop.on_interrupt():
         callbacks = [Watch(progress, folder / "history.jsonl"), stop, *callbacks]
         if look and config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
@@ -630,12 +701,17 @@ def _fit(
         "steps": state.global_step,
         "ended_by": "the plan" if state.global_step >= state.max_steps else "the user" if stop.wanted else "early stopping",
         "seconds": round(before + time.monotonic() - begun, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "peak_memory_gib": max(said_by_all(round(peak_memory_gib(), 3))),
         "best_step": state.best_global_step or state.global_step,
         "best_eval_loss": state.best_metric,
         "rows_sha256": trainer.rows_sha256,  # of the chats of all steps, in their order
         "counted_steps": trainer.sentinels.counts,
     }, [{"step": row["step"], **row} for row in state.log_history]
+
+
+def _bar_of_first() -> Any:
+    "While inside, one process shows progress."
+    return nullcontext() if is_first() else progress_to(lambda bar: None)
 
 
 def _counts_so_far(folder: Path) -> dict[str, int]:
@@ -656,22 +732,24 @@ def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None]
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
     "How the steps are computed, tried on the largest batch, and what that says of the run to come."
     shape = shape_of(config)
-    collator = choose_packing(config, ready.model, ready.tokenizer, ready.rows["train"], shape, say)
+    chosen = from_first(lambda: asdict(choose_packing(config, ready.model, ready.tokenizer, ready.rows["train"], shape, say)))
+    collator = PackingCollator(**chosen)
     check()
-    recomputed = blocks_to_recompute(config, ready.rows["train"], shape)
+    recomputed = max(said_by_all(blocks_to_recompute(config, ready.rows["train"], shape)))
     recompute_blocks(ready.model, recomputed)
     probe, collator = _probe(config, ready, collator, shape, say)
+    collator = replace(collator, max_tokens=min(said_by_all(collator.max_tokens)))  # GPUs may have different room
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
     estimated = estimate(fitting, ready.rows["train"], math.nan, model=shape)
-    plan = estimated.corrected(probe)
-    _tell(say, f"{probe} The training computes {plan.computed:,} tokens: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
+    plan = share_out(estimated.corrected(probe), shape, config, n_processes(), len(ready.rows["train"]))
+    _tell(say, f"{probe} The training computes {plan.computed:,} tokens{' in each process' if n_processes() > 1 else ''}: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
     return collator, {
         "packing": collator.mode,
         "attention": collator.way,
         "max_tokens_at_once": collator.max_tokens,
         "recomputed_blocks": recomputed,
         "planned": {
-            "steps": total_steps(config, len(ready.rows["train"]), PartialState().num_processes),
+            "steps": total_steps(config, len(ready.rows["train"]), n_processes()),
             "seconds": round(plan.seconds, 1),
             "peak_memory_gib": round(plan.bytes / 2**30, 3),
             "parts": plan.parts,

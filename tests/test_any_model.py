@@ -1,12 +1,8 @@
 """Architectures, settings and data out of the common way, from the plan to the run."""
 
 import importlib.util
-import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -32,7 +28,7 @@ from finetune_nb.losses import inner_model, mean_loss, token_losses
 from finetune_nb.models import ModelError, load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator, check_packing, pack
 from finetune_nb.planning import PlanError, estimate, largest_batch, shape_of
-from finetune_nb.training import _telling_chats, load_base, load_run, train
+from finetune_nb.training import _telling_chats, load_base, train
 
 TOKENS = dict(vocab_size=49152, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -57,32 +53,6 @@ def test_what_takes_no_row_of_chats_is_planned_and_trained_all_the_same(kind, ch
     run = train(config, Splits(chats[:16], chats[16:20], []))
     assert run.facts["packing"] == ("shared" if kind == "mixtral" else "padded")
     assert run.facts["planned"]["before_the_probe_gib"] > 0 and math.isfinite(run.facts["best_eval_loss"])
-
-
-def test_two_processes_make_one_run(quick, chats, tmp_path):
-    "As `torchrun` starts them: one folder, whole, and twice as many chats a step."
-    script = tmp_path / "script.py"
-    settings = {name: getattr(quick, name) for name in ("model_name_or_path", "bf16", "use_cpu", "learning_rate", "gradient_accumulation_steps", "logging_steps")}
-    script.write_text(
-        "import os\nfrom pathlib import Path\nfrom finetune_nb.config import FinetuneConfig\nfrom finetune_nb.data import Chat, Splits\nfrom finetune_nb.training import train\n"
-        f"config = FinetuneConfig(**{settings!r}, output_dir={str(tmp_path / 'runs')!r}, per_device_train_batch_size=2, num_train_epochs=2)\n"
-        f"chats = [Chat(messages, 'chat') for messages in {[chat.messages for chat in chats[:21]]!r}]\n"
-        "run = train(config, Splits(chats[:16], chats[16:], []))\n"
-        f"Path({str(tmp_path)!r}, 'said_' + os.environ['RANK']).write_text(f\"{{run.facts['best_eval_loss']}} {{run.folder}}\")\n"
-        "os._exit(0)\n"  # gloo's threads may still hold tensors when the interpreter goes down, and then abort: pytorch/pytorch#179291
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.randrange(20_000, 40_000)), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = [path.read_text() for path in tmp_path.glob("said_*")]
-    assert len(said) == 2 and said[0] == said[1], said
-    (folder,) = (tmp_path / "runs").iterdir()
-    run = load_run(folder)
-    assert run.facts["steps"] == 2 * 16 / (2 * 2) and json.loads((folder / "run.json").read_text()) == run.facts
-    from finetune_nb.chat_template import tokenize_chats
-
-    rows = list(tokenize_chats(chats[16:21], run.tokenizer))
-    assert mean_loss(run.model, PackingCollator("padded").batches(rows))[0] == pytest.approx(run.facts["best_eval_loss"], rel=1e-5), "no chat was counted twice"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

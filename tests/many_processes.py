@@ -1,0 +1,119 @@
+"""What each of two processes does for `test_many.py`: several trainings, one after the other; what came of them goes into files."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import some_chats
+from transformers import TrainerCallback
+
+from finetune_nb import cli, sentinels, trainer, training
+from finetune_nb.config import FinetuneConfig, FinetuneError
+from finetune_nb.data import Chat, Splits
+from finetune_nb.models import load_tokenizer
+from finetune_nb.stop import Stop
+from finetune_nb.training import resume, train
+
+RANK, N = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+training.fastest_ways = lambda *args: ["tree"]  # the last bit depends on it
+torch.set_num_threads(1)
+
+
+def choices(folder, model, name, a_step=8, **changes):
+    "One run, with steps of as many chats in however many processes."
+    settings = dict(bf16=False, use_cpu=True, num_train_epochs=2, learning_rate=5e-3, lora_dropout=0.0, logging_steps=1, gradient_accumulation_steps=2, max_tokens_at_once=64, preflight=False)
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, **changes}
+    settings["per_device_train_batch_size"] = a_step // settings["gradient_accumulation_steps"] // N
+    return FinetuneConfig(model_name_or_path=model, output_dir=str(folder), run_name=name, **settings)
+
+
+def seventeen():
+    "In steps of eight the last one of an epoch has a single chat, which one of two processes computes."
+    return Splits(some_chats()[:17], some_chats()[24:29], [])
+
+
+def half_masked(config):
+    "Every other chat has no label, which tokenize_chats would refuse; in steps of two, processes and whole steps go without."
+    made = training._all_tokenized
+
+    def without(*args):
+        rows = made(*args)
+        return rows | {"train": rows["train"].map(lambda row, i: row | {"labels": [-100] * len(row["labels"])} if i % 2 else row, with_indices=True)}
+
+    training._all_tokenized = without
+    try:
+        train(config, Splits(some_chats()[:10], some_chats()[24:29], []))
+    finally:
+        training._all_tokenized = made
+
+
+MASKED = dict(a_step=2, gradient_accumulation_steps=1, packing="padded", eval_strategy="no", num_train_epochs=1)
+
+
+class At(TrainerCallback):
+    "Does something after a step."
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+def stopped_and_on(folder, config):
+    "Stopped by one process; kept as it was then, and gone on with."
+    stop = Stop()
+    wish = At(1, lambda: setattr(stop, "wanted", True)) if RANK else At(0, None)
+    run = train(config, seventeen(), [wish], stop)
+    if RANK == 0:
+        shutil.copytree(run.folder, folder / f"{config.run_name}_kept")
+    training.said_by_all()
+    return run.facts["ended_by"], run.facts["steps"], resume(run.folder).facts["steps"]
+
+
+def no_number(folder, config):
+    "One chat has no loss; which process computes it, only the order tells."
+    splits, real = seventeen(), trainer.token_losses
+    asked = splits.train[9].messages
+    splits.train[9] = Chat([{**asked[0], "content": asked[0]["content"] + " zebra"}, *asked[1:]], "the zebra")
+    (zebra, *_) = load_tokenizer(config.model_name_or_path)(" zebra")["input_ids"]
+
+    def losses(model, batch):
+        return real(model, batch) * (float("nan") if (batch.input_ids == zebra).any() else 1.0)
+
+    trainer.token_losses = sentinels.token_losses = losses
+    try:
+        train(config, splits)
+    finally:
+        trainer.token_losses = sentinels.token_losses = real
+
+
+def no_file(folder, config):
+    "The second process does not find its chats."
+    train(config if RANK == 0 else replace(config, train_file=str(folder / "missing.jsonl")), seventeen() if RANK == 0 else None)
+
+
+def main(folder, model):
+    said = {}
+    train(choices(folder, model, "ddp", preflight=True), seventeen())
+    half_masked(choices(folder, model, "masked", **MASKED))
+    said["stopped"] = stopped_and_on(folder, choices(folder, model, "stopped"))
+    said["stopped in parts"] = stopped_and_on(folder, choices(folder, model, "parts", fsdp=True, gradient_checkpointing=True))
+    for name, end in (("no number", no_number), ("no file", no_file)):
+        try:
+            end(folder, choices(folder, model, name.replace(" ", "_")))
+        except (FinetuneError, OSError) as error:
+            said[name] = [type(error).__name__, str(error)]
+    with (folder / f"printed_{RANK}.txt").open("w") as file, redirect_stdout(file):
+        said["code"] = cli.main(["train", str(folder / "run.yaml"), "--no-evaluate"])  # the processes part at its end
+    (folder / f"said_{RANK}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

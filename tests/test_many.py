@@ -1,0 +1,157 @@
+"""Several processes make the run that one makes: the same curve, the same adapter, one writer, one end."""
+
+import json
+import math
+import shutil
+import subprocess
+from dataclasses import replace
+
+import many_processes
+import pytest
+from conftest import ROOT, save_tiny
+from many_processes import MASKED, choices, half_masked, seventeen
+from safetensors.torch import load_file
+
+from finetune_nb.cli import main
+from finetune_nb.config import load_config, save_config
+from finetune_nb.data import save_chats
+from finetune_nb.launch import LaunchError, run_processes, skypilot_file, slurm_script
+from finetune_nb.processes import idle_gpus
+from finetune_nb.run_folder import read_facts, read_history
+from finetune_nb.stop import TrainingError
+from finetune_nb.training import resume, train
+
+TIMES = ("eval_runtime", "tokens_per_second", "memory_gib", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+def launch_two(patch, words):
+    "As the command does it, which leaves its marks in the environment."
+    for name in ("FINETUNE_NB_LAUNCHED", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        patch.setenv(name, "1")
+    run_processes(2, words)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    "A folder with the runs of two processes, and of one in `one`."
+    folder = tmp_path_factory.mktemp("many")
+    model = save_tiny(folder / "model")
+    command = choices(folder / "runs", model, None, max_steps=1, train_file=str(save_chats(seventeen().train, folder / "chats.jsonl")))
+    save_config(replace(command, per_device_train_batch_size=2), folder / "run.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        launch_two(patch, [many_processes.__file__, str(folder), model])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune_nb.training.fastest_ways", lambda *args: ["tree"])
+        train(choices(folder / "one", model, "all"), seventeen())
+        half_masked(choices(folder / "one", model, "masked", **MASKED))
+        yield folder
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def points(folder):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_history(folder)]
+
+
+def assert_same(one, other, tolerance=1e-5):
+    first, second = points(one), points(other)
+    assert len(first) == len(second) and [row.keys() for row in first] == [row.keys() for row in second]
+    for a, b in zip(first, second, strict=True):
+        assert all(math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=1e-9) for name in a), (a, b)
+    first, second = adapter(one), adapter(other)
+    assert first.keys() == second.keys()
+    assert max(((first[name] - second[name]).norm() / first[name].norm()).item() for name in first) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["ddp", "stopped", "parts"])
+def test_two_processes_train_what_one_does(many, name):
+    "The last step of an epoch has a chat for one of them alone, and chats have different numbers of tokens to learn from; two were stopped and went on, one of them with a model in parts (FSDP2)."
+    assert_same(many / "one" / "all", many / name)
+    facts = read_facts(many / name)
+    assert facts["processes"] == 2 and facts["steps"] == facts["planned"]["steps"] == 6
+
+
+def test_a_process_without_labels_counts_for_nothing(many):
+    assert_same(many / "one" / "masked", many / "masked")
+    assert read_facts(many / "masked")["counted_steps"] == read_facts(many / "one" / "masked")["counted_steps"] != {}
+
+
+def said(folder, what):
+    return [json.loads((folder / f"said_{rank}.json").read_text())[what] for rank in (0, 1)]
+
+
+def test_a_stop_of_one_process_stops_all_and_the_run_goes_on_to_the_last_bit(many):
+    assert said(many, "stopped") == said(many, "stopped in parts") == [["the user", 2, 6]] * 2
+    assert points(many / "stopped") == points(many / "ddp") and not list(many.glob("*/.*.part"))
+    first, second = adapter(many / "stopped"), adapter(many / "ddp")
+    assert all(first[key].equal(second[key]) for key in first)
+    assert {path.name for path in (many / "parts_kept" / "checkpoint-2").iterdir()} == {path.name for path in (many / "stopped_kept" / "checkpoint-2").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["stopped", "parts"])
+def test_another_number_of_processes_goes_on_in_the_same_steps_only(many, tmp_path, name):
+    folder = shutil.copytree(many / f"{name}_kept", tmp_path / name)
+    with pytest.raises(TrainingError, match="A step had 8 chats in 2 processes, and would have 4 in 1"):
+        resume(folder)
+    config = load_config(folder / "config.yaml")
+    config.gradient_accumulation_steps = 4
+    save_config(config, folder / "config.yaml")
+    with pytest.raises(TrainingError, match=r'processes: 2, now 1(?s:.*)allow_change=\["gradient_accumulation_steps", "processes"\]'):
+        resume(folder)
+    lines = []
+    resume(folder, allow_change=["processes", "gradient_accumulation_steps"], say=lines.append)
+    assert "Different from here on, as allowed: gradient_accumulation_steps, processes." in lines
+    assert_same(many / "one" / "all", folder)
+
+
+def test_what_one_process_sees_ends_all(many):
+    (kind, words), (other, same) = said(many, "no number")
+    assert kind == other == "NonFiniteError" and "it comes from the zebra: look at it first" in words and "it comes from the zebra" in same
+    assert points(many / "no_number")[-1]["ended_by"] == "NonFiniteError"
+    heard, found = said(many, "no file")
+    assert found[0] == "FileNotFoundError" and heard[0] == "PeerError" and heard[1].startswith("Process 1 of 2 could not go on: ") and "missing.jsonl does not exist" in heard[1]
+    assert not (many / "no_file").exists()
+
+
+def test_the_command_is_that_of_each_process(many, monkeypatch):
+    words = []
+    monkeypatch.setattr("finetune_nb.launch.run_processes", lambda n, command: words.append((n, command)))
+    for option in (["--num-processes", "2"], ["--num-processes=2"]):
+        assert main(["train", "run.yaml", *option, "--no-evaluate"]) == 0
+    assert words == [(2, ["-m", "finetune_nb", "train", "run.yaml", "--no-evaluate"])] * 2
+    assert main(["train", "run.yaml", "--num-processes", "all"]) == 2, "there is no GPU here"
+    assert said(many, "code") == [0, 0] and (many / "printed_1.txt").read_text() == ""
+    printed = (many / "printed_0.txt").read_text()
+    assert printed.count("kept in: ") == 1 and "a step learns from 2 × 2 × 2 = 8 chats" in printed
+    assert [path.name for path in (many / "runs").iterdir()] == ["run-001"]
+
+
+def test_the_cause_is_said_and_not_what_comes_of_it(monkeypatch):
+    code = (
+        "import os, time\nfrom finetune_nb.config import FinetuneError\nfrom finetune_nb.launch import keep_error\n"
+        "if os.environ['RANK'] == '1':\n    keep_error(FinetuneError('there is no such column'))\n    time.sleep(9)\n"
+        "time.sleep(1)\nkeep_error(RuntimeError('Connection closed by peer'))\nos._exit(2)"
+    )
+    with pytest.raises(LaunchError, match="^Process 1 of 2: there is no such column$"):
+        launch_two(monkeypatch, ["-c", code])
+
+
+def test_an_idle_gpu_is_said():
+    assert idle_gpus(1, 1) == idle_gpus(0, 1) == idle_gpus(4, 4) == ""
+    assert idle_gpus(4, 2).startswith("2 of the 4 GPUs are idle") and "--num-processes 4" in idle_gpus(4, 2)
+
+
+def test_files_for_schedulers_are_quoted(tmp_path):
+    import yaml
+
+    script = slurm_script("it's; rm -r .yaml", gpus=2, machines=2)
+    (tmp_path / "job.sh").write_text(script)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")]).returncode == 0
+    heard = subprocess.run(["bash", "-c", 'srun() { printf "%s\\n" "$@"; }; scontrol() { echo node1; }; SLURM_JOB_NODELIST=x; ' + script], capture_output=True, text=True, check=True)
+    assert heard.stdout.splitlines()[-1] == "it's; rm -r .yaml" and "--rdzv-endpoint=node1:29500" in heard.stdout
+    assert yaml.safe_load(skypilot_file("run.yaml", gpus=4, machines=2))["resources"] == {"accelerators": "H100:4"}
+    with pytest.raises(LaunchError, match="letters, digits"):
+        slurm_script("run.yaml", name="x\n#SBATCH --wrap=rm")
