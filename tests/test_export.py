@@ -182,3 +182,116 @@ def test_servers_are_told_what_they_can_not_do():
     assert "DoRA" in check_servers({"r": 8, "use_dora": True})["vLLM"][0]
     assert "--max-lora-rank 64" in check_servers({"r": 8, "rank_pattern": {"q": 64}})["vLLM"][0]
     assert "biases" in check_servers({"r": 8, "bias": "all"})["llama.cpp"][0]
+
+
+def checked(run, path, **more):
+    from finetune_nb.verify import load_check, verify_export
+
+    check = verify_export(run, path, n=3, **more)
+    assert load_check(Path(path) if Path(path).is_dir() else Path(path).parent) == check
+    return check
+
+
+@pytest.mark.trains
+def test_exports_answer_as_what_was_evaluated_and_faults_are_told(quick):
+    run = trained(quick, modules_to_save=["lm_head"], learning_rate=2e-2)
+    adapter, merged = save_adapter(run).folder, merge_adapter(run, dtype="bfloat16").folder
+    assert checked(run, adapter).ok
+    check = checked(run, merged)
+    assert check.ok and check.format == "bfloat16" and check.same_prompts == 3 and "transformers" in check.loader
+    weights = load_file(merged / "model.safetensors")
+    base = load_file(Path(run.config.model_name_or_path) / "model.safetensors")
+    save_file(weights | {"lm_head.weight": base["lm_head.weight"].bfloat16()}, merged / "model.safetensors", {"format": "pt"})
+    (merged / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    check = checked(run, merged)
+    assert not check.ok and merged.is_dir() and check.headline().startswith("Do not ship it") and "prompts are other tokens" in check.headline() and "loss per token" in check.headline()
+
+
+def test_each_fault_alone_forbids_to_ship():
+    from dataclasses import replace as but
+
+    from finetune_nb.verify import ExportCheck, limits_of
+
+    good = ExportCheck("q8_0", "x", 16, 100, 1.0, 1.01, 0.99, 16, 12, 16, 16, limits_of("q8_0"))
+    assert good.ok
+    for fault in ({"loss_exported": 1.2}, {"loss_exported": 0.7}, {"loss_exported": float("nan")}, {"agreement": 0.8}, {"same_prompts": 15}, {"ended_exported": 3}):
+        assert not but(good, **fault).ok, fault
+    with pytest.raises(ExportError, match="no limits"):
+        limits_of("q2")
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = save_tiny(tmp_path_factory.mktemp("wide"), tie_word_embeddings=True)
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m"])
+def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
+    pytest.importorskip("gguf")
+    if kind == "q4_k_m":
+        pytest.importorskip("llama_cpp", reason="llama.cpp's own quantiser is not installed")
+    from finetune_nb.gguf_file import export_gguf, gguf_facts
+
+    run = trained(replace(quick, model_name_or_path=wide_model), target_modules="all-linear")
+    written = export_gguf(run, kind)
+    check = checked(run, written.path)
+    assert check.format == kind and check.same_prompts == 3 and abs(check.loss_exported - check.loss_evaluated) < 0.02, check
+    facts = gguf_facts(written.path)
+    assert facts["tokenizer.chat_template"] == run.tokenizer.chat_template and facts["tokenizer.ggml.eot_token_id"] == 2 and facts["tokenizer.ggml.padding_token_id"] == 2
+    assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
+
+
+SHAPES = {
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "llama": ("LlamaConfig", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
+    pytest.importorskip("gguf")
+    import transformers
+
+    from finetune_nb.fresh import Questions, ask_fresh
+    from finetune_nb.gguf_file import write_gguf
+
+    name, more = SHAPES[kind]
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **more))
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # biases and norms that do something
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model-f32.gguf", "f32", end_of_turn=2)
+    ids = list(range(100, 300))
+    asked = Questions([[{"role": "user", "content": "Why, in 2024?"}]], [None], [{"input_ids": ids, "labels": ids}], max_new_tokens=2)
+    folder, file = ask_fresh("merged", tmp_path / "model", asked), ask_fresh("gguf", tmp_path / "model-f32.gguf", asked)
+    assert file.prompts == folder.prompts and abs(file.losses[0] - folder.losses[0]) / 199 < 0.01, file.loader
+    assert sum(a == b for a, b in zip(file.likeliest[0], folder.likeliest[0], strict=True)) >= 195
+
+
+def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
+    from transformers import GemmaConfig, LlamaConfig
+
+    from finetune_nb.gguf_file import architecture_of, cutting_rule, tokens_of, validate_kind
+
+    pytest.importorskip("gguf")
+    with pytest.raises(ExportError, match="gemma is not written"):
+        architecture_of(GemmaConfig())
+    with pytest.raises(ExportError, match="Positions of the kind 'yarn'"):
+        architecture_of(LlamaConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}))
+    with pytest.raises(ExportError, match="cuts text"):
+        cutting_rule({"pre_tokenizer": {"type": "Metaspace"}})
+    with pytest.raises(ExportError, match="no kind of GGUF"):
+        validate_kind("iq1")
+    assert tokens_of(tokenizer, len(tokenizer))["tokens"][1] == "<|im_start|>"
