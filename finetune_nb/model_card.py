@@ -95,7 +95,7 @@ def _front(kind: str, base: str, license: str) -> str:
 
 def _measured(report: RunReport) -> str:
     "Verdict and figures with their intervals; no chat."
-    answers = [(asked, said) for asked, said in report.answers]
+    answers = [(asked, said.partition(" First: ")[0]) for asked, said in report.answers]  # what stands first is a place in the data
     figures = markdown_table(report.found.comparison.head, report.found.comparison.lines()) if report.found.comparison else "It was not evaluated on held-out chats."
     return "\n\n".join(["## What was measured", markdown_table(("", ""), answers), figures])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .adapter import ExportError
@@ -99,6 +99,6 @@ def _send(said: Upload, found: dict[str, bytes | Path], token: str | None, endpo
     try:
         api.create_repo(said.repo_id, private=said.private, exist_ok=True)
         commit = api.create_commit(said.repo_id, [CommitOperationAdd(name, what) for name, what in found.items()], commit_message="Add an export of finetune_nb")
-    except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        raise ExportError(f"{said.repo_id}: the hub did not take it ({redacted(str(error)).splitlines()[0][:300]}). Check the network, the name, and that you are logged in: hf auth login") from None
+    except Exception as error:  # of the hub, or of whatever it sends with
+        raise ExportError(f"{said.repo_id}: the hub did not take it ({next(iter(redacted(str(error)).splitlines()), type(error).__name__)[:300]}). Check the network, the name, and that you are logged in: hf auth login") from None
     return Upload(said.repo_id, said.private, said.files, str(commit.commit_url))
