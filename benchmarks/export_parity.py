@@ -7,6 +7,7 @@ files are unpacked by transformers, which the table says. The last rows are of a
 full-precision base model.
 """
 
+# ruff: noqa: E501
 import argparse
 import tempfile
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -232,7 +233,7 @@ def wide_model(tmp_path_factory):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_k_m"])
 def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     pytest.importorskip("gguf")
     if kind == "q4_k_m":
@@ -261,7 +262,7 @@ def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
     pytest.importorskip("gguf")
     import transformers
 
-    from finetune_nb.fresh import Questions, ask_fresh
+    from finetune_nb.fresh import Questions, ask_fresh, ask_llama_cpp, ask_transformers
     from finetune_nb.gguf_file import write_gguf
 
     name, more = SHAPES[kind]
@@ -275,7 +276,8 @@ def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
     write_gguf(tmp_path / "model", tmp_path / "model-f32.gguf", "f32", end_of_turn=2)
     ids = list(range(100, 300))
     asked = Questions([[{"role": "user", "content": "Why, in 2024?"}]], [None], [{"input_ids": ids, "labels": ids}], max_new_tokens=2)
-    folder, file = ask_fresh("merged", tmp_path / "model", asked), ask_fresh("gguf", tmp_path / "model-f32.gguf", asked)
+    folder = ask_transformers(model, tokenizer, asked)
+    file = ask_llama_cpp(tmp_path / "model-f32.gguf", asked, 1) if find_spec("llama_cpp") else ask_fresh("gguf", tmp_path / "model-f32.gguf", asked)
     assert file.prompts == folder.prompts and abs(file.losses[0] - folder.losses[0]) / 199 < 0.01, file.loader
     assert sum(a == b for a, b in zip(file.likeliest[0], folder.likeliest[0], strict=True)) >= 195
 
@@ -295,3 +297,69 @@ def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
     with pytest.raises(ExportError, match="no kind of GGUF"):
         validate_kind("iq1")
     assert tokens_of(tokenizer, len(tokenizer))["tokens"][1] == "<|im_start|>"
+
+
+@pytest.mark.trains
+def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick, capsys, monkeypatch):
+    from finetune_nb.cli import main
+    from finetune_nb.upload import upload_export
+
+    run = trained(quick, learning_rate=2e-2)
+    (run.folder / "test.jsonl").write_text("".join((run.folder / "test.jsonl").read_text().splitlines(True)[:2]))
+    assert main(["export", str(run.folder), "--formats", "merged", "--upload", "me/coder", "--data-license", "cc0-1.0"]) == 0
+    shown = capsys.readouterr().out
+    assert "ship" in shown and "Would go to me/coder (private)" in shown and "model.safetensors" in shown
+    folder = run.folder / "exports" / "merged"
+    card = (folder / "README.md").read_text()
+    assert "cc0-1.0" in card and "Ship it" in card and run.facts["data"]["train"]["sha256"] in card and "vllm serve" in card
+    private = [str(run.folder.parent), *(chat.prompt[-1]["content"] for chat in run.test), *(chat.answer for chat in run.test)]
+    assert not any(word in card for word in private)
+    assert not any(word.encode() in what for what in upload_bytes(folder).values() for word in private)
+    assert main(["export", str(run.folder), "--formats", "onnx"]) == 2 and "no format" in capsys.readouterr().err
+    for call in ({}, {"dry_run": False, "token": "none", "endpoint": "http://127.0.0.1:9"}):
+        if call:
+            with pytest.raises(ExportError, match="the hub did not take it"):
+                upload_export(folder, "me/coder", **call)
+    check = json.loads((folder / "export_check.json").read_text())
+    (folder / "export_check.json").write_text(json.dumps(check | {"agreement": 0.1}))
+    with pytest.raises(ExportError, match="Do not ship it"):
+        upload_export(folder, "me/coder")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match="not as it was exported"):
+        upload_export(folder, "me/coder", unchecked=True)
+
+
+def upload_bytes(folder):
+    from finetune_nb.upload import contents_of
+
+    found = {name: what if isinstance(what, bytes) else what.read_bytes() for name, what in contents_of(folder).items()}
+    return {name: what for name, what in found.items() if not name.endswith(".safetensors")}
+
+
+def test_nothing_that_is_no_part_of_an_export_goes(tmp_path):
+    from finetune_nb.upload import contents_of
+
+    (tmp_path / "config.json").write_text("{}")
+    assert list(contents_of(tmp_path)) == ["config.json"]
+    (tmp_path / "README.md").write_text("token: hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH")
+    with pytest.raises(ExportError, match="looks like a key"):
+        contents_of(tmp_path)
+    (tmp_path / "README.md").unlink()
+    for name in ("train.jsonl", "notes.txt", "optimizer.pt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ExportError, match=name):
+            contents_of(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("chat", [[("user", "Hi")], [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "  spaces \n\n and {{ braces }}")]], ids=len)
+def test_the_template_for_ollama_gives_the_very_prompt(tokenizer, chat):
+    from finetune_nb.modelfile import find_pieces, go_template
+
+    messages = [{"role": role, "content": content} for role, content in chat]
+    pieces = find_pieces(tokenizer, [messages])
+    assert pieces.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert go_template(pieces, tokenizer).startswith('{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system')
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    trimmed = find_pieces(tokenizer, [messages])
+    assert (trimmed is None) is (len(chat) > 1), "a template that trims is not the same for a chat with spaces"
