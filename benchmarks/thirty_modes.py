@@ -32,10 +32,13 @@ from finetune_nb import preflight as ahead  # noqa: E402
 from finetune_nb.chat_template import NO_LOSS, tokenize_chats  # noqa: E402
 from finetune_nb.config import FinetuneConfig, FinetuneError  # noqa: E402
 from finetune_nb.data import Chat, Splits, leak_report, load_chats  # noqa: E402
+from finetune_nb.fresh import ask_transformers  # noqa: E402
 from finetune_nb.memory import chat_losses  # noqa: E402
+from finetune_nb.merge import merge_adapter  # noqa: E402
 from finetune_nb.models import load_model  # noqa: E402
 from finetune_nb.packing import check_packing  # noqa: E402
 from finetune_nb.training import resume, train  # noqa: E402
+from finetune_nb.verify import ask_evaluated, compare_answers, limits_of, questions_of  # noqa: E402
 
 
 def chats_of(n: int = 40) -> list[Chat]:
@@ -218,9 +221,14 @@ def another_base(bench: Bench) -> str:
 
 
 def merged(bench: Bench) -> str:
-    import finetune_nb
-
-    return "not possible: nothing here merges an adapter" if not any("merge_adapter" in name or "merge_and" in name for name in finetune_nb.__all__) else ""
+    run = train(replace(bench.config, run_name="merged", max_steps=4, eval_strategy="no", modules_to_save=["lm_head"]), Splits(bench.chats[:16], [], []), say=lambda text: None)
+    asked = questions_of(run, bench.chats[:6], max_new_tokens=4)
+    before = ask_evaluated(run, asked)
+    model = AutoModelForCausalLM.from_pretrained(merge_adapter(run, dtype="bfloat16").folder, dtype=torch.float32)
+    for p in model.parameters():  # into 3 bits, and back
+        p.data = (p.data / p.data.abs().max() * 3).round() * p.data.abs().max() / 3
+    check = compare_answers("bfloat16", asked, before, ask_transformers(model, run.tokenizer, asked), limits_of("bfloat16"))
+    return "" if check.ok else f"warned: {check.headline()}"
 
 
 def in_train_mode(bench: Bench) -> str:
@@ -282,7 +290,7 @@ MODES = [
     Mode("a loss that is no number", "preflight: gradients; trainer.Watch", PLANTED, by_preflight(planted.not_a_number)),
     Mode("half of an adapter's keys", "lora.set_adapter_weights", "test_training.py: test_adapter_keys_that_do_not_match_raise", half_an_adapter),
     Mode("an adapter on another base", "training.Run", "test_thirty_modes.py", another_base),
-    Mode("merged into another precision", "nothing merges yet", "none", merged),
+    Mode("merged into another precision", "verify.compare_answers; merge.merge_adapter", "test_export.py: test_merged_is_what_peft_merges", merged),
     Mode("evaluated in training mode or with padding", "memory.chat_losses; evaluation", "test_evaluation.py: test_answers_and_losses_do_not_depend_on_the_batch", in_train_mode),
     Mode("test questions among the training chats", "data.leak_report", "test_data.py: test_leaks_of_every_kind_are_found", leaked),
     Mode("a stale cache of rows", "chat_template.tokenize_chats", "test_chat_template.py: test_the_cache_never_gives_what_is_out_of_date", stale_cache),

@@ -24,6 +24,14 @@ _WHERE = {
     "fitting": "measure_fitting",
     "report": "write_report",
     "baselines": "should_you_finetune add_tuned",
+    "adapter": "save_adapter",
+    "merge": "merge_adapter",
+    "gguf_file": "export_gguf",
+    "modelfile": "write_modelfile",
+    "verify": "verify_export",
+    "model_card": "write_model_card",
+    "upload": "upload_export",
+    "export": "export_run",
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)

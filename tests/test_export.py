@@ -1,0 +1,365 @@
+"""Exports: what was trained is what is shipped, to the bit where it can be, and refused where it can't."""
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny, some_splits
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetune_nb.adapter import ExportError, check_servers, save_adapter
+from finetune_nb.lora import ADAPTER_FILES, AdapterError
+from finetune_nb.merge import base_files, merge_adapter
+from finetune_nb.training import load_run, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def trained(config, **more):
+    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, **more), some_splits(), say=lambda line: None)
+    run.release()
+    return load_run(run.folder)
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+def logits(model, ids=(1, 4093, 198, 5, 77, 3000, 2)):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits
+
+
+def loaded(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 8},
+    "dora": {"use_dora": True, "target_modules": "all-linear"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "some blocks": {"layers_to_transform": [1]},
+    "every linear layer": {"target_modules": "all-linear", "lora_alpha": 7},
+    "trained norms": {"modules_to_save": ["norm"]},
+    "trained output layer": {"modules_to_save": ["lm_head"]},
+    "trained embedding": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", VARIANTS)
+def test_merged_is_what_peft_merges(quick, name):
+    run = trained(quick, **VARIANTS[name])
+    merged = merge_adapter(run)
+    ours = load_file(merged.folder / "model.safetensors")
+    evaluated = logits(run.model)
+    assert not torch.equal(evaluated, logits(loaded(run.config.model_name_or_path))), "nothing was learned, so nothing is tested"
+    theirs = run.model.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) <= 1e-6
+    assert (logits(loaded(merged.folder)) - evaluated).abs().max() < 1e-4
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_merged(quick, biased_model, bias):
+    run = trained(replace(quick, model_name_or_path=biased_model), bias=bias)
+    merged = merge_adapter(run)
+    assert merged.whole > 0
+    assert (logits(loaded(merged.folder)) - logits(run.model)).abs().max() < 1e-4
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}, {}], ids=str)
+def test_tied_embeddings_are_written_apart_when_one_was_trained(quick, tied_model, more):
+    run = trained(replace(quick, model_name_or_path=tied_model), **more)
+    merged = merge_adapter(run)
+    apart = bool(more)
+    assert json.loads((merged.folder / "config.json").read_text())["tie_word_embeddings"] is not apart
+    assert ("lm_head.weight" in load_file(merged.folder / "model.safetensors")) is apart
+    assert (logits(loaded(merged.folder)) - logits(run.model)).abs().max() < 1e-4
+
+
+@pytest.mark.trains
+def test_merged_carries_what_ends_an_answer_and_its_kind(quick, tmp_path):
+    folder = Path(save_tiny(tmp_path / "base"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0, "temperature": 0.6, "do_sample": True}))
+    weights = {key: value.bfloat16() for key, value in load_file(folder / "model.safetensors").items()}
+    weights["model.embed_tokens.weight"] = torch.cat([weights["model.embed_tokens.weight"], torch.zeros(16, 32, dtype=torch.bfloat16)])  # resized: more rows than tokens
+    weights["lm_head.weight"] = torch.cat([weights["lm_head.weight"], torch.zeros(16, 32, dtype=torch.bfloat16)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 16, "dtype": "bfloat16"}))
+    run = trained(replace(quick, model_name_or_path=str(folder)))
+    merged = merge_adapter(run)
+    said = json.loads((merged.folder / "generation_config.json").read_text())
+    assert said["eos_token_id"] == [0, 2] and said["temperature"] == 0.6 and said["pad_token_id"] == 2 and "<|im_end|>" in merged.notes[0]
+    assert merged.dtype == "bfloat16" and {value.dtype for value in load_file(merged.folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((merged.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (merged.folder / "chat_template.jinja").read_text() == run.tokenizer.chat_template
+    assert str(tmp_path) not in "".join(path.read_text() for path in merged.folder.glob("*.json"))
+    theirs = run.model.merge_and_unload().state_dict()
+    assert all(torch.equal(value, theirs[key].bfloat16()) for key, value in load_file(merged.folder / "model.safetensors").items())
+
+
+@pytest.mark.trains
+def test_shards_stay_those_of_the_base(quick, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = Path(save_tiny(tmp_path / "whole"))
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "cut", max_shard_size="4MB")
+    for path in whole.iterdir():
+        if path.name != "model.safetensors" and not (tmp_path / "cut" / path.name).exists():
+            (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
+    run = trained(replace(quick, model_name_or_path=str(tmp_path / "cut")), modules_to_save=["lm_head"])
+    merged = merge_adapter(run)
+    assert len(base_files(str(tmp_path / "cut")).shards) > 1
+    assert sorted(p.name for p in merged.folder.glob("*.safetensors")) == sorted(p.name for p in (tmp_path / "cut").glob("*.safetensors"))
+    assert (logits(loaded(merged.folder)) - logits(run.model)).abs().max() < 1e-4
+
+
+@pytest.mark.trains
+def test_what_can_not_be_merged_is_refused_and_leaves_nothing(quick, tiny_model, tmp_path):
+    run = trained(quick)
+    settings, weights = (run.folder / "adapter" / name for name in ADAPTER_FILES)
+    said, kept = json.loads(settings.read_text()), load_file(weights)
+    with pytest.raises(ExportError, match="bfloat16, or as its base"):
+        merge_adapter(run, dtype="int4")
+    settings.write_text(json.dumps(said | {"trainable_token_indices": [3]}))
+    with pytest.raises(ExportError, match="single tokens"):
+        merge_adapter(run)
+    settings.write_text(json.dumps(said))
+    save_file({key.replace("layers.1", "layers.7"): value for key, value in kept.items()}, weights)
+    with pytest.raises(ExportError, match="no place in the files"):
+        merge_adapter(run)
+    with pytest.raises(AdapterError, match="weights are missing"):
+        save_adapter(run)
+    save_file(kept | {next(iter(kept)): torch.full_like(kept[next(iter(kept))], torch.nan)}, weights)
+    with pytest.raises(ValueError, match="NaN"):
+        merge_adapter(run)
+    assert not list((run.folder / "exports").iterdir())
+
+
+@pytest.mark.trains
+def test_another_base_under_the_same_name_is_refused(quick, tmp_path):
+    folder = Path(save_tiny(tmp_path / "base"))
+    run = trained(replace(quick, model_name_or_path=str(folder)))
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    for ship in (merge_adapter, save_adapter):
+        with pytest.raises(AdapterError, match="another base model"):
+            ship(run)
+
+
+@pytest.mark.trains
+def test_saved_adapter_is_plain_peft_and_names_no_place_of_this_machine(quick, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    run = trained(quick, use_rslora=True, r=32)
+    saved = save_adapter(run)
+    plain = PeftModel.from_pretrained(loaded(run.config.model_name_or_path), saved.folder)
+    gap = (logits(plain) - logits(run.model)).abs().max().item()
+    assert gap < 1e-5
+    assert AutoTokenizer.from_pretrained(saved.folder).chat_template == run.tokenizer.chat_template
+    told = "".join(path.read_text() for path in saved.folder.iterdir() if path.suffix in (".json", ".jinja", ".md"))
+    assert str(Path(run.config.model_name_or_path).parent) not in told and run.facts["marks"]["base"] in told
+    with safe_open(saved.folder / ADAPTER_FILES[1], "pt") as file:
+        assert len(list(file.keys())) == saved.keys
+    assert "32" in saved.servers["vLLM"][0] and "rsLoRA" in saved.servers["llama.cpp"][0]
+
+
+def test_servers_are_told_what_they_can_not_do():
+    assert check_servers({"r": 16}) == {"vLLM": [], "llama.cpp": []}
+    assert "DoRA" in check_servers({"r": 8, "use_dora": True})["vLLM"][0]
+    assert "--max-lora-rank 64" in check_servers({"r": 8, "rank_pattern": {"q": 64}})["vLLM"][0]
+    assert "biases" in check_servers({"r": 8, "bias": "all"})["llama.cpp"][0]
+
+
+def checked(run, path, **more):
+    from finetune_nb.verify import load_check, verify_export
+
+    check = verify_export(run, path, n=3, **more)
+    assert load_check(Path(path) if Path(path).is_dir() else Path(path).parent) == check
+    return check
+
+
+@pytest.mark.trains
+def test_exports_answer_as_what_was_evaluated_and_faults_are_told(quick):
+    run = trained(quick, modules_to_save=["lm_head"], learning_rate=2e-2)
+    adapter, merged = save_adapter(run).folder, merge_adapter(run, dtype="bfloat16").folder
+    assert checked(run, adapter).ok
+    check = checked(run, merged)
+    assert check.ok and check.format == "bfloat16" and check.same_prompts == 3 and "transformers" in check.loader
+    weights = load_file(merged / "model.safetensors")
+    base = load_file(Path(run.config.model_name_or_path) / "model.safetensors")
+    save_file(weights | {"lm_head.weight": base["lm_head.weight"].bfloat16()}, merged / "model.safetensors", {"format": "pt"})
+    (merged / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    check = checked(run, merged)
+    assert not check.ok and merged.is_dir() and check.headline().startswith("Do not ship it") and "prompts are other tokens" in check.headline() and "loss per token" in check.headline()
+
+
+def test_each_fault_alone_forbids_to_ship():
+    from dataclasses import replace as but
+
+    from finetune_nb.verify import ExportCheck, limits_of
+
+    good = ExportCheck("q8_0", "x", 16, 100, 1.0, 1.01, 0.99, 16, 12, 16, 16, limits_of("q8_0"))
+    assert good.ok
+    for fault in ({"loss_exported": 1.2}, {"loss_exported": 0.7}, {"loss_exported": float("nan")}, {"agreement": 0.8}, {"same_prompts": 15}, {"ended_exported": 3}):
+        assert not but(good, **fault).ok, fault
+    with pytest.raises(ExportError, match="no limits"):
+        limits_of("q2")
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = save_tiny(tmp_path_factory.mktemp("wide"), tie_word_embeddings=True)
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_k_m"])
+def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
+    pytest.importorskip("gguf")
+    if kind == "q4_k_m":
+        pytest.importorskip("llama_cpp", reason="llama.cpp's own quantiser is not installed")
+    from finetune_nb.gguf_file import export_gguf, gguf_facts
+
+    run = trained(replace(quick, model_name_or_path=wide_model), target_modules="all-linear")
+    written = export_gguf(run, kind)
+    check = checked(run, written.path)
+    assert check.format == kind and check.same_prompts == 3 and abs(check.loss_exported - check.loss_evaluated) < 0.02, check
+    facts = gguf_facts(written.path)
+    assert facts["tokenizer.chat_template"] == run.tokenizer.chat_template and facts["tokenizer.ggml.eot_token_id"] == 2 and facts["tokenizer.ggml.padding_token_id"] == 2
+    assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
+
+
+SHAPES = {
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "llama": ("LlamaConfig", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
+    pytest.importorskip("gguf")
+    import transformers
+
+    from finetune_nb.fresh import Questions, ask_fresh, ask_llama_cpp, ask_transformers
+    from finetune_nb.gguf_file import write_gguf
+
+    name, more = SHAPES[kind]
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **more))
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # biases and norms that do something
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model-f32.gguf", "f32", end_of_turn=2)
+    ids = list(range(100, 300))
+    asked = Questions([[{"role": "user", "content": "Why, in 2024?"}]], [None], [{"input_ids": ids, "labels": ids}], max_new_tokens=2)
+    folder = ask_transformers(model, tokenizer, asked)
+    file = ask_llama_cpp(tmp_path / "model-f32.gguf", asked, 1) if find_spec("llama_cpp") else ask_fresh("gguf", tmp_path / "model-f32.gguf", asked)
+    assert file.prompts == folder.prompts and abs(file.losses[0] - folder.losses[0]) / 199 < 0.01, file.loader
+    assert sum(a == b for a, b in zip(file.likeliest[0], folder.likeliest[0], strict=True)) >= 195
+
+
+def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
+    from transformers import GemmaConfig, LlamaConfig
+
+    from finetune_nb.gguf_file import architecture_of, cutting_rule, tokens_of, validate_kind
+
+    pytest.importorskip("gguf")
+    with pytest.raises(ExportError, match="gemma is not written"):
+        architecture_of(GemmaConfig())
+    with pytest.raises(ExportError, match="Positions of the kind 'yarn'"):
+        architecture_of(LlamaConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}))
+    with pytest.raises(ExportError, match="cuts text"):
+        cutting_rule({"pre_tokenizer": {"type": "Metaspace"}})
+    with pytest.raises(ExportError, match="no kind of GGUF"):
+        validate_kind("iq1")
+    assert tokens_of(tokenizer, len(tokenizer))["tokens"][1] == "<|im_start|>"
+
+
+@pytest.mark.trains
+def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick, capsys, monkeypatch):
+    from finetune_nb.cli import main
+    from finetune_nb.upload import upload_export
+
+    run = trained(quick, learning_rate=2e-2)
+    (run.folder / "test.jsonl").write_text("".join((run.folder / "test.jsonl").read_text().splitlines(True)[:2]))
+    assert main(["export", str(run.folder), "--formats", "merged", "--upload", "me/coder", "--data-license", "cc0-1.0"]) == 0
+    shown = capsys.readouterr().out
+    assert "ship" in shown and "Would go to me/coder (private)" in shown and "model.safetensors" in shown
+    folder = run.folder / "exports" / "merged"
+    card = (folder / "README.md").read_text()
+    assert "cc0-1.0" in card and "Ship it" in card and run.facts["data"]["train"]["sha256"] in card and "vllm serve" in card
+    private = [str(run.folder.parent), *(chat.prompt[-1]["content"] for chat in run.test), *(chat.answer for chat in run.test)]
+    assert not any(word in card for word in private)
+    assert not any(word.encode() in what for what in upload_bytes(folder).values() for word in private)
+    assert main(["export", str(run.folder), "--formats", "onnx"]) == 2 and "no format" in capsys.readouterr().err
+    for call in ({}, {"dry_run": False, "token": "none", "endpoint": "http://127.0.0.1:9"}):
+        if call:
+            with pytest.raises(ExportError, match="the hub did not take it"):
+                upload_export(folder, "me/coder", **call)
+    check = json.loads((folder / "export_check.json").read_text())
+    (folder / "export_check.json").write_text(json.dumps(check | {"agreement": 0.1}))
+    with pytest.raises(ExportError, match="Do not ship it"):
+        upload_export(folder, "me/coder")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match="not as it was exported"):
+        upload_export(folder, "me/coder", unchecked=True)
+
+
+def upload_bytes(folder):
+    from finetune_nb.upload import contents_of
+
+    found = {name: what if isinstance(what, bytes) else what.read_bytes() for name, what in contents_of(folder).items()}
+    return {name: what for name, what in found.items() if not name.endswith(".safetensors")}
+
+
+def test_nothing_that_is_no_part_of_an_export_goes(tmp_path):
+    from finetune_nb.upload import contents_of
+
+    (tmp_path / "config.json").write_text("{}")
+    assert list(contents_of(tmp_path)) == ["config.json"]
+    (tmp_path / "README.md").write_text("token: hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH")
+    with pytest.raises(ExportError, match="looks like a key"):
+        contents_of(tmp_path)
+    (tmp_path / "README.md").unlink()
+    for name in ("train.jsonl", "notes.txt", "optimizer.pt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ExportError, match=name):
+            contents_of(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("chat", [[("user", "Hi")], [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "  spaces \n\n and {{ braces }}")]], ids=len)
+def test_the_template_for_ollama_gives_the_very_prompt(tokenizer, chat):
+    from finetune_nb.modelfile import find_pieces, go_template
+
+    messages = [{"role": role, "content": content} for role, content in chat]
+    pieces = find_pieces(tokenizer, [messages])
+    assert pieces.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert go_template(pieces, tokenizer).startswith('{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system')
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    trimmed = find_pieces(tokenizer, [messages])
+    assert (trimmed is None) is (len(chat) > 1), "a template that trims is not the same for a chat with spaces"
