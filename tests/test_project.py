@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = "private personal redact display config sandbox choices reading rows formats sources chats duplicates data_report answers quality data planted turns masks chat_template origin models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks progress stop whole_folder pictures run_folder checkpoints crash_safe sentinels memory trainer preflight training metrics labels range_test sweep checks kept scores tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report export controls data_view train_view compare_view runs_view panel cli".split()
+ORDER = "private personal redact display config sandbox choices reading rows formats sources chats duplicates data_report answers quality data planted turns masks chat_template origin models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks progress stop whole_folder pictures run_folder checkpoints crash_safe sentinels memory trainer preflight training metrics labels range_test sweep checks kept scores tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report export controls data_view train_view compare_view runs_view panel doctor completion cli".split()
 
 
 @pytest.fixture(scope="module")
