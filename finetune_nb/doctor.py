@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -54,7 +53,7 @@ class Checkup:
         order = ("error", "warning", "note", "ok")
         return [(f.level, f.subject, f.text + (f" → {f.remedy}" if f.remedy else "")) for f in sorted(self.findings, key=lambda f: order.index(f.level))]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(text_table(("", "what", "found"), self._rows()))
 
     def _repr_html_(self) -> str:
