@@ -4,11 +4,15 @@ import ast
 import builtins
 import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -115,12 +119,17 @@ def test_exported_functions_are_documented_and_typed():
                 assert node.returns and all(a.annotation for a in node.args.args), f"{path.stem}.{node.name} is not annotated"
 
 
-def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "A folder with the source archive and the wheel, which is made from it."
+    copy = tmp_path_factory.mktemp("package") / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "demo", "runs", "build", "*.egg-info", "__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(copy)]
-    subprocess.run(command, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy.parent), str(copy)], check=True, capture_output=True)
+    return copy.parent
+
+
+def test_wheel_carries_requirements_tutorials_and_types(built, settings):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
@@ -131,6 +140,47 @@ def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
     assert {re.match(r"[\w-]+", r)[0] for r in settings["requirements"].split()} <= required
     assert "Provides-Extra: qlora" in metadata and "nbdev==2.4.14; extra == \"dev\"" in metadata
     assert "finetune_nb = finetune_nb.cli:main" in scripts
+
+
+def test_the_source_archive_holds_all_that_is_in_the_repository(built, settings):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    made = {str(path.relative_to(ROOT)) for folder in ("nbs", "finetune_nb", "tests", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    kept = {name for name in made if not re.search(r"__pycache__|\.ipynb_checkpoints|/runs/|\.pyc$|\.rejected\.", name)}
+    assert not kept - names, sorted(kept - names)[:10]
+    assert {"settings.ini", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", "_quarto.yml", "nbs/12_cli.ipynb"} <= names
+    assert not [name for name in names if re.search(r"\.venv|^runs/|^demo/|\.pyc$", name)]
+
+
+def test_an_installation_is_whole(built, tmp_path):
+    "The wheel in an environment of its own, which finds the packages of this one and nothing of the checkout; see tests/installed.py."
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
+    python = tmp_path / "empty" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(next(built.glob("*.whl")))]
+    subprocess.run(install, check=True, capture_output=True, env=clean)
+    (packages / "others.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))  # only searched: what is editable there stays out
+    said = subprocess.run([str(python), str(ROOT / "tests/installed.py")], capture_output=True, text=True, cwd=tmp_path, env=clean)
+    assert "is whole" in said.stdout, said.stderr
+
+
+def test_workflows_may_do_no_more_than_they_need():
+    import yaml
+
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert flow["permissions"] == {"contents": "read"}, path.name
+        for name, job in flow["jobs"].items():
+            assert "uses" in job or job["timeout-minutes"] <= 60, (path.name, name)
+            more = {k for k, v in job.get("permissions", {}).items() if v == "write"}
+            assert more <= {"release.yml": {"id-token"}, "docs.yml": {"pages", "id-token"}}.get(path.name, set()) and (not more or "environment" in job), (path.name, name)
+            for step in job.get("steps", []):
+                assert "actions/checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False, (path.name, name)
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    assert release[True] == {"push": {"tags": ["v*"]}}, "YAML reads `on` as true"
+    assert set(release["jobs"]["publish"]["needs"]) == {"test", "package"} and not [s for s in release["jobs"]["publish"]["steps"] if "build" in s.get("run", "")]
 
 
 def test_ranges_accept_colab_and_the_newest(settings):
