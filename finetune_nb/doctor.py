@@ -338,7 +338,7 @@ def doctor(
     "What this machine can do, what is missing, and what to do about it; `ok` says whether a run can work."
     python = Finding("Python", "ok", f"{sys.version.split()[0]}, finetune_nb {_own_version()}")
     found = [python, *check_packages(needed())]
-    if any(f.level == "error" and f.subject != "torchao" for f in found):
+    if any(f.level == "error" and f.subject not in KNOWN_BAD for f in found):
         found.append(Finding("machine", "note", "not looked at while packages are missing", "install them, and ask again"))
         place = "terminal"
     else:
