@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from . import __version__
+import finetune_nb
 from .completion import SHELLS, to_completion
 from finetune_nb.config import (
     NICKNAMES,
@@ -496,7 +496,7 @@ def main(
     parser = make_parser()
     options = parser.parse_args(argv)
     if options.version:
-        print(__version__)
+        print(finetune_nb.__version__)
         return 0
     if not hasattr(options, "run_command"):
         parser.print_help()

@@ -24,6 +24,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import finetune_nb
 from .display import html_table, text_table
 from .origin import FLOORS, ModelError, check_versions
 
@@ -336,7 +337,7 @@ def doctor(
     hub: bool = True,  # whether to ask the hub for an answer
 ) -> Checkup:
     "What this machine can do, what is missing, and what to do about it; `ok` says whether a run can work."
-    python = Finding("Python", "ok", f"{sys.version.split()[0]}, finetune_nb {_own_version()}")
+    python = Finding("Python", "ok", f"{sys.version.split()[0]}, finetune_nb {finetune_nb.__version__}")
     found = [python, *check_packages(needed())]
     if any(f.level == "error" and f.subject not in KNOWN_BAD for f in found):
         found.append(Finding("machine", "note", "not looked at while packages are missing", "install them, and ask again"))
@@ -348,12 +349,6 @@ def doctor(
     return Checkup([*found, *([check_hub(dict(os.environ))] if hub else [])])
 
 # %% ../nbs/11d_doctor.ipynb #b8a1da75
-def _own_version() -> str:
-    from finetune_nb import __version__
-
-    return __version__
-
-
 def _front_end() -> str:
     from finetune_nb.jobs import front_end
 
