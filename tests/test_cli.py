@@ -284,3 +284,8 @@ def test_a_shell_completes_commands_options_and_values(capsys):
     assert offered("completion", "z") == ["zsh"]
     with pytest.raises(SystemExit):
         main(["completion", "tcsh"])
+    if shutil.which("fish"):
+        assert main(["completion", "fish"]) == 0
+        asked = capsys.readouterr().out + '\ncomplete -C "finetune_nb check --on-error "; complete -C "finetune_nb do"'
+        said = subprocess.run(["fish", "-N", "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert [line.split("\t")[0] for line in said[:3]] == ["raise", "skip", "doctor"], said
