@@ -52,7 +52,7 @@ class Checkup:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         order = ("error", "warning", "note", "ok")
-        return [(f.level, f.subject, f.text + (f" → {f.remedy}" if f.remedy else "")) for f in sorted(self.findings, key=lambda f: order.index(f.level))]
+        return [(f.level, f.subject, f.text + (f" -> {f.remedy}" if f.remedy else "")) for f in sorted(self.findings, key=lambda f: order.index(f.level))]
 
     def __repr__(self) -> str:
         return "\n".join(text_table(("", "what", "found"), self._rows()))
@@ -307,7 +307,7 @@ def check_widgets(
         release = installed("ipywidgets")
     except PackageNotFoundError:
         return Finding("panel", "warning", "ipywidgets is missing, so there are no controls", 'pip install "ipywidgets>=7.7,<9"')
-    how = {"colab": "; on Colab a run holds the notebook until it ends, and ■ stops it", "notebook": "; a run goes on behind the notebook", "terminal": "; here is a terminal, where `finetune_nb notebook` opens one"}
+    how = {"colab": "; on Colab a run holds the notebook until it ends, and the stop button ends it in good order", "notebook": "; a run goes on behind the notebook", "terminal": "; here is a terminal, where `finetune_nb notebook` opens one"}
     return Finding("panel", "ok", f"ipywidgets {release}{how[place]}")
 
 # %% ../nbs/11d_doctor.ipynb #5b4174be
