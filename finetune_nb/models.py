@@ -189,7 +189,7 @@ def _save_unquantised(file: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
             source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
             config, generation_config = source.config, source.generation_config
-            del config.quantization_config
+            vars(config).pop("quantization_config", None)  # newer releases of transformers mark the model, older ones (5.9) do not
             with torch.device("meta"):  # no second copy of the weights
                 model = AutoModelForCausalLM.from_config(config)
             model.load_state_dict(source.state_dict(), assign=True)

@@ -4,10 +4,17 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneConfig, field_help, load_config, save_config
 from finetune_nb.data import save_chats
+
+
+@pytest.fixture
+def settings_version():
+    "The version that settings.ini names."
+    return next(line.split("=")[1].strip() for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines() if line.startswith("version"))
 
 
 def run_command(*words, cwd=None):
@@ -216,3 +223,69 @@ def test_bad_words_of_a_sweep_are_one_error(words, said, quick, tmp_path, capsys
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("finetune_nb: ") and said in error and "Traceback" not in error
+
+
+def test_the_version_is_told_without_metadata_and_without_torch(settings_version):
+    code = "import sys; from finetune_nb.cli import main; main(['--version']); print([m for m in ('torch', 'psutil', 'packaging') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert said[:2] == [settings_version, "[]"]
+
+
+def test_doctor_ends_with_1_only_where_a_run_cannot_work(tmp_path, capsys, monkeypatch):
+    from finetune_nb import doctor
+
+    (tmp_path / "file").touch()
+    assert main(["doctor", "--no-hub", "--folder", str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().out
+    assert "ok       machine " in said and "hub" not in said and not (tmp_path / "runs").exists()
+    monkeypatch.setattr(doctor, "check_machine", lambda: [])
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", "--no-hub", "--folder", str(tmp_path / "file" / "runs")])
+    assert "can't be written" in capsys.readouterr().out.splitlines()[1], "the worst first"
+
+
+def test_doctor_tells_what_is_missing_in_a_bare_python(tmp_path):
+    "Only what the command line itself imports is there: no torch, no transformers."
+    code = """
+import sys
+from importlib.metadata import PackageNotFoundError
+from packaging.requirements import Requirement
+from finetune_nb import doctor
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "peft"): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Gone())
+doctor.check_packages.__defaults__ = (lambda name: (_ for _ in ()).throw(PackageNotFoundError(name)),)
+found = doctor.doctor(hub=False)
+print(found.ok, [f.remedy for f in found.findings if f.subject == "torch"], [f.text for f in found.findings if f.subject == "machine"])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert said.stdout.startswith("False ['pip install \"torch>="), said.stderr
+    assert "not looked at" in said.stdout
+
+
+def test_a_shell_completes_commands_options_and_values(capsys):
+    import shutil
+
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    asked = script + 'complete -p finetune_nb; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _finetune_nb; printf "%s\\n" "${COMPREPLY[@]}"'
+
+    def offered(*words):
+        said = subprocess.run(["bash", "-c", asked, "bash", "finetune_nb", *words], capture_output=True, text=True, check=True).stdout.split("\n")
+        assert said[0] == "complete -o default -F _finetune_nb finetune_nb"
+        return [word for word in said[1:] if word]
+
+    assert offered("d") == ["diagnose", "demo", "doctor"] and offered("--v") == ["--version"]
+    assert offered("check", "--on-error", "") == ["raise", "skip"] and offered("check", "a.jsonl", "--max") == ["--max-length"]
+    assert offered("train", "") == [], "names of files, by -o default"
+    assert offered("completion", "z") == ["zsh"]
+    with pytest.raises(SystemExit):
+        main(["completion", "tcsh"])
+    if shutil.which("fish"):
+        assert main(["completion", "fish"]) == 0
+        asked = capsys.readouterr().out + '\ncomplete -C "finetune_nb check --on-error "; complete -C "finetune_nb do"'
+        said = subprocess.run(["fish", "-N", "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert [line.split("\t")[0] for line in said[:3]] == ["raise", "skip", "doctor"], said

@@ -48,3 +48,9 @@ def test_tutorial_on_what_went_wrong(tmp_path, forked, capsys):
     seen = json.dumps(json.loads((tmp_path / "troubleshooting.ipynb").read_text(encoding="utf-8"))["cells"]) + capsys.readouterr().out
     for found in ("LEARNING RATE TOO HIGH", "ADAPTER MISSING OR ALL ZERO", "RUN REFUSED OR FAILED"):
         assert found in seen
+
+
+def test_tutorial_with_nothing_but_the_panel(tmp_path, forked):
+    run_notebook(ROOT / "nbs/tutorials/panel.ipynb", tmp_path / "panel.ipynb", {})
+    seen = json.dumps(json.loads((tmp_path / "panel.ipynb").read_text(encoding="utf-8"))["cells"])
+    assert "application/vnd.jupyter.widget-view+json" in seen or "Settings" in seen

