@@ -1,4 +1,4 @@
-"""Brings everything that is made from the notebooks up to date: the package, the clean notebooks, the README.
+"""Brings everything that is made from the notebooks up to date: the package, the clean notebooks, the site, the README.
 
     python .ci/build.py
 
@@ -13,7 +13,8 @@ import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import refresh_quarto_yml
+from site_pages import make_site
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,14 +26,14 @@ def make_readme() -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"\]\((images/|tutorials/|\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((images/|tutorials/|howto/|explain/|\w+\.ipynb)", r"](nbs/\1", text)
     text = "<!-- made from nbs/index.ipynb by `make build`; edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     (ROOT / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     nbdev_export()
+    make_site(ROOT)
     nbdev_clean()
     refresh_quarto_yml()
-    nbdev_sidebar()
     make_readme()
