@@ -12,15 +12,25 @@ import nbformat
 import yaml
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-START = ["ten_minutes", "tutorials/finetune", "tutorials/panel", "tutorials/should_you_finetune", "tutorials/troubleshooting", "comparison", "changelog"]
+TUTORIALS = [f"tutorials/{name}" for name in ("finetune", "panel", "should_you_finetune", "troubleshooting")]
+START = ["ten_minutes", *TUTORIALS, "comparison", "changelog"]
 HOWTO = ["howto/own_data", "howto/small_gpu", "howto/colab", "howto/many_gpus", "tutorials/many_gpus", "howto/export_to_ollama"]
 EXPLAIN = ["explain/masks", "explain/packing", "explain/qlora", "explain/evaluation", "demo_report", "thirty_modes"]
 REFERENCE = ["reference", "12_cli", "00_config"]
 STAGES = {
-    "00": "Reading and checking chats", "01": "Splits and masks", "02": "Templates and models", "03": "Templates and models", "04": "Adapters",
-    "05": "Adapters", "06": "Packing, plan, run folders", "07": "Packing, plan, run folders", "08": "Training and scores",
-    "09": "Evaluation and export", "10": "Export and panel", "11": "Export and panel",
-}  # fmt: skip
+    "00": "Reading and checking chats",
+    "01": "Splits and masks",
+    "02": "Templates and models",
+    "03": "Templates and models",
+    "04": "Adapters",
+    "05": "Adapters",
+    "06": "Packing, plan, run folders",
+    "07": "Packing, plan, run folders",
+    "08": "Training and scores",
+    "09": "Evaluation and export",
+    "10": "Export and panel",
+    "11": "Export and panel",
+}
 INSTALL = '''#| hide
 #| eval: false
 # On Colab: install first. Elsewhere this cell is not needed.
@@ -53,16 +63,15 @@ def groups(nbs: Path) -> list[tuple[str, list]]:
     for page in [p for p in left if p[:2] in STAGES and "/" not in p]:
         chapters.setdefault(STAGES[page[:2]], []).append(page)
     more = {folder: [p for p in left if p.startswith(folder)] for folder in ("tutorials/", "howto/", "explain/")}
-    lost = [p for p in left if p[:2] not in STAGES and not p.startswith(tuple(more))]
-    if lost:
+    if lost := [p for p in left if p[:2] not in STAGES and not p.startswith(tuple(more))]:
         raise SystemExit(f"{lost}: name these pages in a list of .ci/site_pages.py")
-    there = {name: [p for p in listed if p in found] for name, listed in (("start", START), ("howto", HOWTO), ("explain", EXPLAIN), ("reference", REFERENCE))}
+    start, howto, explain, reference = ([p for p in listed if p in found] for listed in (START, HOWTO, EXPLAIN, REFERENCE))
     return [
-        ("Start", ["index", *there["start"], *more["tutorials/"]]),
-        ("How to", [*there["howto"], *more["howto/"]]),
-        ("Explanations", [*there["explain"], *more["explain/"]]),
+        ("Start", ["index", *start, *more["tutorials/"]]),
+        ("How to", [*howto, *more["howto/"]]),
+        ("Explanations", [*explain, *more["explain/"]]),
         ("Chapters", list(chapters.items())),
-        ("Reference", there["reference"]),
+        ("Reference", reference),
     ]
 
 
@@ -80,7 +89,8 @@ def make_sidebar(nbs: Path) -> None:
 def make_llms(nbs: Path, settings: dict[str, str]) -> None:
     "llms.txt (llmstxt.org): every page with its subtitle, in the order of the sidebar."
     site = settings["doc_host"] + settings["doc_baseurl"]
-    lines = [f"# {settings['title']}", "", f"> {settings['description']}", "", "Each page is a notebook; the links lead to its text in Markdown.", ""]
+    about = "Each page is a notebook; the links lead to its text in Markdown."
+    lines = [f"# {settings['title']}", "", f"> {settings['description']}", "", about, ""]
 
     def listed(entries: list) -> None:
         for entry in entries:
@@ -115,8 +125,8 @@ def add_badges(nbs: Path, settings: dict[str, str]) -> None:
         new = []
         if f"[![Open in Colab]({BADGE})]" not in text:
             new.append(nbformat.v4.new_markdown_cell(f"[![Open in Colab]({BADGE})]({colab_link(page, settings)})", id=_id(page, "badge")))
-        code = [c.source for c in book.cells if c.cell_type == "code" and not re.search(r"^#\| *(default_exp|eval: *false)", c.source, re.M)]
-        if code and "google.colab" not in text and page != "index":
+        runs = any(c.cell_type == "code" and not re.search(r"^#\| *(default_exp|eval: *false)", c.source, re.M) for c in book.cells)
+        if runs and "google.colab" not in text and page != "index":
             new.append(nbformat.v4.new_code_cell(INSTALL.format(git_url=settings["git_url"]), id=_id(page, "install")))
         if new:
             book.cells[1:1] = new
@@ -140,7 +150,8 @@ def make_changelog(root: Path, settings: dict[str, str]) -> None:
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8").removeprefix("# Changelog").strip()
     badge = f"[![Open in Colab]({BADGE})]({colab_link('changelog', settings)})"
     about, _, releases = text.partition("\n\n")
-    _write_page(root / "nbs/changelog.ipynb", "# Changelog\n\n> What is new, the newest on top.", badge, f"{about} (Made from `CHANGELOG.md` by the build.)", releases)
+    first = "# Changelog\n\n> What is new, the newest on top."
+    _write_page(root / "nbs/changelog.ipynb", first, badge, f"{about} (Made from `CHANGELOG.md` by the build.)", releases)
 
 
 def _docs(root: Path) -> dict[str, tuple[str, str]]:
@@ -178,8 +189,14 @@ def make_reference(root: Path, settings: dict[str, str]) -> None:
     names += [f"| [`{name}`]({docs[module][0]}.ipynb) | {_cell(_about(root, module, name))} |" for name, module in public.items()]
     modules = ["| module | what is in it |", "| --- | --- |"]
     modules += [f"| [`finetune_nb.{module}`]({page}.ipynb) | {_cell(about)} |" for module, (page, about) in sorted(docs.items(), key=lambda item: item[1])]
-    intro = "What `from finetune_nb import …` gives. The link leads to the chapter, where each parameter has its comment, and an example its output. All settings stand in [the configuration](00_config.ipynb), all commands in [the command line](12_cli.ipynb), or ask a terminal: `finetune_nb --help`, `finetune_nb train --help`."
-    _write_page(root / "nbs/reference.ipynb", "# Reference\n\n> Every public name, every module, and the chapter that tells of it.", badge, "## Public names\n\n" + intro + "\n\n" + "\n".join(names), "## Modules\n\n" + "\n".join(modules))
+    intro = (
+        "What `from finetune_nb import …` gives. The link leads to the chapter, where each parameter has its comment, and an example its output. "
+        "All settings stand in [the configuration](00_config.ipynb), all commands in [the command line](12_cli.ipynb), "
+        "or ask a terminal: `finetune_nb --help`, `finetune_nb train --help`."
+    )
+    first = "# Reference\n\n> Every public name, every module, and the chapter that tells of it."
+    second, third = "\n".join(["## Public names\n", intro, "", *names]), "\n".join(["## Modules\n", *modules])
+    _write_page(root / "nbs/reference.ipynb", first, badge, second, third)
 
 
 def _cell(text: str) -> str:
