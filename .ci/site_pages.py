@@ -98,13 +98,18 @@ def make_llms(nbs: Path, settings: dict[str, str]) -> None:
                 listed(entry[1])
                 continue
             title, subtitle = head(nbs / f"{entry}.ipynb")
-            lines.append(f"- [{title}]({site}/{entry}.html.md): {_plain(subtitle)}")
+            lines.append(f"- [{title}]({site}/{address(entry)}.md): {_plain(subtitle)}")
 
     for name, entries in groups(nbs):
         lines.append(f"## {name}\n")
         listed(entries)
         lines.append("")
     (nbs / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def address(page: str) -> str:
+    "Where nbdev puts a page on the site: without the number in front."
+    return str(Path(page).parent / re.sub(r"^\d+[a-zA-Z0-9]*_", "", f"{Path(page).name.lower()}.html"))
 
 
 def _plain(text: str) -> str:
@@ -188,9 +193,11 @@ def make_reference(root: Path, settings: dict[str, str]) -> None:
     names = ["| name | what it does |", "| --- | --- |"]
     names += [f"| [`{name}`]({docs[module][0]}.ipynb) | {_cell(_about(root, module, name))} |" for name, module in public.items()]
     modules = ["| module | what is in it |", "| --- | --- |"]
-    modules += [f"| [`finetune_nb.{module}`]({page}.ipynb) | {_cell(about)} |" for module, (page, about) in sorted(docs.items(), key=lambda item: item[1])]
+    in_order = sorted(docs.items(), key=lambda item: item[1])
+    modules += [f"| [`finetune_nb.{module}`]({page}.ipynb) | {_cell(about)} |" for module, (page, about) in in_order]
     intro = (
-        "What `from finetune_nb import …` gives. The link leads to the chapter, where each parameter has its comment, and an example its output. "
+        "What `from finetune_nb import …` gives. The link leads to the chapter, "
+        "where each parameter has its comment, and an example its output. "
         "All settings stand in [the configuration](00_config.ipynb), all commands in [the command line](12_cli.ipynb), "
         "or ask a terminal: `finetune_nb --help`, `finetune_nb train --help`."
     )
