@@ -182,7 +182,7 @@ def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> 
 
     name = report_name(run, chats)
     whole = name == "report" and '"headline"' in _text(run.folder / "report.json")
-    print(f"\n{evaluate_run(run, chats, score=score)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html")
+    print(f"\n{evaluate_run(run, chats, score=score)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html\nWhat went wrong, if something did: finetune_nb diagnose {run.folder}")
     if whole:  # the page held more than the comparison
         from finetune_nb.report import write_report
 
