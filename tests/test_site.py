@@ -1,7 +1,7 @@
 """The site holds together: no dead link, no picture without words, every page found, every command and name there.
 
 What is looked at are the pages as nbdev hands them to Quarto, except for the tables of parameters, which need each module
-imported. `test_site_browser.py` looks at them in a browser.
+imported; three chapters are made with theirs. `test_site_browser.py` looks at pages in a browser.
 """
 
 import ast
@@ -39,8 +39,8 @@ def processed():
     from nbdev.processors import FilterDefaults
 
     class WithoutRunning(FilterDefaults):
-        def base_procs(self):
-            return [proc for proc in super().base_procs() if proc.__name__ != "exec_show_docs"]
+        def xtra_procs(self):
+            return []
 
     found = {}
     for page in PAGES:
@@ -63,6 +63,22 @@ def slug(heading):
 def listed_in(contents):
     for entry in contents:
         yield from listed_in(entry["contents"]) if isinstance(entry, dict) else [entry.removesuffix(".ipynb")]
+
+
+@pytest.mark.parametrize("page, name", [("00_config", "load_config"), ("01b_masks", "tokenize_chat"), ("07e_pictures", "Picture")])
+def test_parameters_are_shown_with_their_comments_and_source(page, name):
+    "Of a plain function, of one whose annotations are imported for checkers alone, and of what nbdev itself can't show."
+    from execnb.nbio import read_nb
+    from nbdev.processors import FilterDefaults
+
+    book = read_nb(NBS / f"{page}.ipynb")
+    FilterDefaults()(book)
+    cell = next(c for c in book.cells if f"show_doc({name})" in c.source)
+    text = "".join(line for o in cell.outputs for line in o["data"]["text/markdown"])
+    assert f"### {name}" in text and "LNone" not in text
+    if name != "Picture":
+        lines = (ROOT / f"finetune_nb/{page.partition('_')[2]}.py").read_text(encoding="utf-8").splitlines()
+        assert lines[int(re.search(r"\.py#L(\d+)", text)[1]) - 1].startswith(f"def {name}(") and " # " in text
 
 
 def test_links_and_anchors_lead_somewhere(processed):
