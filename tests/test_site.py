@@ -103,6 +103,14 @@ def test_links_and_anchors_lead_somewhere(processed):
     assert not dead
 
 
+def test_rows_of_a_table_have_as_many_cells_as_its_head(processed):
+    "A bar within code would end a cell, and the table would be shown as bars and dashes."
+    for page, found in processed.items():
+        for head, rows in re.findall(r"^(\|.+)\n\|(?: *:?-+:? *\|)+\n((?:\|.*\n?)*)", FENCE.sub("", found.prose), re.M):
+            cells = {len(re.findall(r"(?<!\\)\|", row)) for row in [head, *rows.splitlines()]}
+            assert len(cells) == 1, f"{page}: {head}"
+
+
 def test_slugs_are_pandocs():
     assert slug("What is said *twice*, or `nearly`?") == "what-is-said-twice-or-nearly"
     assert slug("1. The data") == "the-data"
