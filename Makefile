@@ -30,7 +30,7 @@ build:
 docs:
 	@sh .ci/environment $(VENV) test
 	@command -v quarto >/dev/null || { echo "The docs site is rendered by Quarto, which is not on the PATH; get it from quarto.org."; exit 1; }
-	@PATH="$(abspath $(BIN)):$$PATH" nbdev_docs
+	@PYTHONPATH="$(abspath .ci)" PATH="$(abspath $(BIN)):$$PATH" nbdev_docs
 
 clean:
 	rm -rf $(VENV) demo _proc _docs build dist *.egg-info

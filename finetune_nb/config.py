@@ -408,6 +408,8 @@ def _number(name: str, value: Any) -> Any:
 # %% ../nbs/00_config.ipynb #c2c9abae
 def _read_settings(path: Path) -> list[tuple[int, str, Any]]:
     "The (line, name, value) of each setting in a YAML file."
+    if path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise ConfigError(f"{path} is a file of chats by its name, not a configuration.\nWrite one, and name the chats beside it:\n  finetune_nb config config.yaml\n  finetune_nb train config.yaml --set train_file={path}")
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path} {kind}. Write one with save_config(FinetuneConfig(), 'config.yaml') and edit it.")

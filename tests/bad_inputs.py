@@ -244,6 +244,7 @@ TABLES = [
     ("quote inside a cell", "bad.csv", b'prompt,completion\n"a"b",c\n', "D043", "", r"written \"\""),
     ("not UTF-8 in a cell", "bad.csv", "prompt,completion\na,b\nü,c\n".encode("latin-1"), "D020", "line 3", r"'ü' in Windows-1252"),
     ("no known column", "bad.csv", b"question,answer\na,b\n", "D051", "line 2", r"columns=\{\"user\""),
+    ("columns of its own", "bad.csv", b"Question,Reply\na,b\n", "D051", "line 2", r"--columns user=Question assistant=Reply"),
     ("no header", "bad.csv", b"Hi,Hello\nHow?,So.\n", "D051", "line 2", r"\[\"Hello\", \"Hi\"\]"),
     ("empty cell", "bad.csv", b"prompt,completion\na,\n", "D065", "line 2", r"'completion' is empty"),
     ("empty cell in tabs", "bad.tsv", b"prompt\tcompletion\n\tb\n", "D065", "line 2", r"'prompt' is empty"),

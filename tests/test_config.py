@@ -146,7 +146,7 @@ def test_what_may_be_replaced(tmp_path):
         with pytest.raises(ConfigError, match=f"not replaced. Choose another name .*{why}"):
             check_replaceable(bad)
     (tmp_path / "chats.jsonl").write_text('{"messages": []}')
-    with pytest.raises(ConfigError, match="is not replaced.*line 1: unknown setting 'messages'"):
+    with pytest.raises(ConfigError, match="is not replaced.*is a file of chats"):
         check_replaceable(tmp_path / "chats.jsonl")
 
 

@@ -11,6 +11,7 @@ from jupyter_client.provisioning import local_provisioner
 from finetune_nb.cli import run_notebook
 
 CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+PAGES = sorted(str(p.relative_to(ROOT / "nbs")) for folder in ("howto", "explain") for p in (ROOT / "nbs" / folder).glob("*.ipynb") if '"outputs": [\n' in p.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -20,9 +21,9 @@ def forked(monkeypatch):
         monkeypatch.setattr(local_provisioner, "launch_kernel", forked_kernels.Forked)
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_chapter(name, tmp_path, forked):
-    run_notebook(ROOT / "nbs" / name, tmp_path / name, {})
+@pytest.mark.parametrize("name", CHAPTERS + PAGES)
+def test_page(name, tmp_path, forked):
+    run_notebook(ROOT / "nbs" / name, tmp_path / name.rpartition("/")[2], {})
 
 
 def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started as `make demo` does it
