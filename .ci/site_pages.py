@@ -132,7 +132,7 @@ def add_badges(nbs: Path, settings: dict[str, str]) -> None:
         if f"[![Open in Colab]({BADGE})]" not in text:
             new.append(nbformat.v4.new_markdown_cell(f"[![Open in Colab]({BADGE})]({colab_link(page, settings)})", id="colab-badge"))
         runs = any(c.cell_type == "code" and not re.search(r"^#\| *(default_exp|eval: *false)", c.source, re.M) for c in book.cells)
-        if runs and "google.colab" not in text and page != "index":
+        if runs and "# On Colab: install first." not in text and page != "index":
             new.append(nbformat.v4.new_code_cell(INSTALL.format(git_url=settings["git_url"]), id="colab-install"))
         if new:
             book.cells[1:1] = new

@@ -105,6 +105,8 @@ def test_notebook_is_presentable(path, settings):
         assert named and all((ROOT / name).is_file() and "tutorials/" in name for name in named)
         return
     assert named == [path.as_posix()], "the badge opens this very notebook"
+    if not code:  # nothing to run, so nothing to install
+        return
     pips = [c for c in notebook["cells"] if re.search(r"^ *%pip", "".join(c["source"]), re.M)]
     assert len(pips) == 1 and notebook["cells"].index(pips[0]) < 8, "one cell installs, before all others"
     cell = "".join(pips[0]["source"])
@@ -222,6 +224,8 @@ def test_a_freeze_of_colab_becomes_constraints(tmp_path):
 def test_every_tutorial_is_run_with_the_versions_of_colab():
     tests = (ROOT / "tests/test_notebooks.py").read_text(encoding="utf-8")
     for path in (ROOT / "nbs/tutorials").glob("*.ipynb"):
+        if path.stem == "many_gpus":  # trains the embedded model twice, for minutes; what it starts is tested in test_many.py
+            continue
         assert f"tutorials/{path.name}" in tests, f"no test runs {path.name}"
     assert "tests/test_notebooks.py -k tutorial" in (ROOT / ".github/workflows/colab.yml").read_text(encoding="utf-8")
 
