@@ -190,8 +190,8 @@ def check_cards(
     if first.free_gib < 0.8 * first.memory_gib:
         found.append(Finding("GPU memory", "warning", f"only {first.free_gib:.1f} of {first.memory_gib:.0f} GiB are free", "see nvidia-smi for who holds the rest, and end it"))
     if len(cards) > 1:
-        text = f"{len(cards)} GPUs, of which a run uses the first; the others stay idle"
-        found.append(Finding("GPUs", "note", text, "CUDA_VISIBLE_DEVICES=1 before the command takes another, for a second run beside the first"))
+        text = f"{len(cards)} GPUs, of which a run uses the first unless it is told otherwise"
+        found.append(Finding("GPUs", "note", text, f"finetune_nb train config.yaml --num-processes {len(cards)} works on all; CUDA_VISIBLE_DEVICES=1 before the command takes another, for a second run beside the first"))
     return found
 
 
