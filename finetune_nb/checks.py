@@ -138,7 +138,9 @@ def telling_scores(
     why = "answers are free text; with answer_pattern or checks you can say what must be right"
     if closed_set(expected):
         wanted.append(("normalised match", "answers come from a closed set") if stay_apart(expected) else ("exact match", "answers come from a closed set, of which some are the same once normalised"))
-    wanted += [("token F1", why), ("exact match", "it is always there")]
+    else:
+        wanted.append(("token F1", why))
+    wanted.append(("exact match", "it is always there"))
     found = {}
     for name, reason in wanted:
         found.setdefault(name, reason)
