@@ -241,7 +241,7 @@ def test_failures_are_rows_and_end_nothing(quick, splits, monkeypatch):
     callbacks = [InTheMiddle(3, poison)]
     result = sweep(quick, grid, splits, callbacks=callbacks, say=said.append)
     assert [one.state for one in result.combinations] == ["failed", "finished"]
-    assert "became nan at step 4. Lower learning_rate (now 0.0097" in result.combinations[0].failure and result.combinations[0].failure in str(result)
+    assert "became nan at step 4. Lower learning_rate (now 0.01, of which this step took 0.0097" in result.combinations[0].failure and result.combinations[0].failure in str(result)
     assert "1 failed" in result.verdict and any("failed:" in line for line in said) and "failed" in result._repr_html_()
     said.clear()
     assert str(sweep(quick, grid, splits, say=said.append)) == str(result) and not said, "a failure is not tried again"
@@ -408,7 +408,7 @@ def test_the_steps_of_a_range_test_are_steps_of_a_training(quick, splits, tmp_pa
 
 def test_a_range_test_without_a_fall_suggests_nothing(quick, splits):
     found = lr_range_test(quick, splits, 1e-8, 1e-7, 10, say=quiet)
-    assert found.suggestion is None and found.ended_by == "the plan" and "did not fall" in str(found) and found.plot()._repr_png_()
+    assert found.suggestion is None and found.ended_by == "the plan" and "fell by 0.0%, which is less than the 2 % that would count" in str(found) and found.plot()._repr_png_()
     falling = RangeTest([10.0**-k for k in range(6, 0, -1)] * 4, [5 - i / 10 for i in range(24)], "the plan")
     assert falling.suggestion is not None and "try a larger high" in str(falling)
     broken = RangeTest(falling.rates, [*falling.losses[:-1], float("nan")], "divergence")
