@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import re
 import subprocess
 import sys
 

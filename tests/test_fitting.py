@@ -26,6 +26,7 @@ from finetune_nb.models import load_tokenizer
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import load_run, train
 
+pytestmark = pytest.mark.usefixtures("one_way")  # sixty epochs make much of a last bit
 ASKED = ("Who owns the {}?", "Tell me who has the {} now.", "Whose is that {} over there?", "The {} belongs to whom?")
 THINGS = "river tower bridge garden window kettle ladder pencil mirror candle".split()
 ANIMALS = "cat dog owl fox hen cow pig bee ant bat".split()
