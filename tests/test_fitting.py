@@ -26,7 +26,6 @@ from finetune_nb.models import load_tokenizer
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import load_run, train
 
-pytestmark = pytest.mark.usefixtures("one_way")  # sixty epochs make much of a last bit
 ASKED = ("Who owns the {}?", "Tell me who has the {} now.", "Whose is that {} over there?", "The {} belongs to whom?")
 THINGS = "river tower bridge garden window kettle ladder pencil mirror candle".split()
 ANIMALS = "cat dog owl fox hen cow pig bee ant bat".split()
@@ -57,8 +56,9 @@ def steady(quick, apt):
     return replace(quick, model_name_or_path=apt, **more)
 
 
-def test_what_is_learned_by_heart_comes_out(steady):
-    run = train(replace(steady, num_train_epochs=60, eval_strategy="no"), Splits(CHATS[:8], [], []), say=lambda line: None)
+def test_what_is_learned_by_heart_comes_out(steady, monkeypatch):
+    monkeypatch.setattr("finetune_nb.training.fastest_ways", lambda *args: ["dense"])  # a hundred epochs make much of a last bit
+    run = train(replace(steady, num_train_epochs=100, learning_rate=5e-3, eval_strategy="no"), Splits(CHATS[:8], [], []), say=lambda line: None)
     found = measure_fitting(run)
     told = found.recitation
     assert found.verdict == "learned by heart" and told.verdict == "recites" and told.difference.verdict == "worse"
