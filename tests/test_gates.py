@@ -83,8 +83,8 @@ def test_workflows_may_do_little(path):
     assert flow["permissions"] == {"contents": "read"} and "pull_request_target" not in path.read_text(encoding="utf-8")
     for name, job in flow["jobs"].items():
         more = set(job.get("permissions", {}).items()) - {("contents", "read")}
-        assert more <= ({("pages", "write"), ("id-token", "write")} if name == "deploy" else set()), f"{name} may {more}"
-        for step in job["steps"]:
+        assert more <= {"deploy": {("pages", "write"), ("id-token", "write")}, "publish": {("id-token", "write")}}.get(name, set()), f"{name} may {more}"
+        for step in job.get("steps", []):  # none where another workflow is called
             assert "${{ github.event" not in step.get("run", ""), "an event's text in a shell"
             if step.get("uses", "").startswith("actions/checkout"):
                 assert step["with"]["persist-credentials"] is False
@@ -100,6 +100,6 @@ def test_nothing_is_listened_to_or_unpickled_where_the_package_is_imported():
     code = (
         "import sys\nseen = []\nsys.addaudithook(lambda e, a: seen.append(e) if e in ('pickle.find_class', 'socket.bind', 'socket.connect', 'os.system') else None)\n"
         "import pkgutil, importlib, finetune_nb\n"
-        "for m in pkgutil.iter_modules(finetune_nb.__path__): importlib.import_module('finetune_nb.' + m.name)\nprint(seen)"
+        "for m in [m for m in pkgutil.iter_modules(finetune_nb.__path__) if m.name != '__main__']: importlib.import_module('finetune_nb.' + m.name)\nprint(seen)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
