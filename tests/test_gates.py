@@ -52,7 +52,8 @@ def offences(source):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_the_package_does_none_of_it(path):
-    assert offences(path.read_text(encoding="utf-8")) == []
+    found = offences(path.read_text(encoding="utf-8"))
+    assert [what for _, what in found] == (["api.create_repo", "api.create_commit"] if path.stem == "upload" else []), "only the explicit upload writes to a hub"
 
 
 @pytest.mark.parametrize("source", [
