@@ -187,8 +187,7 @@ def slurm_script(
     name: str = "finetune",  # of the job
 ) -> str:
     "A script for `sbatch`: two minutes before its time is over the run is asked to end, with a checkpoint."
-    _check_counts(gpus, machines)
-    words = shlex.join(torchrun_words(config_file, gpus, machines, "HEAD:29500")).replace("HEAD:", '"$head":')
+    words = _words_at_head(config_file, gpus, machines)
     return f"""#!/bin/bash
 #SBATCH --job-name={_plain(name)}
 #SBATCH --nodes={machines}
@@ -211,8 +210,7 @@ def skypilot_file(
     name: str = "finetune",  # of the job
 ) -> str:
     "A file for `sky launch`."
-    _check_counts(gpus, machines)
-    words = shlex.join(torchrun_words(config_file, gpus, machines, "HEAD:29500")).replace("HEAD:", '"$head":')
+    words = _words_at_head(config_file, gpus, machines)
     return f"""name: {_plain(name)}
 num_nodes: {machines}
 workdir: .
@@ -231,6 +229,12 @@ def _plain(word: str) -> str:
     if not word or not all(c.isalnum() or c in "-_" for c in word) or not word.isascii():
         raise LaunchError(f"{word!r} goes into a file for a scheduler: use letters, digits, - and _ alone.")
     return word
+
+
+def _words_at_head(config_file: str | Path, gpus: int, machines: int) -> str:
+    "The command of one machine in a script that knows the first one as $head."
+    _check_counts(gpus, machines)
+    return shlex.join(torchrun_words(config_file, gpus, machines, "HEAD:29500")).replace("HEAD:", '"$head":')
 
 
 def _check_counts(gpus: int, machines: int) -> None:
