@@ -373,11 +373,11 @@ Found = tuple[str, str, str, str] | tuple[str, str, str]
 # %% ../nbs/02_chat_template.ipynb #8211e058
 def _check_mask(look: _Look) -> Found:
     bad = []
-    for chat in look.chats:
-        try:
-            look.rows += [(chat.where, row) for row in next(token_rows([chat], look.tokenizer, look.train_on, look.kwargs, "neutralise"))]
-        except TemplateError as error:
-            bad.append(str(error))
+    for chat, rows in zip(look.chats, rows_or_errors(look.chats, look.tokenizer, look.train_on, look.kwargs, "neutralise"), strict=True):
+        if isinstance(rows, TemplateError):
+            bad.append(str(rows))
+        else:
+            look.rows += [(chat.where, row) for row in rows]
     if bad:
         return "the mask", "error", f"{len(bad)} of {len(look.chats)} chats have none: {bad[0]}"
     taught = look.tokenizer.decode([label for label in look.row["labels"] if label != NO_LOSS])
@@ -417,13 +417,14 @@ def _check_bos(look: _Look) -> Found:
 # %% ../nbs/02_chat_template.ipynb #68dec236
 def _check_prompt(look: _Look) -> Found:
     wrong, controls = [], Controls(look.tokenizer)
-    for chat in [look.probe, *look.chats[:20]]:
-        last = len(chat.messages) - 1
-        try:
-            prompt = render_prompt(chat.messages[:last], look.tokenizer, chat.tools, look.kwargs)
-            rows = next(token_rows([chat], look.tokenizer, "last", look.kwargs, "neutralise"))
-        except TemplateError:
+    some = [look.probe, *look.chats[:20]]
+    for chat, rows in zip(some, rows_or_errors(some, look.tokenizer, "last", look.kwargs, "neutralise"), strict=True):
+        if isinstance(rows, TemplateError):
             continue  # the mask's business
+        try:
+            prompt = render_prompt(chat.messages[: len(chat.messages) - 1], look.tokenizer, chat.tools, look.kwargs)
+        except TemplateError:
+            continue
         ids = look.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not controls.find(chat) and rows and rows[-1]["input_ids"][: len(ids)] != ids:
             wrong.append(chat.where)

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from .config import FinetuneConfig, FinetuneError
 from .lean_blocks import restore_blocks, use_lean_blocks
 from .lora_linear import use_one_rounding
-from .models import size_of
+from .models import ONE_AT_A_TIME, size_of
 
 # %% ../nbs/04_lora.ipynb #1e3547b7
 class AdapterError(FinetuneError, ValueError):
@@ -108,7 +108,8 @@ def _with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     "The model with PEFT's adapter, what is trained in fp32, and our forward passes where they fit."
     restore_blocks(model)  # an earlier adapter may have left its own
     biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")] if lora.bias != "none" else []
-    tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    with ONE_AT_A_TIME:
+        tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
     tuned._own_biases = biases  # PEFT trains them in place: see `without_adapter`
     for name, parameter in tuned.named_parameters():
         if ".modules_to_save." in name and parameter.dtype in (torch.bfloat16, torch.float16):

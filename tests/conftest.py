@@ -12,18 +12,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy with tests of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
+SHARING = {f"test_{name}.py" for name in ("checkpoints", "gradient_parity", "project", "report", "secrets", "several", "site", "thirty_modes")}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    "The tests in a browser share one worker, and with it a server and a browser; all others go to whoever is free (marks of groups are lost with pytest 9.2)."
+    "The tests in a browser share one worker, and with it a server and a browser; so do the tests of a file that share what is long in the making. All others go to whoever is free (marks of groups are lost with pytest 9.2)."
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneBrowser(LoadScopeScheduling):
+    class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "browser" if nodeid.split("::")[0].endswith("browser.py") else nodeid
+            file = nodeid.split("::")[0].rpartition("/")[2]
+            return "browser" if file.endswith("browser.py") else file if file in SHARING else nodeid
 
-    return OneBrowser(config, log)
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +94,10 @@ def some_splits():
 @pytest.fixture
 def quick(tiny_model, tmp_path):
     "A configuration that trains the tiny model in fp32 in a second."
+    return quick_config(tiny_model, tmp_path)
+
+
+def quick_config(tiny_model, folder):
     from finetune_nb.config import FinetuneConfig
 
     return FinetuneConfig(
@@ -102,7 +108,7 @@ def quick(tiny_model, tmp_path):
         learning_rate=5e-3,
         gradient_accumulation_steps=1,
         logging_steps=1,
-        output_dir=str(tmp_path / "runs"),
+        output_dir=str(folder / "runs"),
         max_new_tokens=8,
     )
 

@@ -4,11 +4,13 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from finetune_nb import models
+from finetune_nb.config import FinetuneConfig
 from finetune_nb.models import (
     EMBEDDED_MODEL,
     ModelError,
@@ -19,6 +21,7 @@ from finetune_nb.models import (
     load_tokenizer,
     suit_machine,
 )
+from finetune_nb.planning import shape_of
 
 
 def test_the_embedded_model_is_converted_once_and_whole(tmp_path, monkeypatch):
@@ -38,6 +41,27 @@ def test_conversion_keeps_every_weight(tmp_path):
     converted, _ = load_model(EMBEDDED_MODEL, torch.float32, use_cpu=True)
     assert converted.state_dict().keys() == source.keys()
     assert all(torch.equal(source[name], weight) for name, weight in converted.state_dict().items())
+
+
+def test_threads_that_make_models_do_not_mix_their_precisions(tiny_model):
+    "transformers sets torch's default precision for all threads while it makes a model: a plan beside a training would give it layers of another one."
+    mixed, done = [], threading.Event()
+
+    def plan():
+        while not done.is_set():
+            shape = shape_of(FinetuneConfig(model_name_or_path=tiny_model, bf16=True, use_cpu=True))
+            mixed.extend(name for name, p in shape.named_parameters() if p.dtype != (torch.float32 if "lora_" in name else torch.bfloat16))
+
+    thread = threading.Thread(target=plan)
+    thread.start()
+    try:
+        for _ in range(15):
+            model, _ = load_model(tiny_model, torch.float32, use_cpu=True)
+            mixed.extend(name for name, p in model.named_parameters() if p.dtype != torch.float32)
+    finally:
+        done.set()
+        thread.join()
+    assert not mixed and torch.get_default_dtype() == torch.float32
 
 
 def test_dtype_follows_the_hardware(tiny_model, capsys):

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import configparser
+import importlib
 import json
 import os
 import re
@@ -57,6 +58,13 @@ def test_every_public_name_is_there():
         assert getattr(finetune_nb, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         finetune_nb.trian  # noqa: B018
+
+
+def test_what_a_module_offers_is_in_it():
+    "`from finetune_nb.x import *` works, and no name is offered that is not there."
+    for path in sorted((ROOT / "finetune_nb").glob("[a-z]*.py")):
+        module = importlib.import_module(f"finetune_nb.{path.stem}")
+        assert not [name for name in getattr(module, "__all__", []) if not hasattr(module, name)], path.name
 
 
 def test_every_name_of_the_readme_is_imported_there():

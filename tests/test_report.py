@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, replace
 
 import html5lib
 import mistune
 import numpy as np
 import pytest
+from conftest import quick_config, some_chats
 from safetensors.torch import load_file, save_file
 from test_scores import report as scored
 
@@ -24,7 +26,7 @@ from finetune_nb.report import TITLES, Findings, RunReport, Trained, _titled, an
 from finetune_nb.several import _ask, _read
 from finetune_nb.stop import TrainingError
 from finetune_nb.sweep import sweep
-from finetune_nb.training import train
+from finetune_nb.training import load_run, train
 from finetune_nb.ways import Prompts
 
 EVIL = ["<img src=x onerror=alert(1)>", "</td></table><script>alert(1)</script>", "```\n<svg onload=x>", "[a](javascript:alert(1)) | ![b](http://evil/x.png)", "\"><iframe src='//evil'>", "</style><b onclick=x>"]
@@ -99,9 +101,16 @@ def test_the_tuned_model_is_held_against_the_best_way_of_asking():
     assert Findings(compared(text="other "), baselines=asked(20)).against_asking is None, "not the same questions"
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    chats, config = some_chats(), quick_config(tiny_model, tmp_path_factory.mktemp("trained"))
+    return train(replace(config, r=4), Splits(chats[:24], chats[24:30], chats[30:]), say=lambda line: None).folder
+
+
 @pytest.fixture
-def run(quick, chats):
-    return train(replace(quick, r=4), Splits(chats[:24], chats[24:30], chats[30:]), say=lambda line: None)
+def run(trained, tmp_path):
+    "A copy of a run that was trained once for all tests."
+    return load_run(shutil.copytree(trained, tmp_path / "runs" / trained.name))
 
 
 def nodes(page):

@@ -1,10 +1,13 @@
 """Any number of runs: held against the first, read back from their folders, and what can't be compared is named."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import quick_config, some_chats
 from test_scores import report, row
 
 from finetune_nb import several
@@ -16,16 +19,21 @@ from finetune_nb.several import compare_runs
 from finetune_nb.training import load_run, train
 
 
-@pytest.fixture
-def runs(quick, chats):
-    "Two runs on the same test chats, and one that was tested on others; the second is not evaluated yet."
-    made = []
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    made, chats, quick = [], some_chats(), quick_config(tiny_model, tmp_path_factory.mktemp("trained"))
     for name, rate, test in (("one", 1e-4, chats[24:36]), ("two", 1e-2, chats[24:36]), ("three", 1e-2, chats[36:])):
         config = replace(quick, run_name=name, learning_rate=rate, eval_strategy="no", num_train_epochs=1, r=4)
         made.append(train(config, Splits(chats[:24], [], test), say=lambda line: None))
     for run in (made[0], made[2]):
         evaluate_run(run)
     return [run.folder for run in made]
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    "Two runs on the same test chats, and one that was tested on others; the second is not evaluated yet. Copies, trained once for all tests."
+    return [Path(shutil.copytree(folder, tmp_path / "runs" / folder.name)) for folder in trained]
 
 
 def test_runs_are_held_against_the_first(runs, monkeypatch):

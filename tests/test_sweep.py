@@ -65,11 +65,14 @@ def copied(model):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"use_dora": True}, {"init_lora_weights": "eva"}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": "all-linear"}],
+    ("changes", "tied"),
+    [
+        ({"use_dora": True}, False),
+        ({"init_lora_weights": "eva", "target_modules": "all-linear"}, False),
+        *(({"modules_to_save": [name]}, tied) for name in ("lm_head", "embed_tokens") for tied in (False, True)),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_a_base_model_is_bare_again_and_trains_the_same(changes, tied, quick, splits, tmp_path):
     "The same weights, the same modules, and a second run on it is the run on a fresh base model."
     if tied:
