@@ -23,7 +23,7 @@ from .config import FinetuneError
 from .lora import ADAPTER_FILES, AdapterError, _read_adapter, set_adapter_weights
 from .models import EMBEDDED_MODEL, EMBEDDED_TWIN, load_tokenizer
 from .planning import base_shape
-from .training import Run, load_run
+from .training import Run, as_run
 from .whole_folder import MANIFEST, whole_folder
 
 # %% ../nbs/09i_adapter.ipynb #01865a6c
@@ -111,7 +111,7 @@ def open_run(
     run: Run | str | Path,  # a finished run, or its folder
 ) -> Run:
     "The run; raises `TrainingError` where there is none, `ExportError` where its adapter is gone."
-    run = run if isinstance(run, Run) else load_run(run)
+    run = as_run(run)
     if missing := [name for name in ADAPTER_FILES if not (run.folder / "adapter" / name).is_file()]:
         raise ExportError(f"{run.folder}: there is no adapter to export, {missing[0]} is missing. Go on with the run, or train it again.")
     return run

@@ -42,7 +42,7 @@ from finetune_nb.metrics import (
     wilson_interval,
 )
 from .scores import cut_answers
-from .training import Run, TrainingError, load_base, load_splits
+from .training import Run, TrainingError, as_run, check_kinds, load_base, load_splits
 from finetune_nb.ways import (
     Prompts,
     Way,
@@ -353,13 +353,15 @@ def should_you_finetune(
     documents: str | Path | Sequence[str] | None = None,  # text files, a folder of them, or texts, to look things up in
     k: int = 4,  # examples in front of a question, or passages beside it
     target: float = TARGET,  # the score that would be good enough for you
-    run: Run | None = None,  # a finished run of the same base model, asked too
+    run: Run | str | Path | None = None,  # a finished run of the same base model, or its folder; asked too
     ways: dict[str, Way] | None = None,  # more ways of asking, by name
     checks: dict[str, Check | str] | None = None,  # more scores, by name: functions of answer and chat, or patterns for the whole answer
     score: str | None = None,  # the one that counts; None: the first of `telling_scores`
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,  # the base model, where it is in memory already
 ) -> BaselineReport:
     "Asks the test questions in every way, and says whether a fine-tune is worth it; with a run, the report is kept in its folder. Raises `ConfigError` or `TrainingError` for what can't be done, before anything is asked."
+    check_kinds(config, splits)
+    run = as_run(run) if run is not None else None
     _check_asked(config, k, target, system, run)
     splits = load_splits(config) if splits is None else splits
     sample, questions = _sample(config, splits.test)

@@ -184,7 +184,7 @@ def _values(name: str, text: str) -> list[Any]:
 
 
 def sweep_command(options: argparse.Namespace) -> None:
-    "Trains every combination of the values that were named, or goes on with a sweep."
+    "Trains every combination of the values that were named, or goes on with a sweep; exit code 1 where none came to its end."
     grid = {name: _values(name, text) for name in field_help(FinetuneConfig) if (text := getattr(options, f"try_{name}")) is not None}
     rungs = [int(part) if part.strip().isdigit() else part for part in options.rungs.split(",")] if options.rungs else []
     config = _with_changes(load_config(options.config), options.set)
@@ -192,6 +192,8 @@ def sweep_command(options: argparse.Namespace) -> None:
 
     result = sweep(config, grid, name=options.name, rungs=rungs, keep=options.keep, retry=options.retry)
     print(f"\n{result}\n\nRuns:     {result.folder}\nHeat map: {result.folder / 'sweep.png'}")
+    if not result.finished:
+        raise SystemExit(1)
 
 
 def range_test_command(options: argparse.Namespace) -> None:

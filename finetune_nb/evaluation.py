@@ -50,7 +50,7 @@ from finetune_nb.scores import (
     how_many,
     wins,
 )
-from .training import Picture, Progress, Run, TrainingError, clock_time, inlined, kept_sets, peak_memory_gib
+from .training import Picture, Progress, Run, TrainingError, as_run, clock_time, inlined, kept_sets, peak_memory_gib
 
 # %% ../nbs/09_evaluation.ipynb #706fa9d7
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def _of_one_kind(rows: list[EvalRow]) -> list[EvalRow]:
 def _about(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     "What was asked: the chats, and the very texts that the model reads."
     prompts = [render_prompt(chat.prompt, tokenizer, chat.tools, chat_template_kwargs) for chat in chats]
-    return {"test_sha256": fingerprint(chats), "prompts_sha256": hashlib.sha256("\0".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()}
+    copies = len(chats) - len({(prompt, chat.answer) for prompt, chat in zip(prompts, chats, strict=True)})
+    marks = {"test_sha256": fingerprint(chats), "prompts_sha256": hashlib.sha256("\0".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()}
+    return marks | ({"copies": copies} if copies else {})
 
 
 def _eval_row(chat: Chat, answer: Answer, loss: float, tokens: int, checks: dict[str, Check]) -> EvalRow:
@@ -193,7 +195,7 @@ class Comparison:
         said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
         loss = "" if LOSS not in self.told or name == LOSS else f" Loss per token: {self.told[LOSS]}."
         otherwise = f" Asked otherwise: {self.facts['asked otherwise']}." if "asked otherwise" in self.facts else ""
-        return shared + said + loss + otherwise + (f" {self.tuned.cut}" if self.tuned.cut else "")
+        return shared + said + loss + otherwise + "".join(f" {word}" for word in (self.tuned.copied, self.tuned.cut) if word)
 
     @cached_property
     def told(self) -> dict[str, str]:
@@ -370,7 +372,7 @@ def to_html(
 
 # %% ../nbs/09_evaluation.ipynb #e137abca
 def evaluate_run(
-    run: Run,  # a finished run, fresh or loaded
+    run: Run | str | Path,  # a finished run, fresh or loaded, or its folder
     chats: list[Chat] | None = None,  # other chats than the run's own test set
     checks: dict[str, Check | str | dict] | None = None,  # more checks, by name, besides config.answer_pattern
     temperature: float = 0.0,  # 0: the likeliest token each time; above: drawn, with the seed of the run
@@ -378,6 +380,7 @@ def evaluate_run(
     score: str | None = None,  # the check or score that the verdict rests on; None: the answer_pattern, then your own checks, see `main_figures`
 ) -> Comparison:
     "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder, for other chats or drawn answers under a name of their own (see `report_name`)."
+    run = as_run(run)
     config, everything = run.config, run.test if chats is None else chats
     sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []

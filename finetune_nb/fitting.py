@@ -41,7 +41,7 @@ from .pictures import Picture, inlined
 from .run_folder import last_checkpoint, step_of
 from .scores import finite
 from .stop import TrainingError
-from .training import Run, kept_sets
+from .training import Run, as_run, kept_sets
 
 # %% ../nbs/09g_fitting.ipynb #a25d9f7a
 @dataclass(frozen=True)
@@ -482,12 +482,13 @@ def plot_gap(
 
 
 def measure_fitting(
-    run: Run,  # a finished run
+    run: Run | str | Path,  # a finished run, or its folder
     limit: int = 60,  # altered questions for each of base and tuned; 0: none are asked
     seed: int = 0,  # of the draw and of what is invented
     max_new_tokens: int | None = None,  # the longest answer; None: as the run's configuration says
 ) -> Fitting:
     "Whether the run learned its task or its chats; writes fitting.json into its folder. Raises `TrainingError` for a run without chats."
+    run = as_run(run)
     if not kept_sets(run.folder, run.config).train:
         raise TrainingError(f"The training chats of {run.folder} are not there any more, so nothing can be asked about them.")
     recitation = measure_recitation(run, limit, seed, max_new_tokens) if limit else None

@@ -55,7 +55,7 @@ from .packing import PackingCollator
 from .pictures import Picture
 from .progress import Progress
 from .scores import finite
-from .training import Run
+from .training import Run, as_run
 
 # %% ../nbs/09d_forgetting.ipynb #236e406f
 def forgetting_items(
@@ -426,7 +426,7 @@ def load_forgetting(
 
 # %% ../nbs/09d_forgetting.ipynb #98eea1e5
 def measure_forgetting(
-    run_or_model: Run | PeftModel,  # a finished run, or a model with its adapter
+    run_or_model: Run | str | Path | PeftModel,  # a finished run, its folder, or a model with its adapter
     tokenizer: PreTrainedTokenizerBase | None = None,  # the one that belongs to a model; a run brings its own
     items: str | Path | Sequence[Chat] | None = None,  # a file of chats, or chats, that must not get worse; None: those that ship with the package
     categories: str | Sequence[str] | None = None,  # one or some of their categories; None: all
@@ -443,6 +443,7 @@ def measure_forgetting(
     if not warn_at > 1 or min(max_new_tokens, batch_size, max_tokens) < 1:
         raise ConfigError(f"warn_at={warn_at}, max_new_tokens={max_new_tokens}, batch_size={batch_size}, max_tokens={max_tokens}: a rise is above 1, the others are at least 1.")
     chats, told = _chosen(items, categories, limit, seed)
+    run_or_model = as_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
     model, tokenizer, name, kwargs, chats = _model_of(run_or_model, tokenizer, chats, chat_template_kwargs)
     checks = [item_check(chat) for chat in chats]
     sums, counts = _drifts(model, tokenizer, chats, max_tokens, kwargs)

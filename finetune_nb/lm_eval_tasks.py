@@ -26,7 +26,7 @@ from .lora import without_adapter
 from .losses import mixed_precision
 from .metrics import Difference, mean_interval, paired_difference, wilson_interval
 from .scores import finite
-from .training import Run
+from .training import Run, as_run
 
 # %% ../nbs/09da_lm_eval.ipynb #e4a8669e
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _by_question(samples: list[dict[str, Any]]) -> dict[tuple[Any, str], dict[st
 
 # %% ../nbs/09da_lm_eval.ipynb #dcd4638f
 def lm_eval(
-    run_or_model: Run | PeftModel,  # a finished run, or a model with its adapter
+    run_or_model: Run | str | Path | PeftModel,  # a finished run, its folder, or a model with its adapter
     tasks: str | dict[str, Any] | Sequence[str | dict[str, Any]],  # names of tasks, or tasks as dicts in the format of lm-eval
     limit: int | None = None,  # questions of each task, the first ones; None: all
     num_fewshot: int | None = None,  # examples before each question; None: as the task says
@@ -208,10 +208,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _model_of(run_or_model: Run | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+def _model_of(run_or_model: Run | str | Path | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     "The model with its adapter, its tokenizer and name."
-    if isinstance(run_or_model, Run):
-        return run_or_model.model, run_or_model.tokenizer, run_or_model.folder.name
+    if isinstance(run_or_model, (Run, str, Path)):
+        run = as_run(run_or_model)
+        return run.model, run.tokenizer, run.folder.name
     if not isinstance(run_or_model, PeftModel):
         raise FinetuneError(f"A {type(run_or_model).__name__} has no adapter to switch off. Give a run, or a model as load_adapter returns it.")
     if tokenizer is None:

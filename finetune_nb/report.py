@@ -29,7 +29,7 @@ from .scores import LOSS, difference_text, finite
 from .several import resting_on
 from .stop import TrainingError
 from .sweep import load_sweep
-from .training import Run, kept_sets, load_run
+from .training import Run, as_run, kept_sets
 
 # %% ../nbs/09h_report.ipynb #b009d765
 class Section(Protocol):
@@ -267,7 +267,7 @@ def write_report(
     score: str | None = None,  # the check or score that the verdict rests on; None: that of the comparison, as it is kept
 ) -> RunReport:
     "Puts all that the folder of a run holds into report.html, report.md and report.json there. Raises `TrainingError` for no finished run, `ConfigError` for what is no section or can't be read."
-    run = run if isinstance(run, Run) else load_run(run)
+    run = as_run(run)
     given = {title: _resting_on(part, score) if isinstance(part, Comparison) else part for title, part in _titled(sections).items()}
     if measure:
         _measure_missing(run)
@@ -368,5 +368,6 @@ def _measure_missing(run: Run) -> None:
         evaluate_run(run)
     if not any("items that ship" in report.items and not is_part(report) for report in load_forgetting(run.folder)):
         measure_forgetting(run)
-    if load_fitting(run.folder) is None:
+    fitting = load_fitting(run.folder)
+    if fitting is None or fitting.recitation is None:  # the curves alone, of `limit=0`
         measure_fitting(run)

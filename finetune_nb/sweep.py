@@ -338,6 +338,8 @@ def sweep(
     if PartialState(cpu=config.use_cpu).num_processes > 1:
         raise TrainingError("A sweep runs in one process. Start it without accelerate launch or torchrun.")
     splits = splits or load_splits(config)
+    if not splits.validation:
+        raise TrainingError("A sweep compares losses on validation chats, and there are none. Set validation_size above 0, or give a validation_file.")
     for one in plan:
         _check_kept(one, splits)
     bench = _Bench(config, splits, plan[0].folder.parent, base, callbacks or [], stop or Stop(), say, retry)

@@ -320,6 +320,11 @@ def rate_of_nothing(shop):
     return shop.train(learning_rate=1e-8).folder
 
 
+def rate_of_nothing_unseen(shop):
+    "A batch of one makes the curve jump, and nobody looks at validation chats, which would show that it stands still."
+    return shop.train(Splits(shop.chats[:24], [], shop.chats[32:38]), learning_rate=1e-8, per_device_train_batch_size=1, num_train_epochs=1, eval_strategy="no").folder
+
+
 def three_steps(shop):
     return shop.train(max_steps=3, learning_rate=1e-3).folder
 
@@ -385,6 +390,7 @@ FAULTS = {  # the planted fault, the rule that should come first, and who plants
     "adapter in bf16, small steps": ("steps rounded away", adapter_in_bf16),
     "warm-up to the end": ("warm-up longer than training", warmup_to_the_end),
     "learning rate 1e-8": ("learning rate too low", rate_of_nothing),
+    "learning rate 1e-8, a curve that jumps": ("learning rate too low", rate_of_nothing_unseen),
     "three steps": ("too few steps", three_steps),
     "ended half way": ("ended while still learning", half_way),
     "answers cut": ("never stops", answers_cut),

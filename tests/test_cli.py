@@ -199,6 +199,9 @@ def test_sweep_and_range_test(quick, chats, tmp_path, capsys, monkeypatch):
     assert (saved.r, saved.learning_rate, saved.lora_dropout) == (2, 1e-3, 0)
     assert main(["sweep", "config.yaml", "--r", "2,4", "--lr", "1e-3", "--name", "ranks", "--set", "lora_dropout=0"]) == 0
     assert "training" not in capsys.readouterr().out, "what is finished is read"
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "config.yaml", "--r", "2,4", "--name", "none", "--set", "target_modules=[query]"])
+    assert ended.value.code == 1 and "2 failed" in capsys.readouterr().out
     assert main(["range-test", "config.yaml", "--low", "1e-4", "--steps", "10", "--save", "curve.png"]) == 0
     assert "The loss" in capsys.readouterr().out and (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -218,6 +218,13 @@ def test_right_answers_longer_than_may_be_said_are_told():
     assert short.cut in compare(short, short).reason and short.cut in short._repr_markdown_()
 
 
+def test_copies_of_a_test_chat_are_told():
+    rows = [row(i % 6) for i in range(12)]
+    copied, whole = (EvalReport("x", rows, about=about) for about in ({"copies": 6}, {}))
+    assert copied.copied.startswith("6 of 12 test chats are copies of others, so that the intervals are narrower") and not whole.copied
+    assert copied.copied in compare(copied, copied).reason and copied.copied in copied._repr_markdown_()
+
+
 def test_small_comparisons_say_why_there_is_no_verdict():
     rows = lambda right: [row(i, right, 1.0 + i % 2 - right / 2, 4, 0.5, 3, True) for i in range(4)]  # noqa: E731
     told = difference_texts(EvalReport("a", rows(False)), EvalReport("b", rows(True)))

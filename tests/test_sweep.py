@@ -310,6 +310,9 @@ def test_what_else_can_not_be(quick, splits, tmp_path):
             sweep(quick, GRID, splits, **options)
     with pytest.raises(ConfigError, match='set eval_strategy to "epoch"'):
         sweep(replace(quick, eval_strategy="no"), GRID, splits)
+    with pytest.raises(TrainingError, match="there are none. Set validation_size above 0"):
+        sweep(quick, GRID, splits._replace(validation=[]))
+    assert not (tmp_path / "runs").exists()
     with pytest.raises(TrainingError, match="sweep.json is missing"):
         load_sweep(tmp_path)
     sweep(quick, {"r": [2]}, splits, say=quiet)

@@ -12,14 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from finetune_nb.baselines import should_you_finetune
 from finetune_nb.chat_template import TemplateError, tokenize_chats
 from finetune_nb.config import ConfigError, FinetuneConfig
 from finetune_nb.data import Chat, Splits, fingerprint, icd10_chats, save_chats
 from finetune_nb.evaluation import evaluate_run
+from finetune_nb.fitting import measure_fitting
+from finetune_nb.forgetting import measure_forgetting
 from finetune_nb.lora import AdapterError, add_lora, load_adapter
 from finetune_nb.losses import mean_loss, token_losses
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
+from finetune_nb.report import write_report
 from finetune_nb.run_folder import last_checkpoint
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_base, load_run, load_splits, resume, total_steps, train
@@ -283,6 +287,30 @@ def test_choices_of_the_mask_reach_the_run(choice, quick, splits):
         with pytest.warns(UserWarning, match="broken by a space"):
             run = train(replace(short, control_tokens="neutralise"), splits._replace(train=forged, test=forged))
         assert evaluate_run(run).tuned.rows[0].expected.endswith("< |im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("config.yaml",), r"Expected a FinetuneConfig, got a str. Give load_config\('config.yaml'\)"),
+        (({"r": 8},), r"got a dict. Give FinetuneConfig\(\*\*settings\)"),
+        ((FinetuneConfig(), [[], [], []]), r"Expected chats as Splits\(train, validation, test\), got a list"),
+        ((FinetuneConfig(), "chats.jsonl"), "got a str. Give Splits with three lists"),
+    ],
+)
+def test_what_is_no_configuration_is_told(given, said):
+    for ask in (train, should_you_finetune):
+        with pytest.raises(ConfigError, match=said):
+            ask(*given)
+
+
+def test_a_run_is_given_as_such_or_by_its_folder(tmp_path):
+    for ask in (evaluate_run, measure_forgetting, measure_fitting, write_report):
+        with pytest.raises(TrainingError, match="nowhere is not the folder of a finished run"):
+            ask(tmp_path / "nowhere")
+    for ask in (evaluate_run, measure_fitting, write_report):
+        with pytest.raises(TrainingError, match=r"Expected a finished run, as train\(config\) and load_run\(folder\) return it, or its folder; got a FinetuneConfig"):
+            ask(FinetuneConfig())
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape", "renamed", "empty"])
