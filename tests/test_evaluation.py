@@ -177,6 +177,7 @@ def test_examples_go_by_the_figure_of_the_verdict():
 def test_the_check_of_the_user_counts(quick, chats, tiny_model):
     model, tokenizer = load_model(tiny_model, torch.float32, use_cpu=True, say=lambda line: None)
     ask = lambda **more: evaluate(model, tokenizer, chats[:3], {"short": lambda answer, chat: len(answer) < 9, "long": lambda answer, chat: len(answer)}, max_new_tokens=2, **more)  # noqa: E731
+    assert "copies" not in ask().about and evaluate(model, tokenizer, [*chats[:2], chats[0]], max_new_tokens=2).about["copies"] == 1
     assert ask().main == "short" and ask(score="long").main == "long" and ask(score="exact match").main == "exact match"
     assert EvalReport.from_dict(json.loads(json.dumps(ask(score="long").to_dict()))).main == "long"
     with pytest.raises(ConfigError, match="no score 'shrot'; there are exact match"):

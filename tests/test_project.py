@@ -195,7 +195,9 @@ def test_workflows_may_do_no_more_than_they_need():
             more = {k for k, v in job.get("permissions", {}).items() if v == "write"}
             assert more <= {"release.yml": {"id-token"}, "docs.yml": {"pages", "id-token"}}.get(path.name, set()) and (not more or "environment" in job), (path.name, name)
             for step in job.get("steps", []):
+                assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step.get("uses", f"a/b@{'0' * 40}")), f"{path.name}, {name}: {step['uses']} is not pinned by the hash of a commit"
                 assert "actions/checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False, (path.name, name)
+        assert all(re.search(r"# v\d+\.\d+\.\d+$", line) for line in path.read_text(encoding="utf-8").splitlines() if "@" in line and "uses:" in line), f"{path.name}: a pin says which release it is"
     release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
     assert release[True] == {"push": {"tags": ["v*"]}}, "YAML reads `on` as true"
     assert set(release["jobs"]["publish"]["needs"]) == {"test", "package"} and not [s for s in release["jobs"]["publish"]["steps"] if "build" in s.get("run", "")]
