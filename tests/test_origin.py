@@ -14,7 +14,7 @@ from conftest import ROOT
 from finetune_nb import origin
 from finetune_nb.config import FinetuneConfig, field_help, save_config
 from finetune_nb.models import EMBEDDED_MODEL, ModelError, find_model, load_model, load_tokenizer
-from finetune_nb.origin import FLOORS, INDEX, check_index, check_model_files, check_versions, is_hub_name, trust_remote_code
+from finetune_nb.origin import FLOORS, INDEX, check_index, check_model_files, check_versions, is_hub_name, read_settings, trust_remote_code
 from finetune_nb.planning import base_shape
 
 CODE = "from pathlib import Path\nPath({!r}).write_text('ran')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\nclass OddConfig(C):\n    model_type = 'odd'\nclass OddModel(M):\n    config_class = OddConfig\n"
@@ -208,3 +208,13 @@ def test_an_index_on_the_hub_stays_in_its_folder_too(tiny_model, tmp_path):
     code = "from finetune_nb.models import load_model\ntry: load_model('owner/name')\nexcept Exception as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
     assert "points out of its folder" in done.stdout, done.stderr
+
+
+def test_a_huge_file_of_settings_is_not_read(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama"}))
+    with file.open("r+") as sparse:  # takes no room on the disk, and would be read as spaces if it were read
+        sparse.seek(65 << 20)
+        sparse.write(" ")
+    with pytest.raises(ModelError, match="config.json can't be read \\(larger than any such file\\)"):
+        read_settings(file, "mine")
