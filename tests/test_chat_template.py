@@ -116,7 +116,7 @@ def test_loss_is_on_the_answers_and_their_ends(family, shape, embedded):
 words = st.text(st.characters(blacklist_categories=("Cs",)) | st.sampled_from(" \n\t a1.<|é"), min_size=1, max_size=30).filter(str.strip)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(family=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(words, min_size=1, max_size=3), system=st.none() | words)
 def test_any_words_are_taught_whole_or_refused(embedded, family, texts, system):
     tokenizer = with_template(embedded, TEMPLATES[family])

@@ -120,7 +120,7 @@ def hub_with(folder, cache):
 
 
 @pytest.mark.parametrize(("kind", "changes"), [
-    ("hub", {"bf16": False}), ("folder", {"bf16": None}), ("folder", {"bf16": False, "load_in_4bit": True}), ("gguf", {"bf16": False}), ("embedded", {"bf16": False}),
+    ("hub", {"bf16": False}), ("folder", {"bf16": None}), ("folder", {"bf16": False, "load_in_4bit": True}), pytest.param("gguf", {"bf16": False}, marks=pytest.mark.slow), ("embedded", {"bf16": False}),
 ])  # fmt: skip
 def test_the_loading_code_loads_what_was_trained(kind, changes, tiny_model, wider_model, tmp_path):
     if changes.get("load_in_4bit"):

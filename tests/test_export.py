@@ -233,7 +233,7 @@ def wide_model(tmp_path_factory):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.slow), "q8_0", "q4_k_m"])
 def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     pytest.importorskip("gguf")
     if kind == "q4_k_m":
@@ -257,7 +257,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", [kind if kind == "mistral" else pytest.param(kind, marks=pytest.mark.slow) for kind in SHAPES])
 def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
     pytest.importorskip("gguf")
     if kind in ("qwen3", "llama"):  # the GGUF reader of transformers knows neither qwen3's head_dim nor the rope factors of Llama 3

@@ -1501,6 +1501,7 @@ def test_the_parts_stand_alone(quick, splits):
 
 # --- and with the older ipywidgets of Colab
 
+@pytest.mark.slow
 def test_the_same_with_older_ipywidgets():
     if widgets.__version__ < "8":
         pytest.skip("This is the older one.")
@@ -1509,6 +1510,6 @@ def test_the_same_with_older_ipywidgets():
     if folder is None:
         pytest.skip("ipywidgets 7.7.1 is not in .venv/widgets7: `make test` puts it there, or see CONTRIBUTING.md.")
     path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-m", "not trains", "-x", "--durations=0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-m", "not trains and not slow", "-x", "--durations=0", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]

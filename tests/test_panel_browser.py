@@ -218,7 +218,7 @@ def test_everything_can_be_reached_by_keys(lab):
     assert {"small GPU", "Save", "r", "learning_rate", "num_train_epochs"} <= set(reached), reached
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+@pytest.mark.parametrize("theme", [pytest.param("JupyterLab Light", marks=pytest.mark.slow), "JupyterLab Dark"])
 def test_words_can_be_read(lab, theme):
     "Ink and ground of every visible text differ enough (WCAG: 4.5 to 1), also on a narrow page, where nothing sticks out."
     open_panel(lab)
@@ -248,7 +248,7 @@ HOST = """([body, theme, ground]) => {
 HOSTS = {"VS Code": (["vscode-dark"], "", "#1e1e1e"), "Colab": ([], "dark", "#383838"), "docs": (["quarto-dark"], "", "#222222"), "a plain page": ([], "", "#ffffff")}
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [host if host == "Colab" else pytest.param(host, marks=pytest.mark.slow) for host in HOSTS])
 def test_words_can_be_read_where_only_the_light_colours_of_widgets_are(lab, host):
     "Pages that say in their own way that they are dark, with the colours of JupyterLab's light theme at the root, as ipywidgets brings them."
     open_panel(lab)
@@ -259,6 +259,7 @@ def test_words_can_be_read_where_only_the_light_colours_of_widgets_are(lab, host
         assert lab.page.evaluate(POOR) == [], tab
 
 
+@pytest.mark.slow
 def test_the_panel_in_notebook_7(notebook7):
     "A run is started and found again after the page was loaded anew; the plan follows the mouse before and after (the notebook keeps the arrow keys for itself)."
     settings = "target_modules='all-linear', max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, eval_strategy='no', logging_steps=1"
@@ -279,6 +280,7 @@ def test_the_panel_in_notebook_7(notebook7):
     assert notebook7.errors() == []
 
 
+@pytest.mark.slow
 def test_the_panel_alone_in_voila(voila):
     notebook = json.loads((ROOT / "nbs/tutorials/panel.ipynb").read_text(encoding="utf-8"))
     cell = next(c for c in notebook["cells"] if "room = panel()" in "".join(c["source"]))

@@ -218,7 +218,7 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=str)
+@pytest.mark.parametrize("change", [change if change.keys() & {"use_dora", "init_lora_weights", "modules_to_save", "load_in_4bit", "max_tokens_at_once"} else pytest.param(change, marks=pytest.mark.slow) for change in VARIANTS], ids=str)
 def test_each_variant_learns_and_comes_back_the_same(change, quick, chats, tokenizer):
     "The adapter that is kept, loaded onto a fresh base model, has the loss that the run ended with."
     from finetune_nb.data import Splits

@@ -130,7 +130,7 @@ def test_every_run_of_a_sweep_is_the_run_alone(quick, splits, tmp_path):
     assert list_runs(tmp_path / "runs").rows == [], "the folder of a sweep is no run"
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+@pytest.mark.parametrize("strategy", ["epoch", pytest.param("steps", marks=pytest.mark.slow)])
 def test_halving_stops_the_worse_and_changes_nothing_for_the_others(strategy, quick, splits, tmp_path):
     config = replace(quick, num_train_epochs=4, eval_strategy=strategy, eval_steps=4, early_stopping_patience=1)
     result = sweep(config, GRID, splits, rungs=[3, 10], say=quiet)
@@ -210,7 +210,7 @@ class InTheMiddle(TrainerCallback):
             self.do(model)
 
 
-@pytest.mark.parametrize("at", [2, 8])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_what_was_broken_off_goes_on_to_the_same_weights(at, quick, splits, tmp_path):
     "Before its first checkpoint a run begins anew, after it it goes on from there."
 
