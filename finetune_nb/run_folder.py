@@ -255,6 +255,9 @@ def why_not_on(
 def runs_inside(
     folder: Path,  # that is no run
 ) -> str:
-    "Names the runs that were perhaps meant."
-    inside = sorted(p.parent.name for p in folder.glob("*/run.json"))
-    return f" It holds the runs {', '.join(inside)}; name one of them." if inside else ""
+    "Names the runs that were perhaps meant: those in it, or beside it where it is not there at all."
+    names = lambda place: ", ".join(sorted(p.parent.name for p in place.glob("*/run.json")))  # noqa: E731
+    if inside := names(folder):
+        return f" It holds the runs {inside}; name one of them."
+    beside = "" if folder.exists() else names(folder.parent)
+    return f" {folder.parent} holds the runs {beside}; name one of them." if beside else ""

@@ -311,6 +311,8 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         _tell_processes(config, say)
         _check_parts(config)
         given, splits = splits is not None, splits or load_splits(config)
+        if not given and config.train_file in DEMO_SETS:
+            _tell(say, f"Training on the chats of the demo (train_file={config.train_file!r}). For your own, set train_file.")
         ready = _prepare(config, splits, say, stop.check, base)
         ready = ready._replace(preflight=from_first(lambda: _fly_ahead(config, splits, ready, say)))
         stop.check()

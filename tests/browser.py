@@ -360,7 +360,7 @@ class Lab(Page):
 
     def wait_idle(self, seconds: float | None = None) -> None:
         "Waits until the notebook is open, its kernel is connected and idle, and no cell waits to be run."
-        self.wait(IDLE, "the notebook is open and its kernel idle", seconds=seconds)
+        self.wait(IDLE, "the notebook is open and its kernel idle", seconds=max(seconds or 0, 300))  # a kernel may start late on a busy machine
 
     def command(self, name: str, args: dict | None = None) -> None:
         "Runs a command of JupyterLab to its end."
