@@ -32,7 +32,7 @@ from .crash_safe import CrashSafeTrainer
 from .losses import needs_autocast, token_losses
 from .memory import in_pieces
 from .models import hardware, release_memory
-from .one_file import why_it_may_lie
+from .mounts import why_it_may_lie
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
 from .processes import n_processes, said_by_all

@@ -10,9 +10,10 @@ import pytest
 from conftest import some_splits
 from transformers import TrainerCallback
 
-from finetune_nb import one_file
+from finetune_nb import mounts, one_file
 from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
-from finetune_nb.one_file import load_one_file, why_it_may_lie
+from finetune_nb.mounts import why_it_may_lie
+from finetune_nb.one_file import load_one_file
 from finetune_nb.run_folder import checkpoints, last_checkpoint
 from finetune_nb.stop import Stop
 from finetune_nb.training import resume, train
@@ -27,7 +28,7 @@ def drive(tmp_path, monkeypatch):
     place = tmp_path / "drive"
     place.mkdir()
     monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(one_file, "mounts", lambda: [("/", "ext4"), (str(place.resolve()), "fuse.drive")])
+    monkeypatch.setattr(mounts, "mounts", lambda: [("/", "ext4"), (str(place.resolve()), "fuse.drive")])
     return place
 
 
@@ -35,7 +36,7 @@ def test_mounts_that_may_lie_are_known(tmp_path, monkeypatch):
     kinds = {"near": "ext4", "near/far": "nfs4", "near/far/near": "fuse.fuse-overlayfs", "bucket": "fuse.gcsfuse", "wsl": "9p"}
     for name in kinds:
         (tmp_path / name).mkdir(parents=True)
-    monkeypatch.setattr(one_file, "mounts", lambda: [("/", "overlay"), *((str(tmp_path.resolve() / name), kind) for name, kind in kinds.items())])
+    monkeypatch.setattr(mounts, "mounts", lambda: [("/", "overlay"), *((str(tmp_path.resolve() / name), kind) for name, kind in kinds.items())])
     found = {name: why_it_may_lie(tmp_path / name).rpartition(" ")[2] for name in kinds}
     assert found == {"near": "", "near/far": "nfs4", "near/far/near": "", "bucket": "fuse.gcsfuse", "wsl": "9p"}
     (tmp_path / "link").symlink_to(tmp_path / "bucket")
