@@ -191,7 +191,7 @@ class BaselineReport:
             ways.append({"name": r.name, "score": r.mean(self.score), "low": _or_none(low), "high": _or_none(high), "against_plain": gap, "scores": r.scores, **cost, "answers": [a.text for a in r.answers]})
         said = {"model": self.model, "verdict": self.verdict, "reason": self.reason, "notes": self.notes, "score": self.score, "target": self.target}
         said |= {"why_score": self.why_score, "said": self.said, "train_data": self.train_data}
-        chats = [{"where": c.where, "question": question(c), "expected": c.answer, "in_training": not clean} for c, clean in zip(self.results[0].prompts.chats, self.clean, strict=True)]
+        chats = [{"where": c.where, "question": question(c), "last": c.prompt[-1]["content"], "expected": c.answer, "in_training": not clean} for c, clean in zip(self.results[0].prompts.chats, self.clean, strict=True)]
         return {**said, "questions": self.questions, "train_chats": self.train_chats, "leaks": self.leaks, "chats": chats, "ways": ways}
 
     def to_markdown(self) -> str:
@@ -223,13 +223,21 @@ def _or_none(value: float) -> float | None:
 def _from_dict(said: dict[str, Any]) -> BaselineReport:
     with reading("report of ways of asking", "Ask again with should_you_finetune."):
         asked = said["chats"]
-        chats = [Chat([{"role": "user", "content": c["question"]}, {"role": "assistant", "content": c["expected"]}], c["where"]) for c in asked]
+        chats = [_asked_again(c) for c in asked]
         results = []
         for way in said["ways"]:
             answers = [Answer(text, bool(ended), n) for text, ended, n in zip(way["answers"], way["scores"][ENDED], way["new_tokens"], strict=True)]
             results.append(WayResult(way["name"], Prompts(chats, way["prompt_tokens"], way["dropped_examples"]), answers, way["scores"], way["new_tokens"], way["seconds"]))
         kept = {name: said[name] for name in ("model", "score", "why_score", "questions", "leaks", "said", "target", "train_chats", "train_data")}
         return BaselineReport(results=results, clean=[not c["in_training"] for c in asked], **kept)
+
+
+def _asked_again(said: dict[str, Any]) -> Chat:
+    "The chat of a kept question, with its last turn apart: by that it is known elsewhere."
+    last = said.get("last") or said["question"]
+    before = said["question"].removesuffix(last).removesuffix("\n")
+    turns = [{"role": "user", "content": before}] * bool(before) + [{"role": "user", "content": last}]
+    return Chat([*turns, {"role": "assistant", "content": said["expected"]}], said["where"])
 
 
 def load_baselines(
@@ -362,10 +370,10 @@ def should_you_finetune(
     "Asks the test questions in every way, and says whether a fine-tune is worth it; with a run, the report is kept in its folder. Raises `ConfigError` or `TrainingError` for what can't be done, before anything is asked."
     check_kinds(config, splits)
     run = as_run(run) if run is not None else None
-    _check_asked(config, k, target, system, run)
+    _check_asked(config, k, target, system, run, ways)
     splits = load_splits(config) if splits is None else splits
     sample, questions = _sample(config, splits.test)
-    own, checks = list(checks or {}), make_checks(checks, config.answer_pattern)
+    own, checks = list(checks) if isinstance(checks, dict) else [], make_checks(checks, config.answer_pattern)
     if score is not None and score not in (*OWN_SCORES, *checks):
         raise ConfigError(f"There is no score {score!r}; there are {', '.join((*OWN_SCORES, *checks))}.")
     rights = _scores([chat.answer for chat in sample], sample, checks)
@@ -415,12 +423,14 @@ def add_tuned(
     return both
 
 
-def _check_asked(config: FinetuneConfig, k: int, target: float, system: Any, run: Run | None) -> None:
+def _check_asked(config: FinetuneConfig, k: int, target: float, system: Any, run: Run | None, ways: Any) -> None:
     "Raises `ConfigError` for what can't be meant."
     if type(k) is not int or k < 1 or not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise ConfigError(f"k={k!r}, target={target!r}: there is at least one example, and a score is above 0 and at most 1.")
     if system is not None and not isinstance(system, str):
         raise ConfigError(f"system: expected a text, got {system!r}. To try several prompts, give them as ways={{'name': with_system(text)}}.")
+    if ways is not None and not isinstance(ways, dict):
+        raise ConfigError(f"ways: expected a dict of names and ways of asking, as in {{'brief': with_system('Be brief.')}}, got a {type(ways).__name__}.")
     if run and run.config.model_name_or_path != config.model_name_or_path:
         raise ConfigError(f"{run.folder.name} was trained on {run.config.model_name_or_path}, and the configuration names {config.model_name_or_path}. Ask with run.config.")
 
@@ -429,6 +439,8 @@ def _check_rights(rights: list[float], sample: Sequence[Chat], counts: str, targ
     "The right answers judged as those of a model will be: where they fail, no model can pass. What to say of it; raises `ConfigError` where they miss the target."
     if counts == "token F1" and target == TARGET:
         return [f"Free text seldom has a token F1 of {TARGET:.0%}, however good: say with target=… what is good enough, or with answer_pattern or checks what must be right."]
+    if out := [value for value in rights if not 0 <= value <= 1]:
+        raise ConfigError(f"{counts!r} gives {out[0]:g} for a right answer, and target={target:g} is a part of 1: let the score run from 0 to 1, the best.")
     missed = [chat for chat, value in zip(sample, rights, strict=False) if not value >= 1]
     if not missed:
         return []

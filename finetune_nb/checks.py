@@ -20,7 +20,7 @@ from .labels import closed_set, stay_apart
 from .metrics import Score, exact_match, follows_pattern, follows_schema, normalised_match, token_f1
 
 # %% ../nbs/08d_checks.ipynb #a4404106
-Check = Callable[[str, Chat], bool | float]
+Check = Callable[[str, Chat], bool | float]  # of the answer and its chat: whether it passes, or a score, of which more is better
 
 
 def against_expected(
@@ -75,6 +75,8 @@ def make_checks(
     pattern: str | None = None,  # gives more, see `pattern_checks`
 ) -> dict[str, Check]:
     "All checks as functions, those of the pattern first. Raises `ConfigError` for a pattern or schema that is none, and for a name that is taken."
+    if checks is not None and not isinstance(checks, dict):
+        raise ConfigError(f"checks: expected a dict of names and checks, as in {{'polite': check}}, got a {type(checks).__name__}.")
     made = pattern_checks(pattern) if pattern else {}
     taken = [*OWN_SCORES, LOSS, PERPLEXITY, LENGTH, *COST, *made]  # each is a line of the report
     for name, check in (checks or {}).items():

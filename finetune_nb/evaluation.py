@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOW', 'Answer', 'generate', 'room_of', 'evaluate', 'Comparison', 'compare', 'plot_comparison', 'html_page',
-           'comparison_parts', 'to_html', 'evaluate_run', 'report_name', 'asked_chats', 'packing_of', 'load_comparison']
+           'comparison_parts', 'to_html', 'evaluate_run', 'check_chats', 'report_name', 'asked_chats', 'packing_of',
+           'load_comparison']
 
 # %% ../nbs/09_evaluation.ipynb #728943c5
 import hashlib
@@ -192,7 +193,8 @@ class Comparison:
         "The verdict with the figures that it rests on."
         name, base, tuned = self.base.main, self.base.figures(), self.tuned.figures()
         shared = f"{self.facts['shared questions']} " if "shared questions" in self.facts else ""
-        said = f"{name} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
+        own = " (more of it counts as better)" if name in self.base.about.get("checks", {}) and name in self.base.rows[0].scores else ""
+        said = f"{name}{own} {base.get(name, '–')} before, {tuned.get(name, '–')} after, on {how_many(len(self.base.rows))}: {self.told.get(name, self.verdict)}."
         loss = "" if LOSS not in self.told or name == LOSS else f" Loss per token: {self.told[LOSS]}."
         otherwise = f" Asked otherwise: {self.facts['asked otherwise']}." if "asked otherwise" in self.facts else ""
         return shared + said + loss + otherwise + "".join(f" {word}" for word in (self.tuned.copied, self.tuned.cut) if word)
@@ -381,6 +383,7 @@ def evaluate_run(
 ) -> Comparison:
     "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder, for other chats or drawn answers under a name of their own (see `report_name`)."
     run = as_run(run)
+    check_chats(chats)
     config, everything = run.config, run.test if chats is None else chats
     sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []
@@ -398,6 +401,15 @@ def evaluate_run(
     comparison = compare(*reports, facts=facts | ({"shared questions": shared} if shared else {}))
     _save_report(comparison, run.folder, report_name(run, chats, temperature, top_p))
     return comparison
+
+
+def check_chats(
+    chats: Any,  # that were given to be asked; None: none were
+) -> None:
+    "Raises `ConfigError` for what is no list of chats."
+    if chats is not None and (not isinstance(chats, (list, tuple)) or not all(isinstance(chat, Chat) for chat in chats)):
+        how = f"load_chats({str(chats)!r})" if isinstance(chats, (str, Path)) else "what load_chats(file) returns"
+        raise ConfigError(f"chats: expected a list of chats, got a {type(chats).__name__}. Give {how}.")
 
 
 def report_name(

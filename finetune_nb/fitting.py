@@ -36,7 +36,7 @@ from .jobs import best_look
 from .kept import load_kept, reading, save_kept
 from .lora import set_adapter_weights, without_adapter
 from .memory import chat_losses
-from .metrics import FEWEST, Difference, estimate_share, paired_difference
+from .metrics import FEWEST, Difference, Estimate, estimate_share, paired_difference
 from .pictures import Picture, inlined
 from .run_folder import last_checkpoint, step_of
 from .scores import finite
@@ -116,6 +116,10 @@ class Gap:
         return self.best.step if risen(self.best.validation, self.last.validation) and went_on else None
 
     @property
+    def _meanwhile(self) -> str:
+        return ", while the training loss went on falling" if None not in (self.best.train, self.last.train) else "; what the training loss did meanwhile was not logged"
+
+    @property
     def reason(self) -> str:
         "What the curves say, in words."
         apart = "" if self.last.gap is None else f" At the end validation lies {self.last.gap:+.3f} nats from training ({self.last.validation:.3f} against {self.last.train:.3f})."
@@ -124,7 +128,7 @@ class Gap:
         if len([look for look in self.looks if look.step]) == 1:
             return f"There is one look at the validation chats only, at step {self.last.step}; where the loss turns can't be seen.{apart}"
         if self.opened is not None:
-            return f"The gap opened at step {self.opened}: from there the validation loss rose by {self.rise:.1%} to the end at step {self.last.step}, while the training loss went on falling.{apart}"
+            return f"The gap opened at step {self.opened}: from there the validation loss rose by {self.rise:.1%} to the end at step {self.last.step}{self._meanwhile}.{apart}"
         after = [look for look in self.looks if look.step]
         if self.last is self.best and self.last.validation < 0.99 * after[-2].validation and self.last.validation < 0.99 * after[0].validation:
             return f"The validation loss was still falling at the end (step {self.last.step}); longer training may help.{apart}"
@@ -314,9 +318,17 @@ class Recitation:
         before, after = (estimate_share([getattr(row, name) for row in rows]) for name in ("recited_before", "recited_after"))
         seen = f"training answers came out at {after} of {len(rows)} altered questions, from the base model at {before}"
         words = {"recites": "Learned by heart", "does not recite": f"Not learned by heart, more than {TOO_MUCH:.0%} is ruled out", "can't tell": "Can't tell whether answers were learned by heart"}
-        deaf = self.of(RULES[2])
-        ignored = estimate_share([row.recited_after for row in deaf]) if deaf else None
-        return f"{words[self.verdict]}: {seen}." + (f" Asked for something else, it gave the training answer at {ignored}: it no longer listens." if ignored and ignored.low > TOO_MUCH else "")
+        return f"{words[self.verdict]}: {seen}." + (f" Asked for something else, it gave the training answer at {self._ignored}: it no longer listens." if self.deaf else "")
+
+    @property
+    def _ignored(self) -> Estimate | None:
+        rows = self.of(RULES[2])
+        return estimate_share([row.recited_after for row in rows]) if rows else None
+
+    @property
+    def deaf(self) -> bool:
+        "Whether it gives the training answer where something else is asked for."
+        return self._ignored is not None and self._ignored.low > TOO_MUCH
 
     def table(self) -> list[tuple[str, ...]]:
         "A line for each rule: questions, recited by base and tuned."
@@ -373,11 +385,13 @@ class Fitting:
 
     @property
     def verdict(self) -> str:
-        "`learned by heart`, `got worse`, `went too far`, `healthy` or `can't tell`."
+        "`learned by heart`, `got worse`, `no longer listens`, `went too far`, `healthy` or `can't tell`."
         if self.recitation and self.recitation.verdict == "recites":
             return "learned by heart"
         if self.gap and self.gap.got_worse:
             return "got worse"
+        if self.recitation and self.recitation.deaf:
+            return "no longer listens"
         if self.gap and self.gap.opened is not None:  # what the curves say, unless there are chats enough to ask one by one, and they do not confirm it
             return "went too far" if self.last is None or self.last.too_few or self.last.verdict == "worse" else "can't tell"
         clear = self.gap and len(self.gap.looks) > 2 and self.gap.gained and (self.recitation is None or self.recitation.verdict == "does not recite")
@@ -401,6 +415,8 @@ class Fitting:
         if self.verdict == "got worse":
             how = "the training loss fell meanwhile, so the gap opened before the first look. Look sooner (eval_steps), and take fewer steps, a lower rank or learning rate" if self.gap.opened == 0 else "the training loss did not fall either. Take a lower learning_rate"
             return f"On chats that it was not trained on, the base model is better than the adapter that was kept: {how}, or more and more varied chats."
+        if self.verdict == "no longer listens":
+            return "Chats in which something else is asked of the same things, or general chats, teach it to tell them apart; so do fewer epochs and a lower rank or learning rate."
         if self.verdict == "went too far":
             return f"The adapter that was kept is that of step {self.kept_step}, before the rise; fewer epochs would have been enough."
         return ""
@@ -426,7 +442,7 @@ class Fitting:
         return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
-        colour = {"learned by heart": "#d62728", "got worse": "#d62728", "went too far": "#e0902f", "healthy": "#2e9e4f"}.get(self.verdict, "#e0902f")
+        colour = {"learned by heart": "#d62728", "got worse": "#d62728", "no longer listens": "#d62728", "went too far": "#e0902f", "healthy": "#2e9e4f"}.get(self.verdict, "#e0902f")
         parts = [f"<p><b style='color:{colour}'>{escape(self.verdict.capitalize())}</b> · {escape(self.name)}<br>{escape(self.reason)}</p>"]
         parts += [inlined(self.plot()._repr_png_(), "training and validation loss")] if self.gap else []
         parts += [html_table(HEAD, self.recitation.table())] if self.recitation and self.recitation.rows else []

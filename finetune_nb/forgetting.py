@@ -440,7 +440,7 @@ def measure_forgetting(
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the chat template; None: those of the run
 ) -> Forgetting:
     "Base against tuned on general questions, or on one's own; that of a run is kept in its folder. Raises `ConfigError` for items that can't be used, `FinetuneError` where the base model can't be had by switching the adapter off."
-    if not warn_at > 1 or min(max_new_tokens, batch_size, max_tokens) < 1:
+    if not warn_at > 1 or any(type(n) is not int or n < 1 for n in (max_new_tokens, batch_size, max_tokens)):
         raise ConfigError(f"warn_at={warn_at}, max_new_tokens={max_new_tokens}, batch_size={batch_size}, max_tokens={max_tokens}: a rise is above 1, the others are at least 1.")
     chats, told = _chosen(items, categories, limit, seed)
     run_or_model = as_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model

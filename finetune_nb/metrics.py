@@ -6,7 +6,7 @@
 __all__ = ['Score', 'FEWEST', 'ROUNDING', 'exact_match', 'normalised', 'normalised_match', 'token_f1', 'follows_pattern',
            'follows_schema', 'wilson_interval', 'bootstrap_interval', 'percentiles', 'span_of', 'mean_interval',
            'paired_interval', 'Estimate', 'estimate_share', 'estimate_mean', 'Difference', 'within_rounding',
-           'paired_difference', 'spread_of', 'chats_needed', 'gap_told', 'level_of', 'holm']
+           'paired_difference', 'spread_of', 'chats_needed', 'jump_of', 'gap_told', 'level_of', 'holm']
 
 # %% ../nbs/08a_metrics.ipynb #b6273f76
 import json
@@ -354,7 +354,7 @@ def paired_difference(
     mean = float(np.average(gaps, weights=weights))
     fewest = max(FEWEST, _chats_for_skew(gaps, weights) if not share and (low > 0 or high < 0) else 0)
     told = n >= fewest and (low > 0 or high < 0)
-    needed = None if told or mean == 0 else max(chats_needed(spread_of(gaps, weights), mean), n + 1, fewest)
+    needed = None if told or mean == 0 else max(chats_needed(spread_of(gaps, weights), mean, level), n + 1, fewest)
     return Difference(mean, low, high, n, needed, higher_is_better, fewest)
 
 
@@ -397,9 +397,19 @@ def spread_of(
 def chats_needed(
     spread: float,  # of `spread_of`
     gap: float,  # a difference that is not 0
+    level: float = 0.95,  # of the interval that has to leave out 0
 ) -> int:
     "The test chats that show such a difference with a power of 80 %."
-    return math.ceil((_POWER * spread / gap) ** 2)
+    power = _POWER if level == 0.95 else NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(0.8)
+    return math.ceil((power * spread / gap) ** 2)
+
+
+def jump_of(
+    losses: Sequence[float],  # in their order, at least three
+) -> float:
+    "The standard deviation of the points about a smooth curve, from the mean square of its second differences."
+    bends = [(a - 2 * b + c) ** 2 for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    return math.sqrt(sum(bends) / len(bends) / 6)
 
 
 def gap_told(

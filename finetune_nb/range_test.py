@@ -22,6 +22,7 @@ from .data import Splits
 from .display import md_cell
 from .lora import remove_lora
 from .losses import recompute_blocks, smoothed
+from .metrics import jump_of
 from .models import release_memory
 from .pictures import Picture, inlined
 from .stop import Stop, TrainingError
@@ -96,13 +97,29 @@ class RangeTest:
         "The step at which the smoothed loss falls fastest, per factor of the learning rate; None where it never falls."
         half = 3  # steps to each side, over which the slope is taken
         slopes = {i: self.smooth[i + half] - self.smooth[i - half] for i in range(half, min(self.lowest, len(self.smooth) - 1 - half) + 1) if math.isfinite(self.smooth[i + half])}
-        fell = self.smooth[0] - self.smooth[self.lowest] > 0.02 * self.smooth[0]
-        return min(slopes, key=slopes.get) if fell and slopes else None
+        return min(slopes, key=slopes.get) if self.fall > self.least and slopes else None
+
+    @property
+    def fall(self) -> float:
+        "How far the smoothed loss fell, from the mean of the first tenth of the steps to its lowest."
+        return self._first - self.smooth[self.lowest]
+
+    @property
+    def least(self) -> float:
+        "The fall that counts: 2 % of the loss, and more than a curve that only jumps would show."
+        n = max(1, len(self.losses) // 10)
+        before = [loss for loss in self.losses[: max(self.lowest + 1, 3 * n)] if math.isfinite(loss)]
+        return 0.02 * self._first + (5 * jump_of(before) / math.sqrt(n) if len(before) > 2 else 0.0)
+
+    @property
+    def _first(self) -> float:
+        n = max(1, len(self.losses) // 10)
+        return sum(self.losses[:n]) / n
 
     @property
     def suggestion(self) -> float | None:
         "The learning rate to begin with, in two digits; None where the curve says nothing."
-        return None if self.steepest is None else float(f"{min(self.rates[self.steepest], self.rates[self.lowest] / 10):.1e}")
+        return None if self.steepest is None else float(f"{max(min(self.rates[self.steepest], self.rates[self.lowest] / 10), self.rates[0]):.1e}")
 
     @property
     def reason(self) -> str:
@@ -110,10 +127,10 @@ class RangeTest:
         at = f"from {self.rates[0]:.1e} to {self.rates[-1]:.1e} in {len(self.rates)} steps"
         end = {"divergence": f"It ran away at {self.rates[-1]:.1e}.", "the user": "You stopped the test there."}.get(self.ended_by, "It did not run away up to there: try a larger high.")
         if self.steepest is None:
-            fall = max(1 - self.smooth[self.lowest] / self.smooth[0], 0) if self.smooth and self.smooth[0] else 0
-            return f"The loss fell by {fall:.1%}, which is less than the 2 % that would count, {at}. {end} There is nothing to suggest: the steps are too few, or every learning rate is too low or too high."
+            fall, least = (max(x / self._first, 0) if self.losses and self._first else 0 for x in (self.fall, self.least))
+            return f"The loss fell by {fall:.1%}, which is less than the {least:.1%} that would count on a curve that jumps so, {at}. {end} There is nothing to suggest: the steps are too few, or every learning rate is too low or too high."
         fastest, lowest = self.rates[self.steepest], self.rates[self.lowest]
-        why = "where it falls fastest" if fastest <= lowest / 10 else "a tenth of where it is lowest"
+        why = "the lowest that was tried" if self.suggestion == float(f"{self.rates[0]:.1e}") else "where it falls fastest" if fastest <= lowest / 10 else "a tenth of where it is lowest"
         return f"The loss falls fastest at {fastest:.1e} and is lowest at {lowest:.1e} ({at}). {end} Suggested: {self.suggestion:.1e}, {why}."
 
     def plot(self) -> Picture:

@@ -87,6 +87,12 @@ class RunRecord:
         return [row["learning_rate"] for row in self.history if "learning_rate" in row]
 
     @property
+    def top_rate(self) -> float:
+        "The highest learning rate of a step; the curve, which has a point now and then, may have missed it."
+        reached = min(1.0, max(self.steps - 1, 0) / self.warmup_steps) if self.warmup_steps else float(self.steps > 0)
+        return max([*self.rates, reached * self.config.learning_rate])
+
+    @property
     def gradients(self) -> list[float]:
         "The length of the gradient at each point of the training curve, before it was shortened."
         return [row["grad_norm"] for row in self.history if "grad_norm" in row]
@@ -131,6 +137,8 @@ def read_record(
     "The record of a run; raises `FinetuneError` for a folder that is none of a run."
     if isinstance(run, BaseException):
         return RunRecord(Path(), FinetuneConfig(), "refused", failure=_as_failure(_error_facts(run)))
+    if not isinstance(run, (Run, str, Path)):
+        raise FinetuneError(f"Expected a run, its folder, or the error with which it was refused; got a {type(run).__name__}.")
     folder = run.folder if isinstance(run, Run) else Path(run)
     row = read_run(folder)
     if row.config is None:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
-from .baselines import TUNED, BaselineReport, load_baselines
+from .baselines import MARGIN, TUNED, BaselineReport, load_baselines
 from .config import ConfigError, FinetuneError, changed_settings, replacing
 from .data import check_leaks
 from .diagnosis import Diagnosis, diagnose
@@ -113,6 +113,7 @@ class Findings:
         what = ", ".join(name for report in self.forgetting for name in report.forgot_alone)
         paid = ["something was forgotten" + (f" ({what})" if what else "")] if any(report.verdict == "forgot" for report in self.forgetting) else []
         paid += ["training answers are recited"] if self.fitting and self.fitting.verdict == "learned by heart" else []
+        paid += ["it no longer listens where something else is asked"] if self.fitting and self.fitting.recitation and self.fitting.recitation.deaf else []
         loss = self.comparison.differences.get(LOSS) if self.comparison else None
         return paid + (["the loss of the right answers rose"] if loss and loss.verdict == "worse" else [])
 
@@ -123,8 +124,10 @@ class Findings:
         if self.rests_on_leaks:
             return f"Can't tell: {self.leaks.partition(' First: ')[0]}"
         if self.worth_it == "no":
-            return {"worse": "No: it got worse.", "better": "No: it got better, but asking the base model better does as well."}.get(
-                self.comparison.verdict, f"No: a gain can't be told from chance, and asking the base model does as well ({self.baselines and self.baselines.best.name!r})."
+            does = "is good enough" if self.against_asking is None else "does better" if self.against_asking.verdict == "worse" else "does as well"
+            best = self.baselines and self.baselines.best.name
+            return {"worse": "No: it got worse.", "better": f"No: it got better, but asking the base model better {does} ({best!r})."}.get(
+                self.comparison.verdict, f"No: a gain can't be told from chance, and asking the base model {does} ({best!r})."
             )
         if self.worth_it == "can't tell" and self.comparison.verdict == "better":
             return f"Can't tell: it got better than the base model asked plainly, but whether it is better than {self.baselines.best.name!r} these test chats can't say."
@@ -137,11 +140,9 @@ class Findings:
 
 
 def _asking_does(found: Findings) -> bool:
-    "Whether a better way of asking does as well as the tuned model, or well enough."
+    "Whether a way of asking does as well as the tuned model, so that more than a small gain is ruled out; where the two can't be held against each other, whether it is good enough."
     gap = found.against_asking
-    if gap is not None and gap.verdict == "better":
-        return False
-    return found.baselines.verdict == "do not fine-tune" or (gap is not None and gap.verdict == "worse")
+    return found.baselines.verdict == "do not fine-tune" if gap is None else gap.verdict != "better" and gap.high <= MARGIN
 
 
 def _against_asking(found: Findings) -> Difference | None:
@@ -182,7 +183,7 @@ def answers_to(
 def _should(found: Findings) -> str:
     report, gap = found.baselines, found.against_asking
     if report is None:
-        return "No other way was tried: a prompt, examples or retrieval may have done. should_you_finetune(config, run=run) tells."
+        return "No other way of asking is kept with this run: a prompt, examples or retrieval may have done. should_you_finetune(config, run=run) tells, and add_tuned(report, run) keeps what it told before."
     against = ""
     if gap is not None:
         share = set(report.results[0].scores[report.score]) <= {0.0, 1.0}
@@ -292,6 +293,7 @@ def _resting_on(comparison: Comparison | None, score: str | None) -> Comparison 
 
 
 def _titled(sections: dict[str, Section] | Sequence[Section]) -> dict[str, Section]:
+    sections = sections if isinstance(sections, (dict, list, tuple)) else [sections]
     named = dict(sections) if isinstance(sections, dict) else {}
     for part in () if isinstance(sections, dict) else sections:
         title = str(getattr(part, "title", None) or type(part).__name__)

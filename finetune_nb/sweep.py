@@ -129,6 +129,8 @@ def combinations(
     "Every combination of the values, as a run of its own; raises `ConfigError` for a setting or value that can't be varied."
     if Path(name).name != name or name in (".", ".."):
         raise ConfigError(f"The name of a sweep must be a plain name, got {name!r}. Put the folder into output_dir.")
+    if not isinstance(grid, dict):
+        raise ConfigError(f"A sweep needs the values to try by setting, as in {{'r': [8, 16]}}; got a {type(grid).__name__}.")
     values = {setting: _checked_values(setting, tried) for setting, tried in grid.items()}
     if not values:
         raise ConfigError('A sweep needs at least one setting with values to try, such as {"r": [8, 16, 32]}.')
@@ -362,6 +364,8 @@ def _check_free(one: Combination) -> None:
 
 
 def _check_rungs(rungs: Sequence[int], keep: float) -> None:
+    if not isinstance(rungs, (list, tuple)):
+        raise ConfigError(f"rungs: expected a list of numbers of steps, such as [50, 100], got {rungs!r}.")
     if any(not isinstance(rung, int) or rung < 1 for rung in rungs) or list(rungs) != sorted(set(rungs)):
         raise ConfigError(f"rungs are numbers of steps that rise, such as [50, 100]; got {list(rungs)}.")
     if not 0 < keep < 1:

@@ -56,6 +56,15 @@ def test_a_run_that_is_well_is_left_alone(what, shop):
     assert "Nothing was found." in repr(said) and "12 answers" in repr(said) and all(rule.name in repr(said) for rule in RULES)
 
 
+@pytest.mark.parametrize(("steps", "warm", "points", "top"), [(10, 0.0, [(1, 0.0), (10, 6e-6)], 2e-4), (10, 1.0, [], 0.9 * 2e-4), (100, 0.1, [(100, 1e-9)], 2e-4), (0, 0.1, [], 0.0)])
+def test_the_highest_rate_is_not_that_of_the_points_alone(steps, warm, points, top):
+    "With a point each ten steps, which is the default, the curve may never show it."
+    history = [{"step": at, "loss": 2.0, "learning_rate": rate} for at, rate in points]
+    facts = {"steps": steps, "planned": {"steps": steps}}
+    record = RunRecord(Path(), FinetuneConfig(learning_rate=2e-4, warmup_ratio=warm), "finished", facts=facts, history=history)
+    assert record.top_rate == pytest.approx(top)
+
+
 def test_every_rule_has_a_planted_fault():
     assert {rule.name for rule in RULES} == {rule for rule, _ in broken.FAULTS.values()}
 

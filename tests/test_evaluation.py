@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from finetune_nb.baselines import try_way
+from finetune_nb.baselines import should_you_finetune, try_way
 from finetune_nb.config import ConfigError
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats
 from finetune_nb.evaluation import (
@@ -27,6 +27,7 @@ from finetune_nb.evaluation import (
 from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
 from finetune_nb.scores import LENGTH
+from finetune_nb.several import compare_runs
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import load_run, train
 from finetune_nb.ways import make_prompts, plain
@@ -182,6 +183,23 @@ def test_the_check_of_the_user_counts(quick, chats, tiny_model):
     assert EvalReport.from_dict(json.loads(json.dumps(ask(score="long").to_dict()))).main == "long"
     with pytest.raises(ConfigError, match="no score 'shrot'; there are exact match"):
         ask(score="shrot")
+
+
+def test_what_is_no_chat_and_no_check_is_told(quick, chats, tiny_model):
+    run = train(replace(quick, max_steps=1, eval_strategy="no"), Splits(chats[:8], [], chats[8:20]), say=lambda line: None)
+    for given, said in (("test.jsonl", r"got a str. Give load_chats\('test.jsonl'\)"), ([{"messages": []}], "got a list. Give what load_chats")):
+        with pytest.raises(ConfigError, match=f"chats: expected a list of chats, {said}"):
+            evaluate_run(run, given)
+        with pytest.raises(ConfigError, match=f"chats: expected a list of chats, {said}"):
+            compare_runs([run, run.folder], given)
+    with pytest.raises(ConfigError, match="checks: expected a dict of names and checks.*got a list"):
+        evaluate_run(run, checks=[len])
+    told = evaluate_run(run, checks={"length error": lambda answer, chat: float(len(answer))}).reason
+    assert told.startswith("length error (more of it counts as better) ")
+    with pytest.raises(ConfigError, match="'rating' gives 5 for a right answer, and target=0.9 is a part of 1: let the score run from 0 to 1"):
+        should_you_finetune(quick, Splits(chats[:8], [], chats[8:20]), checks={"rating": lambda answer, chat: 5.0 if answer == chat.answer else 2.0}, score="rating")
+    with pytest.raises(ConfigError, match="ways: expected a dict of names and ways of asking"):
+        should_you_finetune(quick, Splits(chats[:8], [], chats[8:20]), ways=["brief"])
 
 
 def test_intervals_agree_with_published_values():

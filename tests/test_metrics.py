@@ -12,6 +12,7 @@ from finetune_nb.labels import classification_report, closed_set
 from finetune_nb.metrics import (
     FEWEST,
     bootstrap_interval,
+    chats_needed,
     exact_match,
     follows_pattern,
     follows_schema,
@@ -46,6 +47,13 @@ DRAWS = 1000
 )
 def test_squad(answer, expected, f1, match):
     assert token_f1(answer, expected) == pytest.approx(f1) and normalised_match(answer, expected) is match
+
+
+def test_more_chats_are_needed_where_verdicts_hold_together():
+    gaps = [1.0] * 22 + [-1.0] * 8 + [0.0] * 170
+    found = paired_difference([0.0] * 200, gaps, level=0.995)
+    assert found.verdict == "can't tell" and found.needed == chats_needed(spread_of(gaps), 0.07, 0.995) > 1.5 * chats_needed(spread_of(gaps), 0.07)
+    assert chats_needed(1.0, 0.1) == 785 and chats_needed(1.0, 0.1, 0.995) == pytest.approx(1332, abs=2)  # (2.807 + 0.842)² × 100
 
 
 def test_words_are_normalised_as_in_squad():

@@ -82,7 +82,7 @@ def fitted(recited=0, text="x"):
     (Findings(compared(20, 21)), "can't tell", "no difference that is more than chance"),
     (Findings(compared(), baselines=asked(40)), "no", "asking the base model better does as well"),
     (Findings(compared(), baselines=asked(5)), "yes", "Yes"),
-    (Findings(compared(20, 21), baselines=asked(40)), "no", "asking the base model does as well ('better prompt')"),
+    (Findings(compared(20, 21), baselines=asked(40)), "no", "asking the base model does better ('better prompt')"),
     (Findings(compared(20, 21), baselines=asked(5)), "can't tell", "no difference that is more than chance"),
     (Findings(few(compared(0, 40), 4)), "can't tell", "4 chats are too few"),
     (Findings(compared(), [by_category(0.5)]), "yes, at a price", "something was forgotten (refusal)"),
@@ -93,6 +93,33 @@ def test_was_it_worth_it(found, worth, words):
     assert found.worth_it == worth and words in found.headline()
     answers = dict(answers_to(found))
     assert list(answers) == ["Did it get better?", "At what price?", "Should one have?", "Learned, or by heart?"] and all(answers.values())
+
+
+@pytest.mark.parametrize("right", [10, 36, 38, 40])
+def test_one_set_of_answers_gives_one_headline(right):
+    "Whether the report on ways of asking holds the tuned model too, or the comparison alone does."
+    tuned = [row.passed["exact match"] for row in compared().tuned.rows]
+    with_it = asked(right, sum(tuned))
+    assert [bool(x) for x in next(r for r in with_it.results if r.name == TUNED).scores["exact match"]] == tuned
+    alone, both = (Findings(compared(), baselines=report) for report in (asked(right), with_it))
+    assert (alone.worth_it, alone.headline()) == (both.worth_it, both.headline()) and alone.against_asking == both.against_asking
+
+
+def test_a_model_that_no_longer_listens_is_not_healthy():
+    rows = [Recall("x", RULES[i % 3], f"x{i}", "x", "x", "x", False, i % 3 == 2) for i in range(60)]
+    deaf = replace(fitted(), recitation=Recitation(rows, "x"))
+    assert deaf.verdict == "no longer listens" and "it no longer listens" in deaf.reason and "something else is asked" in deaf.reason
+    found = Findings(compared(), fitting=deaf)
+    assert found.worth_it == "yes, at a price" and "no longer listens where something else is asked" in found.headline()
+
+
+def test_a_kept_report_on_ways_of_asking_is_held_against_chats_of_several_turns():
+    chats = [Chat([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "e"}], "x") for i in range(40)]
+    fresh = asked(20)
+    fresh = replace(fresh, results=[replace(r, prompts=Prompts(chats, [10] * 40, [0] * 40)) for r in fresh.results])
+    kept = BaselineReport.from_dict(json.loads(json.dumps(fresh.to_dict())))
+    assert Findings(compared(), baselines=fresh).against_asking == Findings(compared(), baselines=kept).against_asking is not None
+    assert [c.prompt[-1]["content"] for c in kept.results[0].prompts.chats] == [f"q{i}" for i in range(40)]
 
 
 def test_the_tuned_model_is_held_against_the_best_way_of_asking():

@@ -305,6 +305,9 @@ def test_a_bad_grid_is_one_error(grid, said, quick, splits, tmp_path):
 
 
 def test_what_else_can_not_be(quick, splits, tmp_path):
+    for grid, options, said in ((GRID, {"rungs": 4}, "rungs: expected a list"), (["r"], {}, "by setting, as in")):
+        with pytest.raises(ConfigError, match=said):
+            sweep(quick, grid, splits, **options)
     for options, said in (({"rungs": [5, 5]}, "rungs are numbers"), ({"rungs": [0]}, "rungs are"), ({"keep": 1.0}, "keep is the share"), ({"name": "../x"}, "plain name")):
         with pytest.raises(ConfigError, match=said):
             sweep(quick, GRID, splits, **options)
@@ -414,12 +417,23 @@ def test_the_steps_of_a_range_test_are_steps_of_a_training(quick, splits, tmp_pa
 
 def test_a_range_test_without_a_fall_suggests_nothing(quick, splits):
     found = lr_range_test(quick, splits, 1e-8, 1e-7, 10, say=quiet)
-    assert found.suggestion is None and found.ended_by == "the plan" and "fell by 0.0%, which is less than the 2 % that would count" in str(found) and found.plot()._repr_png_()
+    assert found.suggestion is None and found.ended_by == "the plan" and "fell by 0.0%, which is less than the " in str(found) and found.plot()._repr_png_()
     falling = RangeTest([10.0**-k for k in range(6, 0, -1)] * 4, [5 - i / 10 for i in range(24)], "the plan")
     assert falling.suggestion is not None and "try a larger high" in str(falling)
     broken = RangeTest(falling.rates, [*falling.losses[:-1], float("nan")], "divergence")
     assert broken.lowest == 22 and broken.suggestion == RangeTest(falling.rates[:-1], falling.losses[:-1], "divergence").suggestion and broken.plot()._repr_png_()
     assert RangeTest(falling.rates, [float("nan")] * 24, "divergence").suggestion is None
+
+
+def test_noise_suggests_no_learning_rate():
+    rates, suggested, found = list(np.geomspace(1e-6, 1e-1, 100)), [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        suggested.append(RangeTest(rates, list(rng.normal(2, 0.2, 100)), "the plan").suggestion)
+        falls = RangeTest(rates, list(2 - 1 / (1 + np.exp(-np.linspace(-7, 7, 100))) + rng.normal(0, 0.2, 100)), "the plan")
+        found.append(falls.suggestion is not None and falls.suggestion >= rates[0])
+    assert sum(one is not None for one in suggested) <= 5 and all(one is None or one >= rates[0] for one in suggested)
+    assert sum(found) >= 98, "a loss that falls by half is seen through the same noise"
 
 
 def test_a_loss_that_is_no_number_ends_a_range_test(quick, splits, monkeypatch):

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 
 from finetune_nb.baselines import should_you_finetune
 from finetune_nb.chat_template import TemplateError, tokenize_chats
-from finetune_nb.config import ConfigError, FinetuneConfig
+from finetune_nb.config import ConfigError, FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits, fingerprint, icd10_chats, save_chats
+from finetune_nb.diagnosis import diagnose
 from finetune_nb.evaluation import evaluate_run
 from finetune_nb.fitting import measure_fitting
 from finetune_nb.forgetting import measure_forgetting
@@ -314,6 +315,8 @@ def test_a_run_is_given_as_such_or_by_its_folder(tmp_path):
         evaluate_run(tmp_path / "run-9")
     with pytest.raises(TrainingError, match="run.json is missing. It holds the runs run-001; name one of them"):
         evaluate_run(tmp_path)
+    with pytest.raises(FinetuneError, match="Expected a run, its folder, or the error with which it was refused; got a FinetuneConfig"):
+        diagnose(FinetuneConfig())
     for ask in (evaluate_run, measure_fitting, write_report):
         with pytest.raises(TrainingError, match=r"Expected a finished run, as train\(config\) and load_run\(folder\) return it, or its folder; got a FinetuneConfig"):
             ask(FinetuneConfig())
