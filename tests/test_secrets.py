@@ -96,3 +96,29 @@ def test_unreadable_files_are_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / ".netrc").mkdir()
     (tmp_path / ".gitconfig").write_bytes(b"\xff\0://:@")
     assert isinstance(redact._keys.__wrapped__(0, "", frozenset()), list)
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("hub/token", "{}"),
+        ("home/.huggingface/token", "{}"),
+        ("hub/stored_tokens", "[mine]\nhf_token = {}"),
+        ("home/.netrc", "machine example.org login me password {}"),
+        ("home/.git-credentials", "https://me:{}@example.org"),
+        ("home/.gitconfig", '[url "https://me:{}@example.org/"]\n'),
+        ("work/.git/config", '[remote "origin"]\n\turl = https://me:{}@example.org/x.git'),
+    ],
+)
+def test_a_key_is_known_from_each_place(place, text, tmp_path, monkeypatch):
+    "Each place alone, so that none is known through another."
+    for folder in ("home", "hub", "work/inside"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path / "work/inside")
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(text.format("Only-In-This-Place-1"))
+    assert "Only-In-This-Place-1" in keys_here()
