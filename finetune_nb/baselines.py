@@ -373,7 +373,7 @@ def should_you_finetune(
     _check_asked(config, k, target, system, run, ways)
     splits = load_splits(config) if splits is None else splits
     sample, questions = _sample(config, splits.test)
-    own, checks = list(checks) if isinstance(checks, dict) else [], make_checks(checks, config.answer_pattern)
+    checks, own = make_checks(checks, config.answer_pattern), list(checks or {})
     if score is not None and score not in (*OWN_SCORES, *checks):
         raise ConfigError(f"There is no score {score!r}; there are {', '.join((*OWN_SCORES, *checks))}.")
     rights = _scores([chat.answer for chat in sample], sample, checks)

@@ -422,7 +422,7 @@ def _check_prompt(look: _Look) -> Found:
         if isinstance(rows, TemplateError):
             continue  # the mask's business
         try:
-            prompt = render_prompt(chat.messages[: len(chat.messages) - 1], look.tokenizer, chat.tools, look.kwargs)
+            prompt = render_prompt(chat.messages[:-1], look.tokenizer, chat.tools, look.kwargs)
         except TemplateError:
             continue
         ids = look.tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -231,6 +231,8 @@ def usable_cores() -> float:
 
 # %% ../nbs/11d_doctor.ipynb #bf218cc5
 ROOM_GIB = 1.0  # below this, nothing should be begun
+
+
 def check_folder(
     folder: str | Path,  # where runs go; need not exist yet
     free_gib: float | None = None,  # None: look

@@ -9,6 +9,8 @@ __all__ = ['FAR', 'NEAR', 'CLOUDS', 'mounts', 'why_it_may_lie']
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 # %% ../nbs/00_mounts.ipynb #d79497f9
 FAR = frozenset("9p afs ceph cifs davfs drvfs fuse glusterfs lustre nfs nfs4 prl_fs smb3 smbfs vboxsf virtiofs vmhgfs".split())  # kinds of mounts whose promises somebody else has to keep
 NEAR = frozenset("fuse.ext4 fuse.fuse-overlayfs fuse.lxcfs fuse.ntfs-3g fuse.overlayfs fuse.snapfuse fuse.squashfuse fuseblk".split())  # programs over a local disk
@@ -20,6 +22,8 @@ def mounts() -> list[tuple[str, str]]:
     with suppress(OSError):
         rows = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()]
         return [(row[1].replace("\\040", " "), row[2]) for row in rows if len(row) > 2]
+    with suppress(OSError):  # macOS and Windows
+        return [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
     return []
 
 

@@ -107,14 +107,17 @@ class RangeTest:
     @property
     def least(self) -> float:
         "The fall that counts: 2 % of the loss, and more than a curve that only jumps would show."
-        n = max(1, len(self.losses) // 10)
+        n = self._tenth
         before = [loss for loss in self.losses[: max(self.lowest + 1, 3 * n)] if math.isfinite(loss)]
         return 0.02 * self._first + (5 * jump_of(before) / math.sqrt(n) if len(before) > 2 else 0.0)
 
     @property
+    def _tenth(self) -> int:
+        return max(1, len(self.losses) // 10)
+
+    @property
     def _first(self) -> float:
-        n = max(1, len(self.losses) // 10)
-        return sum(self.losses[:n]) / n
+        return sum(self.losses[: self._tenth]) / self._tenth
 
     @property
     def suggestion(self) -> float | None:
