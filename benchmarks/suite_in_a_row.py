@@ -41,8 +41,12 @@ def once(words: list[str]) -> dict:
 
 def commit() -> str:
     "The commit that is tried; the working tree has to be clean, or what was seen would be of nothing that has a name."
-    if subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True).stdout:
-        raise SystemExit("The working tree has changes that are not committed. Commit or stash them: times of different code are no times in a row.")
+    if subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout:
+        raise SystemExit(
+            "The working tree has changes that are not committed. Commit or stash them: times of different code are no times in a row."
+        )
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
