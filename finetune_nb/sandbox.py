@@ -178,9 +178,9 @@ class _Renderer:
         return self.process
 
     def end(self) -> None:
-        "Ends the process, if there is one of ours."
+        "Ends the process, if there is one."
         process, self.process = self.process, None
-        if process is not None and self.owner == os.getpid():
+        if process is not None:  # in a process that was forked, Popen knows that it is not its child
             process.kill()
             process.wait()
             process.stdin.close() if not process.stdin.closed else None

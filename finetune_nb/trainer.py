@@ -38,7 +38,7 @@ from .planning import total_steps, used_bytes
 from .processes import n_processes, said_by_all
 from .progress import Progress
 from .qlora import optimizer_of
-from .run_folder import append_line
+from .run_folder import append_line, points_of, save_lines
 from .sentinels import NonFiniteError, Sentinels, Step, place_of
 from .sharding import Handed, shard, whole
 from .stop import TrainingError
@@ -63,6 +63,13 @@ class Watch(TrainerCallback):
         with suppress(OSError):
             append_line(self.history, self.unwritten)
             self.unwritten = ""
+
+    def on_save(self, args, state, control, **kwargs):
+        "On a mount that lies, the lines so far are compared with what was meant."
+        if state.is_world_process_zero and why_it_may_lie(self.history.parent):
+            with suppress(OSError):
+                save_lines(points_of(state.log_history), self.history)
+                self.unwritten = ""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {"step": state.global_step, **(logs or {})}

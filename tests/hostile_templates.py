@@ -84,6 +84,7 @@ def serve_python() -> None:
     "The process of `sandbox` when a template has got out of Jinja: it is Python, and what it says or raises is the text."
     import ctypes
     import os
+    import signal
     import socket
     import sqlite3
     import subprocess
@@ -106,5 +107,6 @@ def serve_python() -> None:
             said = f"{type(error).__name__}: {error}"
         return said if isinstance(said, dict) else {"texts": [str(said)] * len(request["chats"])}
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that was started by hand
     sandbox._answer = answer
     sandbox.serve()

@@ -23,14 +23,14 @@ from finetune_nb.training import load_base, train
 pytestmark = pytest.mark.usefixtures("one_way")
 
 
-def limited(model, most):
-    "From now on a forward pass over more tokens than `most` raises what a GPU raises; `sizes` are those that were computed."
+def limited(model, most, well=0):
+    "From now on a forward pass over more tokens than `most` raises what a GPU raises, after `well` of them; `sizes` are those that were computed."
     table = inner_model(model).get_input_embeddings()
     table.most, table.sizes = most, []
 
     def look(module, args):
         tokens = args[0].shape[0] * args[0].shape[1]
-        if tokens > table.most:
+        if tokens > table.most and len(table.sizes) >= well:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         if tokens > 9:  # some architectures try themselves on a few
             table.sizes.append(tokens)
@@ -40,8 +40,8 @@ def limited(model, most):
 
 
 @contextmanager
-def room_for(model, most):
-    table, hook = limited(model, most)
+def room_for(model, most, well=0):
+    table, hook = limited(model, most, well)
     try:
         yield table
     finally:
@@ -72,8 +72,8 @@ def made(kind, quick, rows, tmp_path):
     return make_trainer(config, model, PackingCollator(kind[1], 4096, 2), sets, tmp_path)
 
 
-def step_of(trainer, chats, most, drops):
-    "Loss and gradient of one step, where a forward pass takes `most` tokens; and the random numbers after it."
+def step_of(trainer, chats, most, drops, well=0, inputs=None):
+    "Loss and gradient of one step, where a forward pass takes `most` tokens after `well` of any size; and the random numbers after it."
     model = trainer.model
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -81,17 +81,22 @@ def step_of(trainer, chats, most, drops):
     trainer.create_optimizer()
     torch.manual_seed(3)
     model.zero_grad()
-    with trainer.data_collator.attention(model), room_for(model, most) as device:
-        loss = trainer.training_step(model, trainer.data_collator(chats))
+    with trainer.data_collator.attention(model), room_for(model, most, well) as device:
+        loss = trainer.training_step(model, inputs or trainer.data_collator(chats))
     return loss, [p.grad.clone() for p in model.parameters() if p.requires_grad], device.sizes, torch.get_rng_state()
 
 
 def test_a_step_in_smaller_pieces_has_the_same_loss_and_gradient(made, rows):
+    "Also where the second pass is the first that does not fit, and where the chats were packed before it was known that less fits."
+    made.data_collator = replace(made.data_collator, max_tokens=120)
+    packed = made.data_collator(rows[:8])
     loss, gradient, whole, _ = step_of(made, rows[:8], 10**9, False)
     told = []
     made.on_less = lambda collator, step, what: told.append((step, what))
-    again, pieces, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False)
-    assert told == [(1, "Step 1")] and len(sizes) > len(whole) and max(sizes) <= max(whole) // 2
+    again, pieces, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False, well=1)
+    assert told == [(1, "Step 1")] and sizes[0] == whole[0] > max(whole) // 2 and len(sizes) > len(whole) > 1 and max(sizes[1:]) <= max(whole) // 2
+    _, _, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False, inputs=packed)
+    assert len(told) == 1 and sizes == [batch.tokens for batch in made.data_collator.batches(rows[:8])], "what was packed before is packed anew"
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     square = sum((a.double() - b).square().sum() for a, b in zip(pieces, gradient, strict=True))
     assert (square / sum(b.double().square().sum() for b in gradient)).sqrt() < 1e-6

@@ -130,6 +130,7 @@ def test_a_process_that_does_not_start_is_said(python, monkeypatch):
     monkeypatch.setattr(sandbox, "_START", "raise SystemExit")
     with pytest.raises(TemplateLimit, match="the process for it did not start"):
         python("1")
+    assert sandbox._renderer().process is None
 
 
 def test_no_token_of_the_environment_is_in_there(fresh, tokenizer, monkeypatch):
