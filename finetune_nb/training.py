@@ -413,6 +413,8 @@ def _go_on(
         except TrainingError as error:
             different = _other_template(folder, ready.tokenizer)
             raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
+        if {"packing", "max_tokens_at_once", "gradient_checkpointing"} & set(changed):
+            started.pop("packing", None)  # it is planned anew
         if changed:
             _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
             if "chat_template" in changed and PartialState().is_main_process:

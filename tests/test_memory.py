@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from full_device import From, limited
 from test_any_model import SHAPES, SMALL, TOKENS
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune_nb.data import Splits
 from finetune_nb.generation import continuations
@@ -21,22 +21,6 @@ from finetune_nb.trainer import make_trainer
 from finetune_nb.training import load_base, train
 
 pytestmark = pytest.mark.usefixtures("one_way")
-
-
-def limited(model, most, well=0):
-    "From now on a forward pass over more tokens than `most` raises what a GPU raises, after `well` of them; `sizes` are those that were computed."
-    table = inner_model(model).get_input_embeddings()
-    table.most, table.sizes = most, []
-
-    def look(module, args):
-        tokens = args[0].shape[0] * args[0].shape[1]
-        if tokens > table.most and len(table.sizes) >= well:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if tokens > 9:  # some architectures try themselves on a few
-            table.sizes.append(tokens)
-
-    blocks = [module for module in inner_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
-    return table, blocks[-1].register_forward_pre_hook(look)  # when the blocks before have drawn their dropout
 
 
 @contextmanager
@@ -140,17 +124,6 @@ def test_answers_are_the_same_with_fewer_texts_at_once(made, rows):
     with room_for(base, 12), pytest.raises(NoRoomError, match=r"a prompt of up to [0-9]+ tokens and 6 new ones do not fit.*Lower max_new_tokens.*load_in_4bit"):
         continuations(base, prompts, settings, batch_size=6)
     assert continuations(base, prompts, settings) == expected, "the model is as it was"
-
-
-class From(TrainerCallback):
-    "From a step on, the device takes fewer tokens."
-
-    def __init__(self, table, step, most):
-        self.table, self.step, self.most = table, step, most
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.table.most = self.most
 
 
 def test_a_run_whose_device_fills_up_goes_on_as_it_was(kind, quick, chats, tmp_path):
