@@ -18,7 +18,7 @@ from pathlib import Path
 from .config import replacing, wait_for_disk
 from .models import cache_folder
 from .mounts import why_it_may_lie
-from .whole_folder import MANIFEST, DamageError, Part, _drop_cache, check_whole, file_sha256, flush, whole_folder, write_file
+from .whole_folder import DamageError, Part, _drop_cache, check_whole, file_sha256, flush, whole_folder, write_file
 
 # %% ../nbs/07db_one_file.ipynb #78fb1809
 def scratch_of(
@@ -140,7 +140,7 @@ def folder_there(
         with whole_folder(made) as part:
             yield part
         target.mkdir(mode=0o700, exist_ok=True)
-        names = sorted((path.name for path in made.iterdir()), key=lambda name: (name == MANIFEST, name))
+        names = sorted(path.name for path in made.iterdir())
         save_copies({target / name: made / name for name in names})
         for path in target.iterdir():
             if path.name not in names:  # of the one before
