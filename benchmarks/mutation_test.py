@@ -11,7 +11,7 @@ Two rates are printed. "That compute" leaves out mutants that do no more than ch
 sentence, or its case), and is the one to look at: tests hold what a message has to name, and not its words. "All" has them too. A
 mutant that never ends counts as killed, and is shown apart. Equivalent mutants, which change nothing that anybody could see
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
-functions, and what is decorated (properties, context managers, `torch.no_grad`).
+functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
 """
 
 import argparse
@@ -120,14 +120,15 @@ def make_copy(module: str, folder: Path, with_chapter: bool) -> None:
 
 
 def mutants_of(module: str, mutate_file_contents) -> list[Mutant]:
-    "All mutants of a module, with their diffs."
+    "All mutants of a module but those of docstrings, with their diffs."
     path = f"finetune_nb/{module}.py"
     made = mutate_file_contents(path, Path(path).read_text(encoding="utf-8"))
     functions = {node.name: node for node in ast.walk(ast.parse(made.code)) if isinstance(node, ast.FunctionDef)}
     found = []
     for name in made.mutant_names:
         before, after = functions[re.sub(r"__mutmut_\d+$", "__mutmut_orig", name)], functions[name]
-        found.append(Mutant(f"finetune_nb.{module}.{name}", difference(before, after), words_alone(before, after)))
+        if ast.get_docstring(before) == ast.get_docstring(after):
+            found.append(Mutant(f"finetune_nb.{module}.{name}", difference(before, after), words_alone(before, after)))
     return found
 
 
