@@ -10,8 +10,20 @@ from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune_nb.attention import Layout, Segment
-from finetune_nb.losses import Batch, HeadLoss, inner_model, mean_loss, mixed_precision, needs_autocast, plain_head, recompute_blocks, smoothed, supervised_states, token_losses
 from finetune_nb.lora_linear import use_one_rounding
+from finetune_nb.losses import (
+    Batch,
+    HeadLoss,
+    inner_model,
+    mean_loss,
+    mixed_precision,
+    needs_autocast,
+    plain_head,
+    recompute_blocks,
+    smoothed,
+    supervised_states,
+    token_losses,
+)
 from finetune_nb.packing import pad
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)

@@ -686,10 +686,10 @@ def test_each_line_is_found_again_by_its_offset(tmp_path_factory, parts, last, m
     data = (b"\xef\xbb\xbf" if mark else b"") + (data if ended or last else data.rstrip())
     path.write_bytes(data)
     rows, notes, seen = rows_in(path)
-    assert [row.value for row in rows] == [{"v": value} for _, value, _ in parts] and not any(row.fault for row in rows)
-    for row in rows:
-        number = int(row.place.removeprefix("line "))
-        assert row.offset == len(b"".join(data.splitlines(keepends=True)[: number - 1])) and row.raw == data[row.offset :].splitlines(keepends=True)[0].removeprefix(b"\xef\xbb\xbf")
+    assert [(one.value, one.fault) for one in rows] == [({"v": value}, None) for _, value, _ in parts]
+    for one in rows:
+        number = int(one.place.removeprefix("line "))
+        assert one.offset == len(b"".join(data.splitlines(keepends=True)[: number - 1])) and one.raw == data[one.offset :].splitlines(keepends=True)[0].removeprefix(b"\xef\xbb\xbf")
     lines_of = data.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
     blank, returns = sum(not line.strip() for line in lines_of), sum(line.endswith(b"\r\n") for line in lines_of)
     expected = [("N002", "the file begins with a byte-order mark.")] * mark
@@ -709,7 +709,7 @@ def test_each_row_of_a_list_knows_its_line(tmp_path_factory, parts, around):
     for text, blank, end in made:
         places.append(f"line {line + blank.count(bytes([10]))}")
         line += (text + end).count(b"\n")
-    assert [(row.place, row.value, row.fault) for row in rows] == [(place, {"v": value}, None) for place, (_, value, _) in zip(places, parts, strict=True)]
+    assert [(one.place, one.value, one.fault) for one in rows] == [(place, {"v": value}, None) for place, (_, value, _) in zip(places, parts, strict=True)]
     name = re.search(rb'"(\w+)"', before)
     assert [note[:2] for note in notes] == ([("N005", f"the rows stand in the list {name[1].decode()!r}.")] if name else [])
 
@@ -724,10 +724,10 @@ def test_each_row_of_a_table_knows_its_line_and_its_bytes(tmp_path_factory, cell
     head = written(["x", "y,;\t"])
     path.write_bytes(before + head + b"".join(map(written, cells)))
     rows, notes, _ = rows_in(path)
-    assert [(row.value, row.raw, row.fault) for row in rows] == [({"x": x, "y,;\t": y}, written([x, y]), None) for x, y in cells]
-    assert all(row.header == before + head for row in rows)
+    assert [(one.value, one.raw, one.fault) for one in rows] == [({"x": x, "y,;\t": y}, written([x, y]), None) for x, y in cells]
+    assert all(one.header == before + head for one in rows)
     starts = [2 + (before == b"\r\n") + b"".join(map(written, cells[:n])).count(b"\n") for n in range(len(cells))]
-    assert [row.place for row in rows] == [f"line {n}" for n in starts]
+    assert [one.place for one in rows] == [f"line {n}" for n in starts]
     name = {",": None, ";": "semicolons", "\t": "tabs"}[delimiter]
     assert [note[:2] for note in notes] == ([("N006", f"the columns are separated by {name}.")] if name else [])
 
@@ -736,7 +736,7 @@ def test_each_row_of_a_table_knows_its_line_and_its_bytes(tmp_path_factory, cell
 def test_parquet_is_noted_under_another_name_alone(name, file, tmp_path):
     data = next(data for case, _, data, _ in VALID if case == name)
     rows, notes, _ = rows_in(write(tmp_path, file, data))
-    assert [row.place for row in rows] == [f"row {n + 1}" for n in range(len(rows))] and not any(row.fault for row in rows)
+    assert [one.place for one in rows] == [f"row {n + 1}" for n in range(len(rows))] and not any(one.fault for one in rows)
     assert [code for code, *_ in notes] == ([] if file == "a.parquet" else ["N001"])
 
 
@@ -757,4 +757,4 @@ def test_parquet_is_noted_under_another_name_alone(name, file, tmp_path):
     ],
 )
 def test_what_is_a_list_of_rows(data, values, tmp_path):
-    assert [row.value for row in rows_in(write(tmp_path, "a.json", data))[0]] == values
+    assert [one.value for one in rows_in(write(tmp_path, "a.json", data))[0]] == values
