@@ -47,7 +47,7 @@ LEFT_OUT = {  # tests of these files that take long; what they hold, quicker one
     "test_data.py": "demo_data_is_the_same near_duplicates",
     "test_chat_template.py": "any_words_are_taught several_processes all_bad_chats_are_told checks_find_what_goes the_cache the_token_view",
     "test_chat_templates.py": "checks_agree",
-    "test_packing.py": "each_architecture dropout_and long_chats ways_are_measured every_chat_is_in",
+    "test_packing.py": "each_architecture dropout_and long_chats every_chat_is_in",
 }
 CHAPTER = '''
 "The examples and assertions of a chapter, run with what the package exports."
