@@ -59,7 +59,6 @@ class CrashSafeTrainer(Trainer):
         if better:
             self.best_weights = self._weights()
         return better
-        return better
 
     def _weights(self) -> dict[str, torch.Tensor]:
         "A copy of the adapter, on the CPU."

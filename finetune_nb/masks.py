@@ -154,7 +154,7 @@ def _broken_call(call: dict[str, Any], find: Search, where: str) -> dict[str, An
     broken = _broken(decoded, find, where)
     if broken == decoded:
         return call
-    if isinstance(call.get("function", call).get("arguments"), str):
+    if decoded is not call:  # the arguments were JSON text
         inner = broken.get("function", broken)
         as_text = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
         return broken | {"function": as_text} if "function" in broken else as_text

@@ -46,17 +46,22 @@ def in_pieces(
     chats: Sequence[dict[str, Any]],  # input_ids and labels of the chats of a step
     batches: list[Batch] | None = None,  # when they are made already
     undo: Callable[[], None] = lambda: None,  # clears what a failed attempt left behind
+    agree: Callable[[PackingCollator | None], PackingCollator | None] = lambda less: less,  # what all processes take, for what this one has to take; None: it fits
 ) -> tuple[Made, PackingCollator]:
     "What `compute` makes of the chats, in pieces that fit, and the collator that makes such pieces. Raises `NoRoomError`."
     while True:
+        made, less = None, None
         try:
-            return compute(collator.batches(chats) if batches is None else batches), collator
+            made = compute(collator.batches(chats) if batches is None else batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             less = smaller(collator, chats)
             if less is None:
                 raise no_room(chats) from error
+        less = agree(less)
+        if less is None:
+            return made, collator
         batches, collator = None, less
         undo()
         release_memory()  # outside of the handler, which holds on to what was computed

@@ -67,8 +67,10 @@ def from_first(
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    "An error inside, in whichever process, ends all of them: the others with a `PeerError`. Not for what computes steps, where processes wait for each other without a word."
+def together(
+    waits: bool = True,  # for the others, at the end; False: what is inside ends with `said_by_all`
+) -> Iterator[None]:
+    "An error inside, in whichever process, ends all of them: the others with a `PeerError`. Not for what computes with a model in parts, where processes wait for each other without a word."
     try:
         yield
     except PeerError:  # all know
@@ -78,7 +80,8 @@ def together() -> Iterator[None]:
             error.told = True  # so that it is said once
             said_by_all(problem=str(error) or type(error).__name__)
         raise
-    said_by_all()
+    if waits:
+        said_by_all()
 
 # %% ../nbs/07ca_processes.ipynb #afdd95e2
 def idle_gpus(

@@ -172,14 +172,13 @@ CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 def _wrapper(
     text: str,  # the beginning of a JSON file
-    at: int = 0,  # where to look
 ) -> re.Match | None:
     "The beginning of an object that is there only to hold the list of rows; None where it is a row."
-    found = _WRAPPED.match(text, at)
+    found = _WRAPPED.match(text)
     if not found or found[1] in CHAT_COLUMNS or found[1] in _LISTS:
         return found if found and found[1] in _LISTS else None
     try:
-        whole = decode_first(text, text.index("{", at))[0]
+        whole = decode_first(text, text.index("{"))[0]
     except (Fault, ValueError, RecursionError):  # too long to see its end here
         return found if found[2] == "{" and not re.compile(r'\s*\{\s*"(?:role|from|type)"').match(text, found.end()) else None
     held = whole[found[1]]
@@ -190,7 +189,7 @@ def _json_values(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str]
     "The rows of a JSON file: of its list, of the one list in its object, or objects one after the other."
     scan = _Scanner(stream, limits)
     first, closing = scan.peek(), ""
-    wrapped = _wrapper(scan.text, scan.at)
+    wrapped = _wrapper(scan.text)
     if first == "[":
         scan.move(scan.at + 1)
         closing = "]"

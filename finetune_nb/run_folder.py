@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_history', 'read_lines', 'read_facts', 'how_it_ended', 'validate_run_name', 'checkpoints', 'step_of',
-           'write_facts', 'append_line', 'forget_after', 'hold_run', 'run_folder', 'failure_kept', 'last_checkpoint',
-           'why_not_on', 'runs_inside']
+           'write_facts', 'append_line', 'points_of', 'save_lines', 'forget_after', 'hold_run', 'run_folder',
+           'failure_kept', 'last_checkpoint', 'why_not_on', 'runs_inside']
 
 # %% ../nbs/07e_run_folder.ipynb #a2310780
 import json
@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .config import FinetuneConfig, replacing, why_not_named
+from .config import FinetuneConfig, why_not_named
 from .locks import LockError, hold
-from .one_file import SUFFIX
+from .one_file import SUFFIX, save_there
 from .private import make_private, remove_tree
 from .processes import from_first, is_first, said_by_all
 from .redact import without_keys
@@ -115,8 +115,7 @@ def write_facts(
 ) -> None:
     "The main process writes them, whole or not at all."
     if is_first():
-        with replacing(path) as file:
-            json.dump(without_keys(facts), file, indent=2)
+        save_there(json.dumps(without_keys(facts), indent=2), path)
 
 
 def append_line(
@@ -135,6 +134,21 @@ def append_line(
             raise
 
 
+def points_of(
+    log_history: list[dict[str, Any]],  # as transformers keeps it
+) -> list[dict[str, Any]]:
+    "The points of the curves, as they stand in the file: the step comes first."
+    return [{"step": row["step"], **row} for row in log_history]
+
+
+def save_lines(
+    rows: list[dict[str, Any]],  # plain values
+    path: Path,  # of a file of JSON lines
+) -> None:
+    "Writes all of them, whole or not at all; raises `OSError`."
+    save_there("".join(json.dumps(row) + "\n" for row in rows), path)
+
+
 def forget_after(
     folder: Path,  # of a run
     checkpoint: Path | None,  # that it goes on from; None: from the start
@@ -144,12 +158,11 @@ def forget_after(
         return
     step = step_of(checkpoint) if checkpoint else -1
     points = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"] if checkpoint else []
-    kept = {"history.jsonl": [{"step": row["step"], **row} for row in points]}
+    kept = {"history.jsonl": points_of(points)}
     kept["samples.jsonl"] = [row for row in read_lines(folder / "samples.jsonl") if row["step"] <= step]
     for name, rows in kept.items():
         if rows or (folder / name).is_file():
-            with replacing(folder / name) as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            save_lines(rows, folder / name)
 
 # %% ../nbs/07e_run_folder.ipynb #2bbb9295
 @contextmanager

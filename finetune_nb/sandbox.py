@@ -84,7 +84,7 @@ _WARM_UPS = (
     "{% generation %}{{ messages | tojson }}{{ strftime_now('%d %b %Y') }}{{ tools }}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}",
     "{{ raise_exception('a') }}", "{% if %}", "{{ messages + 1 }}", "{{ nowhere.at.all }}", "{{ '' % 1 }}",
 )  # fmt: skip
-_CLOSED = ("open", "os.", "socket.", "subprocess.", "shutil.", "ctypes.", "import", "urllib.", "glob.", "tempfile.", "sqlite3.", "mmap.", "pty.", "winreg.", "_winapi.")
+_CLOSED = ("open", "os.", "socket.", "subprocess.", "ctypes.", "import", "sqlite3.", "winreg.", "_winapi.")
 
 
 def _close_doors() -> None:
@@ -178,9 +178,9 @@ class _Renderer:
         return self.process
 
     def end(self) -> None:
-        "Ends the process, if there is one of ours."
+        "Ends the process, if there is one."
         process, self.process = self.process, None
-        if process is not None and self.owner == os.getpid():
+        if process is not None:  # in a process that was forked, Popen knows that it is not its child
             process.kill()
             process.wait()
             process.stdin.close() if not process.stdin.closed else None

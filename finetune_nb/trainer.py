@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ from .models import hardware, release_memory
 from .mounts import why_it_may_lie
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
-from .processes import n_processes, said_by_all
+from .processes import n_processes, said_by_all, together
 from .progress import Progress
 from .qlora import optimizer_of
-from .run_folder import append_line
+from .run_folder import append_line, points_of, save_lines
 from .sentinels import NonFiniteError, Sentinels, Step, place_of
 from .sharding import Handed, shard, whole
 from .stop import TrainingError
@@ -63,6 +64,13 @@ class Watch(TrainerCallback):
         with suppress(OSError):
             append_line(self.history, self.unwritten)
             self.unwritten = ""
+
+    def on_save(self, args, state, control, **kwargs):
+        "On a mount that lies, the lines so far are compared with what was meant."
+        if state.is_world_process_zero and why_it_may_lie(self.history.parent):
+            with suppress(OSError):
+                save_lines(points_of(state.log_history), self.history)
+                self.unwritten = ""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {"step": state.global_step, **(logs or {})}
@@ -128,8 +136,18 @@ class FinetuneTrainer(CrashSafeTrainer):
         total = self._fitted(lambda batches: self._gradient(model, batches, supervised or 1, passes), inputs["chats"].rows, inputs["batches"], model.zero_grad, 1)
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total.clone(), "mean")
+        if self.args.world_size > 1 and not self.sharded:
+            self._share_gradient(model)
         self.at_hand = inputs, supervised, total
         return total
+
+    def _share_gradient(self, model):
+        "Puts the mean of the processes in place of each gradient, when all have theirs: DDP would send it during the last pass, which could not be made again."
+        trained = [p for p in model.parameters() if p.requires_grad]
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        means = self.accelerator.reduce(torch.cat([g.flatten() for g in mine]), "mean").split([g.numel() for g in mine])
+        for p, mean in zip(trained, means, strict=True):
+            p.grad = mean.view_as(p).to(p.dtype)
 
     def _over_processes(self, inputs):
         "Supervised tokens (the mean of the processes, since DDP and FSDP take the mean of their gradients), tokens in all, passes that each has to make, and the hash of all chats."
@@ -143,21 +161,18 @@ class FinetuneTrainer(CrashSafeTrainer):
         return sum(supervised) / len(rows), sum(tokens), max(1, *passes) if self.sharded else max(1, n), sha256
 
     def _gradient(self, model, batches, supervised, passes):
-        "Adds up loss and gradient over the batches of a step, and as many empty ones as make `passes`: other processes wait for this one."
+        "Adds up loss and gradient over the batches of a step, and as many empty ones as make `passes`: the processes of a model in parts wait for each other."
         batches, total = [*batches, *[self._nothing()] * (passes - len(batches))], 0.0
         for rest, batch in zip(reversed(range(len(batches))), batches, strict=True):
-            with self.accelerator.no_sync(model) if rest else nullcontext(), self.compute_loss_context_manager():
+            with self.accelerator.no_sync(model) if rest or not self.sharded else nullcontext(), self.compute_loss_context_manager():
                 loss = token_losses(model, batch.to(self.args.device)).sum() / supervised
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
     def _fitted(self, compute, chats, batches=None, clear=lambda: None, ahead=0):
-        "What `compute` makes of the batches, in smaller pieces where they don't fit; several processes have no second try, since they wait for each other."
-        collator = self.data_collator
-        if self.args.world_size > 1:
-            return compute(collator.batches(chats) if batches is None else batches)
-        state = random_state()
+        "What `compute` makes of the batches, in smaller pieces where they don't fit; all processes take them when one has to."
+        collator, state = self.data_collator, random_state()
         if max((batch.tokens for batch in batches or ()), default=0) > collator.max_tokens:  # the data loader goes on as it began
             batches = None
 
@@ -165,13 +180,27 @@ class FinetuneTrainer(CrashSafeTrainer):
             clear()
             set_random_state(state)
 
-        made, fitting = in_pieces(compute, collator, chats, batches, undo)
+        with nullcontext() if self.sharded else together(waits=False):
+            made, fitting = in_pieces(compute, collator, chats, batches, undo, self._agreed)
         if fitting is not collator:
             self.data_collator = fitting
             if self.on_less:
                 step = self.state.global_step + ahead
                 self.on_less(fitting, step, f"Step {step}" if ahead else f"The look at the validation chats after step {step}")
         return made
+
+    def _agreed(self, less):
+        "The smallest pieces that a process has to take, for all; a model in parts has no second try."
+        if self.sharded and less is not None:
+            raise TrainingError(
+                f"Step {self.state.global_step + 1} did not fit into the memory of process {self.args.process_index} with up to {self.data_collator.max_tokens:,} tokens at once, and the "
+                f"processes of a model in parts can't go back. Set max_tokens_at_once to {less.max_tokens} or less in config.yaml of the run, and go on with "
+                'resume(folder, allow_change=["max_tokens_at_once"]).'
+            )
+        if self.sharded or self.args.world_size == 1:
+            return less
+        asked = [n for n in said_by_all(less and less.max_tokens) if n]
+        return replace(self.data_collator, max_tokens=min(asked)) if asked else None
 
     def _get_grad_norm(self, model, grad_norm=None):
         "The norm of the gradient, which the sentinels see before the optimizer takes its step."

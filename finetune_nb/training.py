@@ -34,7 +34,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
 from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
-from .config import ConfigError, FinetuneConfig, load_config, replacing, save_config
+from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
@@ -54,6 +54,7 @@ from finetune_nb.models import (
     template_difference,
     tokenizer_mark,
 )
+from .one_file import file_there, folder_there
 from .packing import IN_ROWS, PackingCollator, PackingReport, check_packing, fastest_ways
 from .pictures import Picture, inlined, plot_history
 from finetune_nb.planning import (
@@ -85,6 +86,7 @@ from finetune_nb.run_folder import (
     read_history,
     run_folder,
     runs_inside,
+    save_lines,
     step_of,
     validate_run_name,
     why_not_on,
@@ -94,7 +96,7 @@ from .sentinels import ChangedBaseError, SentinelError, are_finite
 from .sharding import is_sharded, own_parts, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
-from .whole_folder import clear_leftovers, read_about, remove_whole, whole_folder
+from .whole_folder import MANIFEST, check_whole, clear_leftovers, read_about, remove_whole
 
 # %% ../nbs/08_training.ipynb #59901afa
 def load_base(
@@ -165,6 +167,7 @@ class Run:
         if self.loaded:
             return self.loaded
         self._check_base()
+        self._check_adapter()
         base, tokenizer = load_base(self.config)
         if different := _other_template(self.folder, tokenizer):
             warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
@@ -173,10 +176,9 @@ class Run:
     def save(self) -> None:
         "Writes the adapter, the loss curves and `run.json`; `train` and `resume` have done so, unless the disk was full or gone."
         _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user", parts=self.trained)
-        if read_history(self.folder) != self.history:  # a line could not be written
-            with replacing(self.folder / "history.jsonl") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.history)
-        self.plot().savefig(self.folder / "loss.png", dpi=120)
+        save_lines(self.history, self.folder / "history.jsonl")  # a line could not be written, perhaps
+        with file_there(self.folder / "loss.png") as path:
+            self.plot().savefig(path, dpi=120)
         write_facts(self.facts, self.folder / "run.json")
         (self.folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
         clear_leftovers(self.folder)
@@ -189,6 +191,12 @@ class Run:
                 f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now (mark {was}, now {now}): its answers would be "
                 "plausible nonsense. Bring the old weights back, or name their revision in config.yaml."
             )
+
+    def _check_adapter(self) -> None:
+        "Raises `AdapterError` when the adapter is not what the run wrote, as far as it has a manifest."
+        adapter = self.folder / "adapter"
+        if (adapter / MANIFEST).is_file() and (faults := check_whole(adapter, cached=False)):
+            raise AdapterError(f"{adapter} is not as it was written: {'; '.join(faults)}. Bring it back from where it is whole, or train again; if the change is meant, remove {MANIFEST} in it.")
 
     @property
     def test(self) -> list[Chat]:
@@ -320,9 +328,11 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         if is_first():
             for name, chats in splits._asdict().items():
                 if chats and (given or name == "test"):
-                    save_chats(chats, folder / f"{name}.jsonl")
+                    with file_there(folder / f"{name}.jsonl") as path:
+                        save_chats(chats, path)
             _keep_template(folder, ready.tokenizer)
-            save_config(config, folder / "config.yaml")  # comes last: with it, the run can be begun anew
+            with file_there(folder / "config.yaml") as path:
+                save_config(config, path)  # comes last: with it, the run can be begun anew
         return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
 
 
@@ -403,6 +413,8 @@ def _go_on(
         except TrainingError as error:
             different = _other_template(folder, ready.tokenizer)
             raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
+        if {"packing", "max_tokens_at_once", "gradient_checkpointing"} & set(changed):
+            started.pop("packing", None)  # it is planned anew
         if changed:
             _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
             if "chat_template" in changed and PartialState().is_main_process:
@@ -428,7 +440,7 @@ def _check_step_size(before: dict[str, Any], config: FinetuneConfig) -> None:
 
 
 def _keep_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with open(folder / "chat_template.jinja", "w", encoding="utf-8", newline="") as file:
+    with file_there(folder / "chat_template.jinja") as path, open(path, "w", encoding="utf-8", newline="") as file:
         file.write(str(tokenizer.chat_template))
 
 
@@ -579,7 +591,7 @@ def _run(
 ) -> Run:
     "Trains, from the start or from `checkpoint`, and writes what comes of it."
     if config.init_lora_weights == "pissa" and is_first() and not (folder / "initial").exists():
-        with whole_folder(folder / "initial") as part:
+        with folder_there(folder / "initial") as part:
             _save_into(part.folder, ready.model)
     with failure_kept(folder, started), _last_good_kept(folder, ready.model):
         facts, history = _fit(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
@@ -616,9 +628,17 @@ def _last_good_kept(folder: Path, model: PeftModel) -> Iterator[None]:
             with suppress(OSError):
                 append_line(folder / "history.jsonl", json.dumps(error.row) + "\n")
         if sound and first and error.row["step"] > 1:
-            _save_adapter(model, folder, keep_initial=True, parts=parts)
-            error.args = (f"{error} The adapter as it was before that is kept in the run's folder, in adapter.",)
+            error.args = (f"{error} {_kept(model, folder, parts)}",)
         raise
+
+
+def _kept(model: PeftModel, folder: Path, parts: dict[str, torch.Tensor] | None) -> str:
+    "Saves the adapter of a run that was ended, and says so, or why it could not."
+    try:
+        _save_adapter(model, folder, keep_initial=True, parts=parts)
+    except OSError as error:
+        return f"The adapter as it was before that could not be written into {folder}: {error.strerror or error}."
+    return "The adapter as it was before that is kept in the run's folder, in adapter."
 
 
 def _trained(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -631,7 +651,7 @@ def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False, pa
     "Saves what is shipped; PiSSA has moved a part of the base weights into the adapter, and its adapter is saved as what was learned, of rank 2r."
     initial = folder / "initial"
     first = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {"state_dict": parts} if parts else {}
-    with whole_folder(folder / "adapter") as part, warnings.catch_warnings():
+    with folder_there(folder / "adapter") as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _save_into(part.folder, model, **first)
     if initial.exists() and not keep_initial:  # a run that goes on needs it again
@@ -705,7 +725,7 @@ def _fit(
         about = made_of(config, started)
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
         if trainer.far:
-            _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint is made on a disk of this machine, copied there as one file, read back and compared.")
+            _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint, and what comes of the run, is made on a disk of this machine, copied there, read back and compared.")
         trainer.on_less = partial(_note_less, started, folder, say)
         trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):

@@ -170,6 +170,7 @@ LISTS = [
     ("keys after the wrapped list", "bad.json", b'{"data": [' + GOOD + b'], "n": 1}', "D027", "", r"',' stands where '}'"),
     ("wrapped list cut off", "bad.json", b'{"data": [' + GOOD + b"]", "D026", "", r"breaks off"),
     ("NaN in a list", "bad.json", b'[\n{"a": NaN}]', "D024", "", r"row begins in line 2"),
+    ("huge integer in a list", "bad.json", b'[{"a": ' + b"9" * 5000 + b"}]", "D024", "", r"more than 4,300 digits\. The row begins in line 1, .* Write it as a text"),
     ("duplicate key in a list", "bad.json", b'[\n\n{"a": 1, "a": 2}]', "D025", "", r"begins in line 3"),
     ("surrogate in a list", "bad.json", b"[" + GOOD + b",\n" + TEXT.replace("Hi", "\\ud800").encode() + b"]", "D028", "line 2", r"half a character"),
     ("not UTF-8 in a list", "bad.json", b"[" + GOOD + b",\n" + TEXT.replace("Hi", "ü").encode("latin-1") + b"]", "D020", "", r"line 2"),
@@ -228,7 +229,7 @@ FILES = [
     ("gzip bomb", "bad.jsonl.gz", lambda: gzip.compress(b" " * 80 * 2**20, 1), "D014", "", r"unpacks to over 6\d MiB"),
     ("bzip2 bomb", "bad.jsonl.bz2", lambda: bz2.compress(b" " * 72 * 2**20), "D014", "", r"far more than its size"),
     ("no parquet", "bad.parquet", GOOD, "D017", "", r"this is no parquet file"),
-    ("parquet cut short", "bad.parquet", lambda: parquet([{"prompt": "a", "completion": "b"}])[:-20], "D017", "", r"damaged after row 0"),
+    ("parquet cut short", "bad.parquet", lambda: parquet([{"prompt": "a", "completion": "b"}])[:-20], "D017", "", r"damaged after row 0 \(Parquet magic bytes not found"),
     ("parquet of four bytes", "bad.parquet", b"PAR1", "D017", "", r"damaged"),
     ("parquet with zeros", "bad.parquet", lambda: parquet([{"prompt": "a" * 500, "completion": "b"}], compression="snappy").replace(b"aaaa", b"\0\0\0\0").replace(b"prompt", b"promp\0"), "D0", "", r""),
 ]  # fmt: skip

@@ -78,3 +78,35 @@ GREEDY = (  # for memory, for time, for output
     "{{ 'a'" + "|upper" * 20000 + " }}",
     "{% if messages|length > 1 %}{{ 'a' * 10 ** 10 }}{% endif %}",  # waits for its chat
 )
+
+
+def serve_python() -> None:
+    "The process of `sandbox` when a template has got out of Jinja: it is Python, and what it says or raises is the text."
+    import ctypes
+    import os
+    import signal
+    import socket
+    import sqlite3
+    import subprocess
+    import time
+
+    from finetune_nb import sandbox
+
+    def unbounded():
+        import resource
+
+        for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+            resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)
+
+    within = {"os": os, "socket": socket, "sqlite3": sqlite3, "subprocess": subprocess, "ctypes": ctypes, "time": time, "kept": [], "unbounded": unbounded}
+
+    def answer(request):
+        try:
+            said = eval(request["template"], within)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        return said if isinstance(said, dict) else {"texts": [str(said)] * len(request["chats"])}
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that was started by hand
+    sandbox._answer = answer
+    sandbox.serve()

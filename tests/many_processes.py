@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from conftest import some_chats
+from full_device import From, limited
 from transformers import TrainerCallback
 
 from finetune_nb import cli, sentinels, trainer, training
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
+from finetune_nb.launch import keep_error
 from finetune_nb.models import load_tokenizer
 from finetune_nb.stop import Stop
 from finetune_nb.training import resume, train
@@ -94,6 +96,19 @@ def no_number(folder, config):
         trainer.token_losses = sentinels.token_losses = real
 
 
+def full(folder, config, most=64):
+    "The device of the second process takes fewer tokens from the third step on, also in the looks."
+    base = training.load_base(config, lambda text: None)
+    table, _ = limited(base[0], 10**9)
+    run = train(replace(config, max_tokens_at_once=200), seventeen(), [From(table, 2, most)] if RANK else [], base=base)
+    return run.facts["out_of_memory"], run.facts["max_tokens_at_once"], max(table.sizes), max(table.sizes[-4:])
+
+
+def no_room(folder, config):
+    "No chat fits into that of the second process."
+    full(folder, config, 8)
+
+
 def no_file(folder, config):
     "The second process does not find its chats."
     train(config if RANK == 0 else replace(config, train_file=str(folder / "missing.jsonl")), seventeen() if RANK == 0 else None)
@@ -105,7 +120,8 @@ def main(folder, model):
     half_masked(choices(folder, model, "masked", **MASKED))
     said["stopped"] = stopped_and_on(folder, choices(folder, model, "stopped"))
     said["stopped in parts"] = stopped_and_on(folder, choices(folder, model, "parts", fsdp=True, gradient_checkpointing=True))
-    for name, end in (("no number", no_number), ("no file", no_file)):
+    said["full"] = full(folder, choices(folder, model, "full"))
+    for name, end in (("no number", no_number), ("no room", no_room), ("no file", no_file)):
         try:
             end(folder, choices(folder, model, name.replace(" ", "_")))
         except (FinetuneError, OSError) as error:
@@ -115,5 +131,11 @@ def main(folder, model):
     (folder / f"said_{RANK}.json").write_text(json.dumps(said))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 3:
     main(Path(sys.argv[1]), sys.argv[2])
+elif __name__ == "__main__":
+    try:
+        full(Path(sys.argv[1]), choices(sys.argv[1], sys.argv[2], "full", fsdp=True, eval_strategy="no"))
+    except Exception as error:
+        keep_error(error)
+        raise

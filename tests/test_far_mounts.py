@@ -1,23 +1,28 @@
 """Checkpoints on a mount that is no disk: what is written there is compared, and what can't be trusted is not gone on from."""
 
 import io
+import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import crashing
 import pytest
 from conftest import some_splits
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from finetune_nb import mounts, one_file
+from finetune_nb import mounts, one_file, sentinels
 from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
+from finetune_nb.lora import AdapterError
 from finetune_nb.mounts import why_it_may_lie
 from finetune_nb.one_file import load_one_file
-from finetune_nb.run_folder import checkpoints, last_checkpoint
+from finetune_nb.run_folder import checkpoints, last_checkpoint, read_history
+from finetune_nb.sentinels import NonFiniteError
 from finetune_nb.stop import Stop
-from finetune_nb.training import resume, train
-from finetune_nb.whole_folder import DamageError, clear_leftovers, whole_folder
+from finetune_nb.training import load_run, resume, train
+from finetune_nb.whole_folder import DamageError, check_whole, clear_leftovers, whole_folder
 
 pytestmark = pytest.mark.usefixtures("one_way")
 
@@ -44,19 +49,32 @@ def test_mounts_that_may_lie_are_known(tmp_path, monkeypatch):
     assert "fuse.gcsfuse" in why_it_may_lie(tmp_path / "link") and "folder of a cloud (Dropbox)" in why_it_may_lie(tmp_path / "near/Dropbox")
 
 
+def flip(path):
+    "Another bit in its middle."
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
-def lying(drive, monkeypatch):
-    "The mount loses a bit of each second file that is put there under another name, says nothing, and can't rename folders."
+def losing():
+    "Names of files that the mount loses a bit of, each once."
+    return set()
+
+
+@pytest.fixture
+def lying(drive, losing, monkeypatch):
+    "The mount loses a bit of each second checkpoint that is put there under another name, and of what is in `losing`; says nothing, and can't rename folders."
     replace, rename, lost = os.replace, os.rename, []
 
     def lose(source, target):
         replace(source, target)
-        if str(target).endswith(".tar") and drive in Path(target).parents:
-            lost.append(Path(target).name)
-            if len(lost) % 2 == 0:
-                data = bytearray(Path(target).read_bytes())
-                data[len(data) // 2] ^= 1
-                Path(target).write_bytes(data)
+        name = Path(target).name
+        if drive in Path(target).parents and (name.endswith(".tar") or name in losing):
+            lost.extend([name] if name not in losing else [])
+            if name in losing or len(lost) % 2 == 0:
+                flip(Path(target))
+            losing.discard(name)
 
     def refuse(source, target):
         if Path(source).is_dir() and drive in Path(target).parents and "checkpoint" in str(target):
@@ -68,10 +86,39 @@ def lying(drive, monkeypatch):
     return drive
 
 
-def test_a_run_on_a_mount_that_lies(tiny_model, lying, tmp_path):
-    "What was lost on the way is told; the last good checkpoint is gone on from to the weights of a run that had a disk."
-    said, config = [], crashing.config_of(tiny_model, lying)
-    run = train(config, some_splits(), say=said.append)
+class Lines(TrainerCallback):
+    "Loses the last line of the history after one step; `seen` is what it holds when a later one begins."
+
+    def __init__(self, lose, look):
+        self.lose, self.look, self.seen = lose, look, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.lose:
+            path = Path(args.output_dir, "history.jsonl")
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]) + "\0\0}\n")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.look:
+            self.seen = read_history(args.output_dir), [{"step": row["step"], **row} for row in state.log_history]
+
+
+def test_a_run_on_a_mount_that_lies(tiny_model, lying, losing, tmp_path):
+    "What was lost on the way is told; the last good checkpoint is gone on from to the weights of a run that had a disk; what comes of it is compared."
+    said, config, lines = [], crashing.config_of(tiny_model, lying), Lines(7, 10)
+    losing.add("adapter_config.json")
+    run = train(config, some_splits(), [lines], say=said.append)
+    assert lines.seen[0] == lines.seen[1] and len(lines.seen[0]) > 4, "the history is put right at each checkpoint"
+    assert said[-1].startswith(f"The run could not be written into {run.folder}: it reads back otherwise than it was written. It is still in memory")
+    assert not list((run.folder / "adapter").iterdir()) and not (run.folder / "run.json").exists()
+    for name in ("history.jsonl", "loss.png", "run.json"):
+        flip(run.folder / "history.jsonl")
+        losing.add(name)
+        with pytest.raises(OSError, match="reads back otherwise"):
+            run.save()
+        assert load_adapter_file(run) and not (run.folder / "run.json").exists()
+    run.save()
+    again = load_run(run.folder)
+    assert (again.facts, again.history, check_whole(run.folder / "adapter")) == (json.loads(json.dumps(run.facts)), run.history, [])
     told = "\n".join(said)
     assert f"{lying.resolve()} is a mount of kind fuse.drive, which may not hold what was written" in told
     assert "The checkpoint of step 8 could not be written: it reads back otherwise than it was written. checkpoint-4.tar is kept" in told
@@ -81,6 +128,59 @@ def test_a_run_on_a_mount_that_lies(tiny_model, lying, tmp_path):
     whole = crashing.config_of(tiny_model, tmp_path / "disk")
     other = train(whole, some_splits(), say=lambda text: None)
     assert (run.folder / "adapter/adapter_model.safetensors").read_bytes() == (other.folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def load_adapter_file(run):
+    return load_file(run.folder / "adapter/adapter_model.safetensors")
+
+
+def test_what_was_there_stays_until_the_new_one_is(drive, lying, losing, tmp_path):
+    "One of several files is lost as it is put there, another as it is written: all are what they were."
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("new " * 9)
+    (drive / "a.txt").write_text("old")
+    (drive / "b.txt").write_text("old")
+    copies, before = {drive / name: tmp_path / name for name in ("a.txt", "b.txt", "c.txt")}, sorted(tmp_path.rglob("*"))
+    losing.add("c.txt")
+    with pytest.raises(OSError, match="reads back otherwise"):
+        one_file.save_copies(copies)
+    assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_file, "wait_for_disk", lambda handle: os.pwrite(handle, b"N", 0))
+        with pytest.raises(OSError, match="reads back otherwise"):
+            one_file.save_copies(copies)
+    assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
+    one_file.save_copies(copies)
+    assert {path.name: path.read_text() for path in drive.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new " * 9)
+
+
+def test_a_folder_there_has_the_files_of_the_last_one_alone(drive):
+    for names in ("ab", "bc"):
+        with one_file.folder_there(drive / "adapter") as part:
+            for name in names:
+                part.write(name, names.encode())
+    assert {path.name for path in (drive / "adapter").iterdir()} == {"b", "c", "MANIFEST.json"} and not check_whole(drive / "adapter")
+    assert [path.name for path in drive.iterdir()] == ["adapter"] and not list(one_file.scratch_of(drive).iterdir())
+    with pytest.raises(ZeroDivisionError), one_file.folder_there(drive / "adapter"):
+        1 / 0  # noqa: B018
+    assert not check_whole(drive / "adapter") and not list(one_file.scratch_of(drive).iterdir())
+
+
+def test_the_last_good_adapter_is_compared_too(tiny_model, lying, losing, monkeypatch):
+    "A run that a sentinel ends: its words say whether the adapter is kept."
+    real = sentinels.Sentinels.before_step
+
+    def planted(self, model, step):
+        real(self, model, replace(step, loss=float("nan")) if step.number == 3 else step)
+
+    monkeypatch.setattr(sentinels.Sentinels, "before_step", planted)
+    said = []
+    for name in ("adapter_model.safetensors", "none"):
+        losing.add(name)
+        with pytest.raises(NonFiniteError) as caught:
+            train(replace(crashing.config_of(tiny_model, lying, preflight=False), run_name=name.partition(".")[0]), some_splits(), say=said.append)
+        assert ("could not be written into" if losing == set() else "is kept in the run's folder") in str(caught.value)
+    assert not (lying / "adapter_model/adapter/adapter_model.safetensors").exists() and not check_whole(lying / "none/adapter")
 
 
 class At(TrainerCallback):
@@ -98,14 +198,15 @@ def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, d
     run = train(crashing.config_of(tiny_model, drive), some_splits(), [At(9, stop)], stop, lambda text: None)
     assert [path.name for path in checkpoints(run.folder)][-2:] == ["checkpoint-8.tar", "checkpoint-9.tar"]
     newest = run.folder / "checkpoint-9.tar"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
+    flip(newest)
     said = []
     again = resume(run.folder, say=said.append)
     assert any("checkpoint-9.tar is passed over: " in line and "not as it was written" in line for line in said) and "Going on from checkpoint-8." in said
     assert again.facts["ended_by"] == "the plan" and again.facts["steps"] == 12
     assert newest_checkpoint(run.folder).name == "checkpoint-12"
+    flip(run.folder / "adapter/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="adapter is not as it was written: adapter_model.safetensors .*train again"):
+        load_run(run.folder).model  # noqa: B018
 
 
 EVIL = {"../out": b"x", "/tmp/out": b"x", "a/b": b"x", ".hidden": b"x"}

@@ -66,9 +66,9 @@ def assert_same(one, other, tolerance=1e-5):
     assert max(((first[name] - second[name]).norm() / first[name].norm()).item() for name in first) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["ddp", "stopped", "parts"])
+@pytest.mark.parametrize("name", ["ddp", "stopped", "parts", "full"])
 def test_two_processes_train_what_one_does(many, name):
-    "The last step of an epoch has a chat for one of them alone, and chats have different numbers of tokens to learn from; two were stopped and went on, one of them with a model in parts (FSDP2)."
+    "The last step of an epoch has a chat for one of them alone, and chats have different numbers of tokens to learn from; two were stopped and went on, one of them with a model in parts (FSDP2); in one, a device was full in the middle."
     assert_same(many / "one" / "all", many / name)
     facts = read_facts(many / name)
     assert facts["processes"] == 2 and facts["steps"] == facts["planned"]["steps"] == 6
@@ -77,6 +77,13 @@ def test_two_processes_train_what_one_does(many, name):
 def test_a_process_without_labels_counts_for_nothing(many):
     assert_same(many / "one" / "masked", many / "masked")
     assert read_facts(many / "masked")["counted_steps"] == read_facts(many / "one" / "masked")["counted_steps"] != {}
+
+
+def test_a_full_device_makes_all_take_smaller_pieces(many):
+    "Both record it, so that a run that goes on keeps to it; the one that had room took larger ones before."
+    (told, most, largest, last), (same, also, small, least) = said(many, "full")
+    assert told == same and [row["step"] for row in told] == [4] and most == also == told[0]["max_tokens_at_once"] <= 64 < largest
+    assert max(last, least) <= 64 and small > 64
 
 
 def said(folder, what):
@@ -111,9 +118,18 @@ def test_what_one_process_sees_ends_all(many):
     (kind, words), (other, same) = said(many, "no number")
     assert kind == other == "NonFiniteError" and "it comes from the zebra: look at it first" in words and "it comes from the zebra" in same
     assert points(many / "no_number")[-1]["ended_by"] == "NonFiniteError"
+    heard, found = said(many, "no room")
+    assert found[0] == "NoRoomError" and "this chat alone" in found[1] and heard == ["PeerError", f"Process 1 of 2 could not go on: {found[1]}"]
     heard, found = said(many, "no file")
     assert found[0] == "FileNotFoundError" and heard[0] == "PeerError" and heard[1].startswith("Process 1 of 2 could not go on: ") and "missing.jsonl does not exist" in heard[1]
     assert not (many / "no_file").exists()
+
+
+@pytest.mark.slow
+def test_a_full_device_ends_a_model_in_parts_with_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(LaunchError, match=r"^Process 1 of 2: Step 4 did not fit into the memory of process 1 with up to 200 tokens at once(?s:.*)Set max_tokens_at_once to [0-9]+ or less"):
+        launch_two(monkeypatch, [many_processes.__file__, str(tmp_path), save_tiny(tmp_path / "model"), "full"])
 
 
 def test_the_command_is_that_of_each_process(many, monkeypatch):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from full_device import From, limited
 from test_any_model import SHAPES, SMALL, TOKENS
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune_nb.data import Splits
 from finetune_nb.generation import continuations
@@ -23,25 +23,9 @@ from finetune_nb.training import load_base, train
 pytestmark = pytest.mark.usefixtures("one_way")
 
 
-def limited(model, most):
-    "From now on a forward pass over more tokens than `most` raises what a GPU raises; `sizes` are those that were computed."
-    table = inner_model(model).get_input_embeddings()
-    table.most, table.sizes = most, []
-
-    def look(module, args):
-        tokens = args[0].shape[0] * args[0].shape[1]
-        if tokens > table.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if tokens > 9:  # some architectures try themselves on a few
-            table.sizes.append(tokens)
-
-    blocks = [module for module in inner_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
-    return table, blocks[-1].register_forward_pre_hook(look)  # when the blocks before have drawn their dropout
-
-
 @contextmanager
-def room_for(model, most):
-    table, hook = limited(model, most)
+def room_for(model, most, well=0):
+    table, hook = limited(model, most, well)
     try:
         yield table
     finally:
@@ -72,8 +56,8 @@ def made(kind, quick, rows, tmp_path):
     return make_trainer(config, model, PackingCollator(kind[1], 4096, 2), sets, tmp_path)
 
 
-def step_of(trainer, chats, most, drops):
-    "Loss and gradient of one step, where a forward pass takes `most` tokens; and the random numbers after it."
+def step_of(trainer, chats, most, drops, well=0, inputs=None):
+    "Loss and gradient of one step, where a forward pass takes `most` tokens after `well` of any size; and the random numbers after it."
     model = trainer.model
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -81,17 +65,22 @@ def step_of(trainer, chats, most, drops):
     trainer.create_optimizer()
     torch.manual_seed(3)
     model.zero_grad()
-    with trainer.data_collator.attention(model), room_for(model, most) as device:
-        loss = trainer.training_step(model, trainer.data_collator(chats))
+    with trainer.data_collator.attention(model), room_for(model, most, well) as device:
+        loss = trainer.training_step(model, inputs or trainer.data_collator(chats))
     return loss, [p.grad.clone() for p in model.parameters() if p.requires_grad], device.sizes, torch.get_rng_state()
 
 
 def test_a_step_in_smaller_pieces_has_the_same_loss_and_gradient(made, rows):
+    "Also where the second pass is the first that does not fit, and where the chats were packed before it was known that less fits."
+    made.data_collator = replace(made.data_collator, max_tokens=120)
+    packed = made.data_collator(rows[:8])
     loss, gradient, whole, _ = step_of(made, rows[:8], 10**9, False)
     told = []
     made.on_less = lambda collator, step, what: told.append((step, what))
-    again, pieces, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False)
-    assert told == [(1, "Step 1")] and len(sizes) > len(whole) and max(sizes) <= max(whole) // 2
+    again, pieces, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False, well=1)
+    assert told == [(1, "Step 1")] and sizes[0] == whole[0] > max(whole) // 2 and len(sizes) > len(whole) > 1 and max(sizes[1:]) <= max(whole) // 2
+    _, _, sizes, _ = step_of(made, rows[:8], max(whole) // 2, False, inputs=packed)
+    assert len(told) == 1 and sizes == [batch.tokens for batch in made.data_collator.batches(rows[:8])], "what was packed before is packed anew"
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     square = sum((a.double() - b).square().sum() for a, b in zip(pieces, gradient, strict=True))
     assert (square / sum(b.double().square().sum() for b in gradient)).sqrt() < 1e-6
@@ -135,17 +124,6 @@ def test_answers_are_the_same_with_fewer_texts_at_once(made, rows):
     with room_for(base, 12), pytest.raises(NoRoomError, match=r"a prompt of up to [0-9]+ tokens and 6 new ones do not fit.*Lower max_new_tokens.*load_in_4bit"):
         continuations(base, prompts, settings, batch_size=6)
     assert continuations(base, prompts, settings) == expected, "the model is as it was"
-
-
-class From(TrainerCallback):
-    "From a step on, the device takes fewer tokens."
-
-    def __init__(self, table, step, most):
-        self.table, self.step, self.most = table, step, most
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.table.most = self.most
 
 
 def test_a_run_whose_device_fills_up_goes_on_as_it_was(kind, quick, chats, tmp_path):

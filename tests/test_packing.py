@@ -1,7 +1,9 @@
 """Packing changes nothing but the speed: many architectures, in float64, against one chat at a time by transformers itself."""
 
+import hashlib
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -30,13 +32,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from finetune_nb import packing
 from finetune_nb.attention import PACKED, attention_of
 from finetune_nb.chat_template import NO_LOSS
 from finetune_nb.config import ConfigError
 from finetune_nb.lora import find_target_modules
 from finetune_nb.lora_linear import use_one_rounding
 from finetune_nb.losses import inner_model, token_losses
-from finetune_nb.packing import PackingCollator, check_packing, pack, pad
+from finetune_nb.packing import PackingCollator, PackingReport, check_packing, common_prefix, ordered, pack, pad
 
 COMMON = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)  # fmt: skip
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -279,3 +282,131 @@ def test_logits_that_are_scaled_under_another_name_are_seen(monkeypatch):
     losses, _ = reference(model, chats)
     with attention_of(inner_model(model), PACKED["tree"]):
         assert computed(model, chats, pack(chats, 10**6))[0] == pytest.approx(losses, rel=1e-6)
+
+
+# --- the pieces, each by itself
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 128, 200])
+def test_a_common_beginning_is_counted_to_the_token(n):
+    same = list(range(n))
+    assert common_prefix(same, same) == n == common_prefix(same + [1000], same) == common_prefix(same, same + [1000]) == common_prefix(same + [1000, 3], same + [1001, 3])
+    assert common_prefix([1000, *same], [1001, *same]) == 0
+
+
+@pytest.mark.parametrize(("shared", "tokens"), [(15, 34), (16, 20), (17, 21)])
+def test_a_beginning_is_shared_from_sixteen_tokens_on(shared, tokens):
+    chats = [{"input_ids": [*range(shared), *end], "labels": [*range(shared), *end]} for end in ([50, 51], [60, 61])]
+    (row,) = pack(chats, 10**6)
+    assert row.tokens == tokens and row.input_ids[0].tolist() == ([*range(shared), 50, 51] + ([] if shared > 15 else [*range(shared)]) + [60, 61])
+    assert row.position_ids[0].tolist() == [*range(shared + 2), *(range(shared, shared + 2) if shared > 15 else range(shared + 2))]
+    assert PackingCollator().sizes(chats) == [tokens] and PackingCollator("packed").sizes(chats) == [2 * shared + 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0, 15, 16, 17, 40]), st.sampled_from([16, 17, 30]), st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=9), st.sampled_from([1, 60, 90, 200, 10**6]), st.sampled_from(packing.MODES))
+def test_sizes_are_those_of_the_batches(parts, max_tokens, mode):
+    "Trees of beginnings in beginnings; what each mode predicts is the same."
+    chats = [{"input_ids": [7] * a + [8] * b + [n] * c, "labels": [NO_LOSS] * a + [8] * b + [n] * c} for a, b, c, n in parts]
+    collator = PackingCollator(mode, max_tokens, pad_token_id=9)
+    batches = collator.batches(chats)
+    sizes = [batch.tokens for batch in batches]
+    assert collator.sizes(chats) == sizes and collator.computed(chats) == sum(sizes)
+    assert all(size <= max_tokens or len(set(batch.chat.tolist())) == 1 for size, batch in zip(sizes, batches, strict=True))
+    assert sum(sizes) <= sum(len(chat["input_ids"]) for chat in chats) or mode == "padded"
+    found = sorted((n, t) for batch in batches for n, t in zip(batch.chat.tolist(), batch.targets.tolist(), strict=True))
+    assert found == sorted((n, t) for n, chat in enumerate(chats) for t in chat["labels"][1:] if t != NO_LOSS)
+    whole = collator(chats)
+    assert whole["supervised"] == len(found) and whole["tokens"] == sum(len(chat["input_ids"]) for chat in chats) and whole["chats"].rows is chats
+    assert whole["sha256"] == hashlib.sha256(str([chat["input_ids"] for chat in chats]).encode()).hexdigest() and len(whole["batches"]) == len(batches)
+
+
+def test_rows_are_as_few_and_as_even_as_can_be():
+    def sizes(lengths, max_tokens):
+        return [batch.tokens for batch in pack([{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate(lengths, 1)], max_tokens, False)]
+
+    assert sizes([10] * 8, 70) == [40, 40] and sizes([10] * 7, 70) == [70] and sizes([10] * 7, 69) == [40, 30]
+    assert sizes([30, 10, 20], 30) == [30, 30] and sizes([50, 10], 30) == [10, 50]
+    assert [sizes([1] * n, 10**6) for n in (256, 257, 300)] == [[256], [129, 128], [151, 149]], "no more than 256 chats in a row"
+    assert pack([], 10) == [] and PackingCollator().sizes([]) == []
+
+
+def test_rows_of_their_own_are_filled_up_at_the_end():
+    chats = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4, 5, 6], "labels": [3, NO_LOSS, 5, 6]}, {"input_ids": [7, 8, 9], "labels": [7, NO_LOSS, 9]}]
+    first, second = pad(chats, 8, pad_token_id=60)
+    assert first.input_ids.tolist() == [[3, 4, 5, 6], [7, 8, 9, 60]] and first.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert (first.at.tolist(), first.targets.tolist(), first.chat.tolist()) == ([1, 2, 5], [5, 6, 9], [1, 1, 2]) and first.position_ids is first.layout is None
+    assert second.input_ids.tolist() == [[1, 2]] and (second.at.tolist(), second.targets.tolist(), second.chat.tolist()) == ([0], [2], [0])
+    assert [len(batch.input_ids) for batch in pad(chats, 7)] == [1, 2] and [len(batch.input_ids) for batch in pad(chats, 12)] == [3]
+    assert [batch.tokens for batch in PackingCollator("single").batches(chats)] == [4, 3, 2] and pad(chats, 8)[0].input_ids[1, 3] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "order"),
+    [
+        ({"tree": 1.0, "masked": 0.9}, ["tree", "masked"]),  # less than a fifth better
+        ({"tree": 1.0, "masked": 0.79}, ["masked", "tree"]),
+        ({"tree": 1.0, "masked": 0.8}, ["masked", "tree"]),
+        ({"masked": 2.0, "flex": 1.0}, ["flex", "masked"]),
+        ({"masked": 0.9, "flex": 0.85, "tree": 1.0}, ["tree", "flex", "masked"]),
+        ({}, []),
+    ],
+)
+def test_another_way_has_to_be_a_fifth_faster(seconds, order):
+    assert ordered(seconds) == order
+
+
+def test_how_far_losses_and_gradients_differ():
+    chats = [{"labels": [1, 2, 3]}, {"labels": [1, NO_LOSS, NO_LOSS]}]
+    t = torch.tensor
+    assert packing._difference(t([2.0, 2.0]), t([2.0, 2.0]), chats) == 0
+    assert packing._difference(t([2.0, 2.0]), t([2.0, 3.0]), chats) == pytest.approx(0.25), "over all"
+    assert packing._difference(t([2.0, 2.0]), t([1.7, 2.3]), chats) == pytest.approx(0.05), "a third of the largest, where they make up for each other"
+    assert packing._difference(t([0.1, 10.0]), t([0.16, 9.94]), chats) == pytest.approx(0.06 / 0.2 / 3), "relative to a tenth of a nat for each of two tokens"
+    assert packing._difference(t([10.0, 0.01]), t([9.94, 0.07]), chats) == pytest.approx(0.06 / 0.1 / 3), "of one, where nothing is learned"
+    assert packing._difference(t([0.0, 0.0]), t([0.0, 1e-6]), chats) == pytest.approx(1)
+    one, other = [t([3.0, 0.0]), t([[4.0]])], [t([0.0, 5.0]), t([[0.0]])]
+    assert packing._angle(one, one) == 0 and packing._angle(one, other) == pytest.approx(1)
+    assert packing._angle(one, [t([-3.0, 0.0]), t([[-4.0]])]) == pytest.approx(2)
+    assert packing._angle(one, [t([6.0, 0.0]), t([[8.0]])]) == pytest.approx(0.5), "twice as long"
+    assert packing._angle(one, [t([3.3, 0.0]), t([[4.4]])]) == pytest.approx(0.005)
+    nothing = [t([0.0, 0.0]), t([[0.0]])]
+    assert all(angle != angle for angle in (packing._angle(one, nothing), packing._angle(nothing, one)))
+
+
+def test_a_model_is_stirred_and_left_as_it_was():
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    halves = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    kept = next(iter(halves))
+    halves[kept].data.fill_(0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        with pytest.raises(RuntimeError), packing._stirred(model):
+            assert not model.training and all(0.001 < p.std() < 0.02 for name, p in halves.items() if name != kept)
+            assert (halves[kept] == 0.5).all() and all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name not in halves)
+            torch.rand(3)
+            raise RuntimeError
+        assert model.training is training and torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("mode", "words"), [("shared", "packed, common beginnings computed once"), ("packed", "packed, common beginnings computed for each chat"), ("padded", "filled up to the longest of those at once"), ("single", "one chat at a time")])
+def test_a_report_says_the_mode_and_why(mode, words):
+    assert str(PackingReport(mode, {"shared": "not possible: x", "packed, masked": "exact"})) == f"Chats are {words}.\n  shared: not possible: x\n  packed, masked: exact"
+
+
+def test_what_was_tried_is_told():
+    model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()[:2]
+    model.train()
+    exact = r"loss differs by \d\.\de[-+]\d\d, gradient by \d\.\de[-+]\d\d \(1 - cosine\): exact"
+    for fastest, ways, name in (("shared", ("tree",), "shared"), ("packed", ("masked", "tree"), "packed"), ("padded", ("tree", "masked"), "padded")):
+        report = check_packing(model, chats, fastest, ways=ways)
+        assert (report.mode, report.way, list(report.differences)) == (fastest, ways[0], [name]) and re.fullmatch(exact, report.differences[name])
+    assert check_packing(model, chats, "single") == PackingReport("single", {}) and model.training
+    refusing = tuned_model(LlamaConfig(**COMMON, attention_dropout=0.5))
+    report = check_packing(refusing, chats, ways=("tree", "masked"))
+    assert report.mode == "padded" and list(report.differences) == ["shared", "shared, masked", "packed", "packed, masked", "padded"]
+    assert all(said.startswith("not possible: ") and "does not take it" not in said for name, said in report.differences.items() if name != "padded")

@@ -663,3 +663,98 @@ def test_what_json_cannot_hold_is_refused():
 def test_prompt_and_completion_name_columns():
     chats = load_chats([{"q": "2 + 2?", "a": "4.", "s": "Be brief."}], columns={"system": "s", "prompt": "q", "completion": "a"})
     assert [m["role"] for m in chats[0].messages] == ["system", "user", "assistant"] and chats[0].extra == {}
+
+
+# --- places, bytes and notes, to the letter
+
+VALUES = st.sampled_from([None, 0, "é\n\u2028", [], [1, [2]], {"a": {}}, {"": [{"b": "}],"}]}])
+BLANK = st.sampled_from([b"", b"\n", b" \n", b"\t\r\n", b"\n\n\n"])
+
+
+def rows_in(path, **options):
+    "All rows of a file, the notes, and what progress was told."
+    notes, seen = [], []
+    return list(read_rows(path, say=lambda *note: notes.append(note), progress=seen.append, **options)), notes, seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(BLANK, VALUES, st.sampled_from([b"\n", b"\r\n", b" \n"])), min_size=1, max_size=6), BLANK, st.booleans(), st.booleans())
+def test_each_line_is_found_again_by_its_offset(tmp_path_factory, parts, last, mark, ended):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    written = [(blank, json.dumps({"v": value}).encode() + end) for blank, value, end in parts]
+    data = b"".join(blank + line for blank, line in written) + last
+    data = (b"\xef\xbb\xbf" if mark else b"") + (data if ended or last else data.rstrip())
+    path.write_bytes(data)
+    rows, notes, seen = rows_in(path)
+    assert [(one.value, one.fault) for one in rows] == [({"v": value}, None) for _, value, _ in parts]
+    for one in rows:
+        number = int(one.place.removeprefix("line "))
+        assert one.offset == len(b"".join(data.splitlines(keepends=True)[: number - 1])) and one.raw == data[one.offset :].splitlines(keepends=True)[0].removeprefix(b"\xef\xbb\xbf")
+    lines_of = data.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
+    blank, returns = sum(not line.strip() for line in lines_of), sum(line.endswith(b"\r\n") for line in lines_of)
+    expected = [("N002", "the file begins with a byte-order mark.")] * mark
+    expected += [("N003", f"Windows line ends (CR LF): {returns}.")] * (returns > 0) + [("N004", f"blank lines: {blank}.")] * (blank > 0)
+    assert [note[:2] for note in notes] == expected and seen[0] <= len(data)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(BLANK, VALUES, BLANK), max_size=5), st.sampled_from([b"[%s]", b"\xef\xbb\xbf \n[%s]\n", b'{"rows": [%s]}', b'{\n"train"\n:\n[%s] \n}\n ']))
+def test_each_row_of_a_list_knows_its_line(tmp_path_factory, parts, around):
+    path = tmp_path_factory.mktemp("lists") / "a.json"
+    made = [(before + json.dumps({"v": value}, indent=1).encode(), before, after) for before, value, after in parts]
+    before, after = around.split(b"%s")
+    path.write_bytes(before + b",".join(text + end for text, _, end in made) + after)
+    rows, notes, _ = rows_in(path)
+    line, places = 1 + before.count(b"\n"), []
+    for text, blank, end in made:
+        places.append(f"line {line + blank.count(bytes([10]))}")
+        line += (text + end).count(b"\n")
+    assert [(one.place, one.value, one.fault) for one in rows] == [(place, {"v": value}, None) for place, (_, value, _) in zip(places, parts, strict=True)]
+    name = re.search(rb'"(\w+)"', before)
+    assert [note[:2] for note in notes] == ([("N005", f"the rows stand in the list {name[1].decode()!r}.")] if name else [])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.text("a ,;\t\n\"é", min_size=1, max_size=4).map(lambda t: t.replace("\n", "\r\n")), min_size=2, max_size=2), max_size=4), st.sampled_from(",;\t"), st.sampled_from([b"", b"\xef\xbb\xbf", b"\r\n"]))
+def test_each_row_of_a_table_knows_its_line_and_its_bytes(tmp_path_factory, cells, delimiter, before):
+    def written(values):
+        return (delimiter.join(f'"{v.replace(chr(34), chr(34) * 2)}"' for v in values) + "\r\n").encode()
+
+    path = tmp_path_factory.mktemp("tables") / "a.csv"
+    head = written(["x", "y,;\t"])
+    path.write_bytes(before + head + b"".join(map(written, cells)))
+    rows, notes, _ = rows_in(path)
+    assert [(one.value, one.raw, one.fault) for one in rows] == [({"x": x, "y,;\t": y}, written([x, y]), None) for x, y in cells]
+    assert all(one.header == before + head for one in rows)
+    starts = [2 + (before == b"\r\n") + b"".join(map(written, cells[:n])).count(b"\n") for n in range(len(cells))]
+    assert [one.place for one in rows] == [f"line {n}" for n in starts]
+    name = {",": None, ";": "semicolons", "\t": "tabs"}[delimiter]
+    assert [note[:2] for note in notes] == ([("N006", f"the columns are separated by {name}.")] if name else [])
+
+
+@pytest.mark.parametrize(("name", "file"), [("parquet", "a.parquet"), ("parquet under another name", "a.jsonl")])
+def test_parquet_is_noted_under_another_name_alone(name, file, tmp_path):
+    data = next(data for case, _, data, _ in VALID if case == name)
+    rows, notes, _ = rows_in(write(tmp_path, file, data))
+    assert [one.place for one in rows] == [f"row {n + 1}" for n in range(len(rows))] and not any(one.fault for one in rows)
+    assert [code for code, *_ in notes] == ([] if file == "a.parquet" else ["N001"])
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (b"[\n[1],\n[2]\n]", [[1], [2]]),  # a list of lists over several lines
+        (b"[1]\n[2]\n", [[1], [2]]),  # two rows that are lists
+        (b"[\n\n[1]]", [[1]]),
+        (b'{"things": [{"a": 1}]}', [{"a": 1}]),  # an object that holds the one list of rows, under any name
+        (b' {"things": [{"a": 1}, {"from": 2}]}', [{"a": 1}, {"from": 2}]),
+        (b'{"things": [{"from": 1}]}', [{"things": [{"from": 1}]}]),  # a row: its list is one of messages
+        (b'{"things": [{"role": 1}]}', [{"things": [{"role": 1}]}]),
+        (b'{"things": [{"a": 1}], "n": 1}', [{"things": [{"a": 1}], "n": 1}]),
+        (b'{"things": []}', [{"things": []}]),
+        (b'{"data": []}', []),
+        (b'{"messages": [{"a": 1}]}', [{"messages": [{"a": 1}]}]),
+    ],
+)
+def test_what_is_a_list_of_rows(data, values, tmp_path):
+    assert [one.value for one in rows_in(write(tmp_path, "a.json", data))[0]] == values

@@ -1,0 +1,168 @@
+"""Each piece of the loss against plain PyTorch, to the number."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_packing import COMMON, tuned_model
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from finetune_nb.attention import Layout, Segment
+from finetune_nb.lora_linear import use_one_rounding
+from finetune_nb.losses import (
+    Batch,
+    HeadLoss,
+    inner_model,
+    mean_loss,
+    mixed_precision,
+    needs_autocast,
+    plain_head,
+    recompute_blocks,
+    smoothed,
+    supervised_states,
+    token_losses,
+)
+from finetune_nb.packing import pad
+
+GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+
+
+def batch_of(*lengths):
+    chats = [{"input_ids": list(range(1, n + 1)), "labels": [-100] * 2 + list(range(3, n + 1))} for n in lengths]
+    (batch,) = pad(chats, 10**6)
+    return batch
+
+
+@pytest.mark.parametrize(("dtype", "sum_dtype"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 256])
+def test_the_loss_of_the_head_in_pieces_of_any_size(dtype, sum_dtype, biased, chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((7, 5), (11, 5), (11,)))
+    targets, share = torch.tensor([0, 10, 3, 3, 7, 1, 9]), torch.arange(1, 8).to(sum_dtype)
+    hidden, bias = hidden.requires_grad_(), bias if biased else None
+    mine = HeadLoss.apply(hidden, weight, bias, targets, chunk)
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(sum_dtype)
+    right = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert mine.dtype == sum_dtype and mine.shape == (7,)
+    torch.testing.assert_close(mine, right)
+    got, expected = (torch.autograd.grad((loss * share).sum(), hidden)[0] for loss in (mine, right))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else None, atol=5e-2 if dtype == torch.bfloat16 else None)
+    without = HeadLoss.apply(hidden.detach(), weight, bias, targets, chunk)
+    assert torch.equal(without, mine) and without.grad_fn is None
+
+
+def test_a_batch_moves_whole():
+    layout = Layout([Segment(0, 4)])
+    batch = Batch(torch.ones(2, 4, dtype=torch.long), torch.arange(4)[None], None, torch.tensor([1]), torch.tensor([2]), torch.tensor([0]), layout)
+    moved = batch.to("meta")
+    assert batch.tokens == moved.tokens == 8 and moved.layout is layout and moved.attention_mask is None
+    assert {getattr(moved, name).device.type for name in ("input_ids", "position_ids", "at", "targets", "chat")} == {"meta"}
+
+
+def test_positions_and_masks_reach_the_model():
+    "GPT-2 knows positions by their number, and the masked tokens here stand in front."
+    model = tuned_model(GPT2).eval()
+    ids = torch.randint(1, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    at, targets = torch.tensor([3, 4, 9]), torch.tensor([5, 6, 7])
+    for given in ({"position_ids": torch.arange(6)[None] + 20}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])}, {}):
+        batch = Batch(ids, given.get("position_ids"), given.get("attention_mask"), at, targets, torch.tensor([0, 0, 1]))
+        right = torch.nn.functional.cross_entropy(model(input_ids=ids, **given).logits.flatten(0, 1)[at], targets, reduction="none")
+        torch.testing.assert_close(token_losses(model, batch), right)
+    states, head = supervised_states(model, batch)
+    assert states.shape == (3, 32) and head is inner_model(model).get_output_embeddings()
+    assert "forward" not in vars(head), "the last layer is itself again"
+
+
+def test_the_model_inside_its_wrappers():
+    model = tuned_model(LlamaConfig(**COMMON))
+    inner = model.get_base_model()
+    assert inner_model(model) is inner_model(inner) is inner_model(SimpleNamespace(module=model)) is inner
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        (LlamaConfig(**COMMON), True),
+        (GraniteConfig(**COMMON, logits_scaling=3.0), False),
+        (GraniteConfig(**COMMON, logits_scaling=1.0), True),
+        (CohereConfig(**COMMON, logit_scale=0.5), False),
+        (Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=5.0), False),
+        (Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=None), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_which_heads_are_a_product_alone(config, plain, device):
+    model = tuned_model(config)
+    inner = inner_model(model).to(device)
+    before = torch.get_rng_state()
+    assert plain_head(inner) is plain_head(inner) is plain and torch.equal(before, torch.get_rng_state())
+    assert not inner.get_output_embeddings()._forward_hooks, "nothing stays behind"
+    inner.get_output_embeddings().weight.requires_grad_()
+    assert plain_head(inner) is False
+
+
+def test_a_head_of_another_kind_is_asked_for_its_logits():
+    class Odd(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * 2
+
+    inner = inner_model(tuned_model(LlamaConfig(**COMMON)))
+    odd = Odd(32, 64, bias=False).double().requires_grad_(False)
+    inner.set_output_embeddings(odd)
+    batch = batch_of(5, 7)
+    right = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.at]
+    states, head = supervised_states(inner, batch)
+    assert head is None and not plain_head(inner)
+    torch.testing.assert_close(states, right)
+    torch.testing.assert_close(token_losses(inner, batch), torch.nn.functional.cross_entropy(right, batch.targets, reduction="none"))
+
+
+def test_the_first_blocks_are_computed_again():
+    model = tuned_model(LlamaConfig(**COMMON))
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for n, expected in ((1, [True, False]), (2, [True, True]), (0, [False, False]), (0, [False, False]), (5, [True, True])):
+        recompute_blocks(model, n)
+        assert [block.gradient_checkpointing for block in blocks] == expected
+    assert blocks[0]._gradient_checkpointing_func.keywords == {"use_reentrant": False}, "the other way loses the gradient of a frozen input"
+
+
+def test_what_needs_autocast():
+    def tuned(dtype, one_rounding=True, **options):
+        base = LlamaForCausalLM(LlamaConfig(**COMMON)).to(dtype)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+        if one_rounding:
+            use_one_rounding(model)
+        return model
+
+    assert not needs_autocast(tuned(torch.float32)) and not needs_autocast(tuned(torch.float32, one_rounding=False))
+    assert needs_autocast(tuned(torch.float16)) and needs_autocast(LlamaForCausalLM(LlamaConfig(**COMMON)).to(torch.float16))
+    bf16 = tuned(torch.bfloat16)
+    assert not needs_autocast(bf16), "the layers' own forward pass sees to it"
+    assert needs_autocast(tuned(torch.bfloat16, one_rounding=False))
+    norm = next(p for name, p in bf16.named_parameters() if name.endswith("norm.weight"))
+    norm.data = norm.data.float()
+    assert not needs_autocast(bf16), "it is frozen"
+    norm.requires_grad_()
+    assert needs_autocast(bf16)
+    for model, dtype, on in ((bf16, torch.bfloat16, True), (tuned(torch.float16), torch.float16, True), (tuned(torch.float32), torch.bfloat16, False)):
+        context = mixed_precision(model)
+        assert (context.device, context.fast_dtype, context._enabled) == ("cpu", dtype, on)
+
+
+def test_the_mean_is_over_tokens_and_not_over_batches():
+    model = tuned_model(LlamaConfig(**COMMON))
+    batches = [batch_of(4), batch_of(20, 9)]
+    losses = torch.cat([token_losses(model, batch) for batch in batches])
+    mean, count = mean_loss(model, iter(batches))
+    assert count == len(losses) == 2 + 18 + 7 and mean == pytest.approx(losses.mean().item(), rel=1e-12)
+    assert mean_loss(model, []) == (0.0, 0)
+
+
+def test_smoothed_forgets_a_fifth_at_each_value():
+    assert smoothed([0.0, 1.0]) == pytest.approx([0, 0.2 / 0.36])
+    assert smoothed([1, 2, 4], 0.5) == pytest.approx([1, 2.5 / 1.5, 5.25 / 1.75])
