@@ -11,7 +11,8 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
+from .mounts import why_it_may_lie
 from .one_file import SUFFIX, load_one_file, scratch_of
 from .run_folder import checkpoints, step_of
 from .stop import TrainingError
@@ -121,21 +123,31 @@ def check_checkpoint(
     checkpoint: Path,  # of a run
 ) -> list[str]:
     "What is wrong with it, in words; empty when it can be gone on from."
-    try:
-        place = opened(checkpoint)
-    except (DamageError, OSError) as error:
-        return [str(error)]
-    if faults := check_whole(place):
+    with opened(checkpoint) as (_, faults):
         return faults
-    said = read_about(place).get("step")
-    return [] if said == step_of(checkpoint) else [f"it is that of step {said}"]
 
 
+@contextmanager
 def opened(
     checkpoint: Path,  # a folder, or a file on a mount that lies
-) -> Path:
-    "The folder of a checkpoint; a file is opened on a disk of this machine. Raises `DamageError` where it is not as it was written."
-    return load_one_file(checkpoint, scratch_of(checkpoint.parent) / checkpoint.name.removesuffix(SUFFIX)) if checkpoint.is_file() else checkpoint
+    keep: bool = False,  # leave the folder of a file that is whole, to go on from
+) -> Iterator[tuple[Path, list[str]]]:
+    "The folder of a checkpoint, and what is wrong with it, in words; a file is opened on a disk of this machine while the block lasts."
+    far = checkpoint.is_file()
+    place = scratch_of(checkpoint.parent) / checkpoint.name.removesuffix(SUFFIX) if far else checkpoint
+    try:
+        if far:
+            load_one_file(checkpoint, place)
+        faults = check_whole(place)
+        if not faults and (said := read_about(place).get("step")) != step_of(checkpoint):
+            faults = [f"it is that of step {said}"]
+    except (DamageError, OSError) as error:
+        faults = [str(error)]
+    try:
+        yield place, faults
+    finally:
+        if far and (faults or not keep):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def newest_checkpoint(
@@ -144,8 +156,9 @@ def newest_checkpoint(
 ) -> Path | None:
     "The folder of the newest checkpoint that is whole, or None."
     for path in reversed(checkpoints(folder)):
-        if not (faults := check_checkpoint(path)):
-            return opened(path)
+        with opened(path, keep=True) as (place, faults):
+            if not faults:
+                return place
         say(f"{path} is passed over: {'; '.join(faults)}.")
     return None
 
@@ -202,11 +215,12 @@ def check_room(
     keep: int,  # checkpoints that stay
     free: int | None = None,  # bytes; None: what the disk has
 ) -> None:
-    "Raises `TrainingError` where the checkpoints of a run will not fit; a quota is not seen."
-    needed = (max(keep, 2) + 1) * (4 * 4 * numbers + 2**20) + 4 * numbers
-    free = shutil.disk_usage(folder).free if free is None else free
-    if free < needed:
-        raise TrainingError(
-            f"{folder}: the checkpoints of this run need {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free. "
-            "Make room, choose another output_dir, or a lower r or save_total_limit."
-        )
+    "Raises `TrainingError` where the checkpoints of a run will not fit, there or, for a mount that lies, where they are made; a quota is not seen."
+    one = 4 * 4 * numbers + 2**20
+    places = {Path(folder): ((max(keep, 2) + 1) * one + 4 * numbers, "Make room, choose another output_dir, or a lower r or save_total_limit.")}
+    if why_it_may_lie(folder):
+        places[scratch_of(folder)] = 3 * one, "They are made there before they are copied. Make room, or name another folder in the environment variable FINETUNE_NB_CACHE."
+    for place, (needed, instead) in places.items():
+        has = shutil.disk_usage(place).free if free is None else free
+        if has < needed:
+            raise TrainingError(f"{place}: the checkpoints of this run need {needed / 2**20:,.0f} MiB, and {has / 2**20:,.0f} MiB are free. {instead}")

@@ -7,6 +7,7 @@ __all__ = ['CrashSafeTrainer']
 
 # %% ../nbs/07fa_crash_safe.ipynb #2fa810bf
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from .private import make_private
 from .run_folder import checkpoints
 from .sharding import part_like, take_apart, whole
 from .stop import TrainingError
-from .whole_folder import Part, remove_whole
+from .whole_folder import Part
 
 # %% ../nbs/07fa_crash_safe.ipynb #c74152f7
 class _PutLossesBack(TrainerCallback):
@@ -130,8 +131,10 @@ class CrashSafeTrainer(Trainer):
                 raise OSError(f"process {missing[0]} could not write its part")
             part.finish(self.made_of | {"step": self.state.global_step})
             if self.far:
-                save_one_file(part.target, Path(self.args.output_dir, f"{part.target.name}{SUFFIX}"))
-                remove_whole(part.target)
+                try:
+                    save_one_file(part.target, Path(self.args.output_dir, f"{part.target.name}{SUFFIX}"))
+                finally:
+                    shutil.rmtree(part.target.parent, ignore_errors=True)  # with the one that was gone on from
             make_private(self.args.output_dir)  # also what others wrote, and before the end, to which a run may not come
             rotate(self.args.output_dir, self.args.save_total_limit)
         except OSError as error:

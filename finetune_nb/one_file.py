@@ -114,8 +114,10 @@ def load_one_file(
     try:
         with tarfile.open(file, "r:") as archive:
             for entry in archive:
-                if not entry.isreg() or Path(entry.name).name != entry.name or entry.name.startswith("."):
+                if entry.type != tarfile.REGTYPE or entry.issparse() or Path(entry.name).name != entry.name or entry.name.startswith("."):
                     raise DamageError(f"{entry.name!r} in it is no file of a checkpoint")
+                if entry.size > os.path.getsize(file):  # what is no file with holes can't be longer
+                    raise DamageError(f"{entry.name!r} in it is said to be longer than all of it")
                 write_file(target / entry.name, archive.extractfile(entry).read())
         if faults := check_whole(target):
             raise DamageError("; ".join(faults))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from finetune_nb import mounts, one_file, sentinels
-from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
+from finetune_nb.checkpoints import check_checkpoint, check_room, newest_checkpoint
 from finetune_nb.lora import AdapterError
 from finetune_nb.mounts import why_it_may_lie
 from finetune_nb.one_file import load_one_file
 from finetune_nb.run_folder import checkpoints, last_checkpoint, read_history
 from finetune_nb.sentinels import NonFiniteError
-from finetune_nb.stop import Stop
+from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_run, resume, train
 from finetune_nb.whole_folder import DamageError, check_whole, clear_leftovers, whole_folder
 
@@ -117,6 +118,7 @@ def test_a_run_on_a_mount_that_lies(tiny_model, lying, losing, tmp_path):
             run.save()
         assert load_adapter_file(run) and not (run.folder / "run.json").exists()
     run.save()
+    assert not list(Path(os.environ["FINETUNE_NB_CACHE"]).glob("checkpoints/*/*")), "what was made and opened on this machine is gone"
     again = load_run(run.folder)
     assert (again.facts, again.history, check_whole(run.folder / "adapter")) == (json.loads(json.dumps(run.facts)), run.history, [])
     told = "\n".join(said)
@@ -237,3 +239,33 @@ def test_a_copy_that_was_cut_short_is_cleared_away(tmp_path):
     (tmp_path / ".checkpoint-8.part").mkdir()
     clear_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["holes", "holes told beside", "a length"])
+def test_a_small_file_becomes_no_large_one(kind, tmp_path):
+    "Of a file with holes, of which a few bytes say that it is 3 GiB, and of one that is said to be longer than what holds it."
+    entry = tarfile.TarInfo("adapter_model.safetensors")
+    if kind == "holes":
+        entry.type = tarfile.GNUTYPE_SPARSE
+        head = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+        head[386:398], head[398:410], head[483:495] = b"%011o\0" % (3 * 2**30), b"%011o\0" % 0, b"%011o\0" % (3 * 2**30)
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+    elif kind == "holes told beside":
+        entry.pax_headers = {"GNU.sparse.size": str(3 * 2**30), "GNU.sparse.map": f"{3 * 2**30},0", "GNU.sparse.numblocks": "1"}
+        head = entry.tobuf(tarfile.PAX_FORMAT)
+    else:
+        entry.size = 3 * 2**30
+        head = entry.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "checkpoint-5.tar").write_bytes(bytes(head) + bytes(1024))
+    with pytest.raises(DamageError, match="is no file of a checkpoint|longer than all of it"):
+        load_one_file(tmp_path / "checkpoint-5.tar", tmp_path / "opened")
+    assert not (tmp_path / "opened").exists()
+
+
+def test_room_is_asked_for_where_checkpoints_are_made(drive, monkeypatch):
+    "The mount has enough, the disk of the machine has not."
+    usage = shutil.disk_usage(drive)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**50 if Path(place) == drive else 2**20))
+    with pytest.raises(TrainingError, match="FINETUNE_NB_CACHE"):
+        check_room(drive, 460_000, 2)
