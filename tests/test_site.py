@@ -116,6 +116,12 @@ def test_slugs_are_pandocs():
     assert slug("1. The data") == "the-data"
 
 
+def test_no_link_lies_within_a_link(processed):
+    "nbdev makes links of names in backticks, and in the text of a link that would break it."
+    for page, found in processed.items():
+        assert not (broken := re.findall(r"\[[^][\n]*\[``\]\([^)]*\)[^][\n]*\]\([^)]*\)", found.bare)), f"{page}: {broken[0]}"
+
+
 def test_every_picture_has_words(processed):
     for page, found in processed.items():
         assert not re.findall(r"!\[\]\(", found.bare), page
