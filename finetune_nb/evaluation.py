@@ -433,7 +433,7 @@ def _shared(run: Run, chats: list[Chat] | None) -> str:
     if chats is None:
         return " ".join(told for told in run.facts.get("leaks", []) if "test chats ask what a train chat asks" in told)
     try:
-        leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+        leaks = check_leaks(chats, (kept := kept_sets(run.folder, run.config)).train, [*kept.validation, *kept.test])
     except (FinetuneError, OSError) as error:
         return f"Whether training has seen these questions is not known: {error}"
     return f"{len(leaks)} of {len(chats)} test chats ask what a training chat asks: they test memory. First: {leaks[0]}." if leaks else ""

@@ -327,7 +327,7 @@ def _ask(run: Run, chats: list[Chat], first: EvalReport | None, kept: Path) -> E
 
 def _learned(run: Run, chats: list[Chat]) -> str:
     "How many of the chats a run was trained on, in words; empty for none."
-    leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+    leaks = check_leaks(chats, (kept := kept_sets(run.folder, run.config)).train, [*kept.validation, *kept.test])
     return f"{len(leaks)} of these {len(chats)} test chats stand among those that it was trained on. First: {leaks[0]}." if leaks else ""
 
 
