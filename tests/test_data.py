@@ -138,7 +138,7 @@ def test_a_split_has_no_leak_that_only_two_of_its_sets_would_show():
     things = "kettle radio lamp clock heater printer toaster fan drill scanner speaker camera router mixer grill iron dryer pump scale stove".split()
     chats = [asked(f"How do I {act} the {thing}?", i) for i, thing in enumerate(things) for act in ("reset", "clean", "switch off")]
     random.Random(1).shuffle(chats)
-    splits = [split_chats(chats, test_size=share, seed=seed) for share in (0.2, 0.25) for seed in range(4)]
+    splits = [split_chats(chats, test_size=share) for share in (0.1, 0.2, 0.25)]
     assert any(check_leaks(part.test, part.train) for part in splits) and not any(leak_report(part) for part in splits)
 
 
