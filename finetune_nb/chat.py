@@ -304,7 +304,7 @@ def ask(
     known = system_messages(run.folder) or {""}
     system = known.pop() if system is None and len(known) == 1 else system or ""
     if doubt := system_doubt(run.folder, system):
-        say(f"{run.folder.name} was {doubt}.")
+        say(f"{run.folder.name} was {doubt.rstrip('.')}.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
     with without_adapter(run.model) if base else nullcontext():
         return answer(run.model, run.tokenizer, messages, max_new_tokens=max_new_tokens, chat_template_kwargs=run.config.chat_template_kwargs)
