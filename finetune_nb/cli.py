@@ -605,7 +605,8 @@ def main(
             options.run_command(options)
     except (FinetuneError, OSError, ImportError) as error:
         if "WORLD_SIZE" not in os.environ or _is_to_say(error):
-            hint = " (finetune_nb doctor says what to do)" if isinstance(error, ImportError) else ""
+            asked = getattr(options, "run_command", None) is doctor_command
+            hint = f" ({'pip install finetune_nb brings what it needs' if asked else 'finetune_nb doctor says what to do'})" if isinstance(error, ImportError) else ""
             print(f"finetune_nb: {redacted(str(error))}{hint}", file=sys.stderr, flush=True)
         return _end(2)
     except Exception as error:
