@@ -1,5 +1,6 @@
 "Reads everything from settings.ini, and puts the tutorial notebooks into the wheel."
 import configparser
+import re
 import shutil
 from pathlib import Path
 
@@ -30,15 +31,27 @@ class BuildWithTutorials(build_py):
             shutil.copy(notebook, target)
 
 
+def long_description():
+    "The README with links that lead somewhere from PyPI, too."
+    text, raw = (root / "README.md").read_text(encoding="utf-8"), cfg["git_url"].replace("//github.com/", "//raw.githubusercontent.com/")
+    text = re.sub(r"\]\((nbs/images/)", rf"]({raw}/{cfg['branch']}/\1", text)
+    return re.sub(r"\]\((nbs/)", rf"]({cfg['git_url']}/blob/{cfg['branch']}/\1", text)
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+        "Issues": f"{cfg['git_url']}/issues",
+    },
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     python_requires=">=" + cfg["min_python"],

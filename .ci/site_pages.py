@@ -177,14 +177,14 @@ def _public(root: Path) -> dict[str, str]:
     return {name: module for module, names in ast.literal_eval(where).items() for name in names.split()}
 
 
-def _about(root: Path, module: str, name: str) -> str:
-    "The first sentence of a docstring; empty for what has none."
+def _about(root: Path, module: str, name: str) -> tuple[str, str]:
+    "The module that a name is written in, and the first sentence of its docstring; empty for what has none."
     tree = ast.parse((root / f"finetune_nb/{module}.py").read_text(encoding="utf-8"))
     node = next((n for n in tree.body if getattr(n, "name", "") == name), None)
     if node is None:  # it is handed on from another module
         other = next((n.module for n in tree.body if isinstance(n, ast.ImportFrom) and name in {a.name for a in n.names}), None)
-        return _about(root, other, name) if other else ""
-    return re.split(r"(?<=[.;]) ", ast.get_docstring(node) or "")[0].rstrip(".;")
+        return _about(root, other, name) if other else (module, "")
+    return module, re.split(r"(?<=[.;]) ", ast.get_docstring(node) or "")[0].rstrip(".;")
 
 
 def make_reference(root: Path, settings: dict[str, str]) -> None:
@@ -192,10 +192,12 @@ def make_reference(root: Path, settings: dict[str, str]) -> None:
     docs, public = _docs(root), _public(root)
     badge = f"[![Open in Colab]({BADGE})]({colab_link('reference', settings)})"
     names = ["| name | what it does |", "| --- | --- |"]
-    names += [f"| [`{name}`]({docs[module][0]}.ipynb) | {_cell(_about(root, module, name))} |" for name, module in public.items()]
+    for name, module in public.items():  # not in backticks: nbdev would put a link of its own into the link
+        home, about = _about(root, module, name)
+        names.append(f"| [{name}]({docs[home][0]}.ipynb) | {_cell(about)} |")
     modules = ["| module | what is in it |", "| --- | --- |"]
     in_order = sorted(docs.items(), key=lambda item: item[1])
-    modules += [f"| [`finetune_nb.{module}`]({page}.ipynb) | {_cell(about)} |" for module, (page, about) in in_order]
+    modules += [f"| [finetune_nb.{module}]({page}.ipynb) | {_cell(about)} |" for module, (page, about) in in_order]
     intro = (
         "What `from finetune_nb import …` gives. The link leads to the chapter, "
         "where each parameter has its comment, and an example its output. "

@@ -24,10 +24,9 @@ from finetune_nb.data import ANSWER_PATTERN
 from finetune_nb.panel import panel
 
 data = icd10_chats()
-few = Splits(data.train, data.validation[:8], data.test[:16])
-config = FinetuneConfig(max_new_tokens=48, max_steps=40, eval_strategy="steps", eval_steps=10, answer_pattern=ANSWER_PATTERN)
-config = apply_preset(config, "quick look")
-config.max_steps, config.eval_strategy, config.eval_steps = 40, "steps", 10
+few = Splits(data.train[:160], data.validation[:8], data.test[:16])
+config = apply_preset(FinetuneConfig(max_new_tokens=48, answer_pattern=ANSWER_PATTERN), "quick look")
+config.max_steps, config.num_train_epochs, config.eval_strategy, config.eval_steps = -1, 1, "steps", 10
 room = panel(config, few)
 room"""
 ANSWERED = "() => [...document.querySelectorAll('[aria-live] pre')].filter(e => e.offsetParent && e.innerText.trim() !== '…').length === 2"
@@ -112,6 +111,7 @@ def main() -> None:
         lab = Lab(chromium, server, 1360, 1200, 90)
         lab.open(lab.write("panel.ipynb", CELL))
         lab.command("application:toggle-left-area")
+        lab.command("statusbar:toggle")  # it would lie over the lower edge
         lab.run_all()
         go_through(Album(lab, options.folder, options.all), lab)
 

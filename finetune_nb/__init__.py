@@ -18,6 +18,7 @@ _WHERE = {
     "evaluation": "evaluate evaluate_run compare generate pattern_checks",
     "jobs": "start_job continue_job",
     "runs": "list_runs",
+    "chat": "ask",
     "forgetting": "measure_forgetting",
     "lm_eval_tasks": "lm_eval",
     "diagnosis": "diagnose",

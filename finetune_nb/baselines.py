@@ -384,7 +384,7 @@ def should_you_finetune(
     all_ways, missing = _ways(config, tokenizer, splits.train, system, documents, ways or {})
     cut = cut_answers([len(tokenizer(chat.answer, add_special_tokens=False)["input_ids"]) + 1 for chat in sample], config.max_new_tokens)
     said += missing + [cut] * bool(cut) + (_other_data(run, fingerprint(splits.train)) if run else [])
-    leaks = check_leaks(sample, splits.train)
+    leaks = check_leaks(sample, splits.train, [*splits.validation, *splits.test])
     made = _all_prompts(config, all_ways, sample, min(k, max(len(splits.train), len(documents or ()), 4)), tokenizer, room_of(model, config.max_new_tokens))
     ask = [(name, prompts, without_adapter if run else nullcontext) for name, prompts in made.items()]
     results = []

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BASE', 'BESIDE', 'answer', 'check_room', 'Stopped', 'stoppable', 'Shelf', 'fits_beside', 'askable', 'system_messages',
-           'system_doubt']
+           'system_doubt', 'ask']
 
 # %% ../nbs/09c_chat.ipynb #b2b4405e
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .lora import load_adapter, put_adapter, without_adapter
 from .losses import inner_model, mixed_precision
 from .models import release_memory
 from .runs import RunRow, read_run
-from .training import load_base
+from .training import Run, as_run, load_base
 
 # %% ../nbs/09c_chat.ipynb #69e7e7f1
 class _Words:
@@ -289,3 +289,22 @@ def system_doubt(
         return f"trained with {len(found)} or more system messages, and this is none of them"
     (own,) = found
     return f"trained with another system message: {own if len(own) <= 200 else own[:199] + '…'}"
+
+# %% ../nbs/09c_chat.ipynb #c0f18270
+def ask(
+    run: Run | str | Path,  # a finished run, or its folder
+    question: str,  # of a user
+    system: str | None = None,  # the system message; None: the one that the run was trained with, where there is one alone
+    max_new_tokens: int = 256,  # the longest answer
+    base: bool = False,  # ask the base model in place of the tuned one
+    say: Callable[[str], None] = print,  # is told when the run was trained with another system message
+) -> str:
+    "What the model says to one question; greedy. Raises `FinetuneError` when there is no question, or more than the model can read."
+    run = as_run(run)
+    known = system_messages(run.folder) or {""}
+    system = known.pop() if system is None and len(known) == 1 else system or ""
+    if doubt := system_doubt(run.folder, system):
+        say(f"{run.folder.name} was {doubt.rstrip('.')}.")
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
+    with without_adapter(run.model) if base else nullcontext():
+        return answer(run.model, run.tokenizer, messages, max_new_tokens=max_new_tokens, chat_template_kwargs=run.config.chat_template_kwargs)

@@ -412,7 +412,7 @@ def _read_settings(path: Path) -> list[tuple[int, str, Any]]:
         raise ConfigError(f"{path} is a file of chats by its name, not a configuration.\nWrite one, and name the chats beside it:\n  finetune_nb config config.yaml\n  finetune_nb train config.yaml --set train_file={path}")
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {kind}. Write one with save_config(FinetuneConfig(), 'config.yaml') and edit it.")
+        raise ConfigError(f"{path} {kind}. Write one with save_config(FinetuneConfig(), 'config.yaml'), in a terminal finetune_nb config config.yaml, and edit it.")
     try:
         text = path.read_text(encoding="utf-8")
         try:

@@ -300,11 +300,12 @@ def matches_between(
     b: Sequence[str],  # the texts of another, as the test questions
     threshold: float = 0.8,  # how alike two texts must be, from 0 to 1
     seed: int = 42,  # the same seed gives the same matches
+    beside: Sequence[str] = (),  # more texts, which say what is a word and what a misspelling
 ) -> list[tuple[int, int, str]]:
     "(place in a, place in b, kind) of the closest match of each text of `a`, the first of equals; the kind is 'exact', 'normalised' or 'near'."
     index_a, index_b = _index(map(normalise, a)), _index(map(normalise, b))
     same = {text: j for j, text in reversed(list(enumerate(b)))}
-    texts = list({**index_a, **index_b})
+    texts = list({**index_a, **index_b, **_index(map(normalise, beside))})
     twins: dict[str, tuple[float, int]] = {}
     for i, j, alike in near_pairs(texts, threshold, seed):
         for x, y in ((texts[i], texts[j]), (texts[j], texts[i])):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOW', 'Answer', 'generate', 'room_of', 'evaluate', 'Comparison', 'compare', 'plot_comparison', 'html_page',
-           'comparison_parts', 'to_html', 'evaluate_run', 'check_chats', 'report_name', 'asked_chats', 'packing_of',
+           'comparison_parts', 'to_html', 'evaluate_run', 'validate_chats', 'report_name', 'asked_chats', 'packing_of',
            'load_comparison']
 
 # %% ../nbs/09_evaluation.ipynb #728943c5
@@ -383,7 +383,7 @@ def evaluate_run(
 ) -> Comparison:
     "Base against tuned on held-out chats; writes report.md, report.html, report.json and answers.jsonl into the run's folder, for other chats or drawn answers under a name of their own (see `report_name`)."
     run = as_run(run)
-    check_chats(chats)
+    validate_chats(chats)
     config, everything = run.config, run.test if chats is None else chats
     sample, packing = asked_chats(run, everything), packing_of(run)
     reports = []
@@ -403,7 +403,7 @@ def evaluate_run(
     return comparison
 
 
-def check_chats(
+def validate_chats(
     chats: Any,  # that were given to be asked; None: none were
 ) -> None:
     "Raises `ConfigError` for what is no list of chats."
@@ -433,7 +433,7 @@ def _shared(run: Run, chats: list[Chat] | None) -> str:
     if chats is None:
         return " ".join(told for told in run.facts.get("leaks", []) if "test chats ask what a train chat asks" in told)
     try:
-        leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+        leaks = check_leaks(chats, (kept := kept_sets(run.folder, run.config)).train, [*kept.validation, *kept.test])
     except (FinetuneError, OSError) as error:
         return f"Whether training has seen these questions is not known: {error}"
     return f"{len(leaks)} of {len(chats)} test chats ask what a training chat asks: they test memory. First: {leaks[0]}." if leaks else ""

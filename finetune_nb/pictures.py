@@ -43,7 +43,8 @@ def plot_history(
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)
             if key == "eval_loss":
                 step, low = min(points, key=lambda p: p[1])
-                axes.annotate(f"best {low:.3f}", (step, low), xytext=(0, 10), textcoords="offset points", ha="right", color=colour)
+                side = "left" if 2 * step < points[-1][0] else "right"  # or it would lie beside the axes
+                axes.annotate(f"best {low:.3f}", (step, low), xytext=(0, 10), textcoords="offset points", ha=side, color=colour)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", yscale="log")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -44,15 +44,20 @@ def grouped(
     problems: list[Problem],  # in the order of the rows
     totals: Counter | None = None,  # how many there were of each code, where not all were kept
 ) -> list[str]:
-    "The lines of a report: per code the first few problems in full, of the rest the places."
+    "The lines of a report: per code the first few problems in full that say something new, of the rest the places."
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.code or problem.remedy, []).append(problem)
     lines = []
     for code, group in groups.items():
-        lines += [str(problem) for problem in group[:5]]
-        if (more := max((totals or {}).get(code, 0), len(group)) - 5) > 0:
-            places = ", ".join(p.where.rpartition(", ")[2] for p in group[5:25])
+        said: dict[tuple[str, str], Problem] = {}
+        for problem in group:
+            said.setdefault((problem.found, problem.remedy), problem)
+        told = list(said.values())[:5]
+        lines += map(str, told)
+        rest = [p for p in group if not any(p is one for one in told)]
+        if (more := max((totals or {}).get(code, 0), len(group)) - len(told)) > 0:
+            places = ", ".join(p.where.rpartition(", ")[2] for p in rest[:20])
             lines.append(f"    … and {more:,} more of this kind: {places}{', …' if more > 20 else ''}")
     return lines
 

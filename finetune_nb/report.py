@@ -330,7 +330,8 @@ def _leaks(run: Run, comparison: Comparison | None) -> tuple[str, bool]:
     if not told or comparison is None:
         return "", False
     try:
-        leaked = [leak.chat for leak in check_leaks(run.test, kept_sets(run.folder, run.config).train)]
+        kept = kept_sets(run.folder, run.config)
+        leaked = [leak.chat for leak in check_leaks(run.test, kept.train, kept.validation)]
     except (FinetuneError, OSError):  # the chats are gone, so nobody knows which
         return told, True
     known = {(chat.prompt[-1]["content"], chat.answer) for chat in leaked} | {chat.where for chat in leaked if chat.where}

@@ -18,7 +18,7 @@ from .checks import validate_score
 from .config import ConfigError, FinetuneError, replacing
 from .data import Chat, check_leaks, fingerprint
 from .display import html_table, markdown_table, md_cell, text_table
-from .evaluation import HOW, asked_chats, check_chats, evaluate, evaluate_run, html_page, load_comparison, packing_of
+from .evaluation import HOW, asked_chats, evaluate, evaluate_run, html_page, load_comparison, packing_of, validate_chats
 from .kept import load_kept, save_kept
 from .metrics import Difference, holm
 from finetune_nb.scores import (
@@ -217,7 +217,7 @@ def compare_runs(
         raise ConfigError("There is nothing to compare: give at least two runs, their folders, or reports, as a list.")
     if lost := [str(one) for one in runs if isinstance(one, (str, Path)) and not Path(one, "config.yaml").is_file()]:
         raise ConfigError(f"{', '.join(lost)}: there is no run (a folder with a config.yaml). Give the folders of runs, such as runs/run-001.")
-    check_chats(chats)
+    validate_chats(chats)
     asked = _Asked(chats, missing, score)
     first = asked.report(runs[0], None)
     if first is None:
@@ -327,7 +327,7 @@ def _ask(run: Run, chats: list[Chat], first: EvalReport | None, kept: Path) -> E
 
 def _learned(run: Run, chats: list[Chat]) -> str:
     "How many of the chats a run was trained on, in words; empty for none."
-    leaks = check_leaks(chats, kept_sets(run.folder, run.config).train)
+    leaks = check_leaks(chats, (kept := kept_sets(run.folder, run.config)).train, [*kept.validation, *kept.test])
     return f"{len(leaks)} of these {len(chats)} test chats stand among those that it was trained on. First: {leaks[0]}." if leaks else ""
 
 

@@ -35,7 +35,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
 from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
 from .config import ConfigError, FinetuneConfig, load_config, save_config
-from .data import Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
+from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import recompute_blocks
@@ -671,6 +671,9 @@ def _show_checks(config: FinetuneConfig, splits: Splits, model: Any, tokenizer: 
         warnings.warn(leak, stacklevel=3) if say is print else say(leak)
     if not leaks and (splits.validation or splits.test):
         _tell(say, "No question of one set stands in another.")
+    if 0 < len(splits.test) < FEWEST:
+        few = f"Only {len(splits.test)} test chats, and a verdict takes {FEWEST}: set more aside (test_size is {config.test_size:g}), or name a test_file. Without, the end will be: can't tell."
+        _tell(say, few)
     report = check_template(tokenizer, [*splits.train[:200], *splits.validation[:50]], model, config.train_on, config.chat_template_kwargs)
     for check in report.findings:
         if check.name != "control tokens in the data" or config.control_tokens == "raise":

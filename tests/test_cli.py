@@ -36,7 +36,9 @@ def test_train_and_evaluate(quick, chats, tmp_path, capsys, monkeypatch):
     quick.train_file, quick.output_dir = str(save_chats(chats, tmp_path / "chats.jsonl")), "runs"
     save_config(quick, tmp_path / "config.yaml")
     assert main(["train", "config.yaml", "--set", "r=4", "learning_rate=1e-3", "--no-evaluate"]) == 0
-    assert "runs/run-001" in capsys.readouterr().out
+    assert "runs/run-001" in (said := capsys.readouterr().out) and "Only 4 test chats, and a verdict takes 10: set more aside" in said
+    assert main(["ask", "runs/run-001", "What is 2 plus one?", "And 3?", "--max-new-tokens", "3"]) == 0
+    assert re.search(r"^What is 2 plus one\?\n  base:  .*\n  tuned: .*\n\nAnd 3\?\n", capsys.readouterr().out, re.M), "both answers to each question"
     saved = load_config("runs/run-001/config.yaml")
     assert (saved.r, saved.learning_rate) == (4, 1e-3)
     assert main(["evaluate", "runs/run-001"]) == 0
@@ -167,6 +169,8 @@ def test_a_port_that_can_not_be_is_refused_at_once(port, capsys):
 def test_config_writes_the_defaults(tmp_path):
     assert main(["config", str(tmp_path / "c.yaml")]) == 0
     assert load_config(tmp_path / "c.yaml") == FinetuneConfig()
+    assert main(["config", str(tmp_path / "d.yaml"), "--set", "train_file=faq.csv", "columns={user: question, assistant: reply}"]) == 0
+    assert load_config(tmp_path / "d.yaml") == FinetuneConfig(train_file="faq.csv", columns={"user": "question", "assistant": "reply"})
 
 
 def test_as_a_process(tmp_path):

@@ -1,6 +1,7 @@
 """Reading, splitting and the demo data."""
 
 import json
+import random
 
 import pytest
 
@@ -130,6 +131,15 @@ def test_leaks_of_every_kind_are_found():
     assert [[leak.kind for leak in leaks] for leaks in kinds] == [["exact"], ["normalised"], ["normalised"], ["near"], ["near"], ["near"]]
     said = leak_report(Splits(train, clean, [*clean[:2], train[3]]))
     assert len(said) == 2 and "1 of 3 test chats ask what a train chat asks (1 exact)" in said[0] and "2 of 3 test chats ask what a validation chat" in said[1]
+
+
+def test_a_split_has_no_leak_that_only_two_of_its_sets_would_show():
+    "'Grill' stands three times in all and is a word; in two of the sets it may stand once, and looks like a misspelt 'drill'."
+    things = "kettle radio lamp clock heater printer toaster fan drill scanner speaker camera router mixer grill iron dryer pump scale stove".split()
+    chats = [asked(f"How do I {act} the {thing}?", i) for i, thing in enumerate(things) for act in ("reset", "clean", "switch off")]
+    random.Random(1).shuffle(chats)
+    splits = [split_chats(chats, test_size=share) for share in (0.1, 0.2, 0.25)]
+    assert any(check_leaks(part.test, part.train) for part in splits) and not any(leak_report(part) for part in splits)
 
 
 def test_a_system_message_of_its_own_belongs_to_the_question():

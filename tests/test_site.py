@@ -23,7 +23,7 @@ import site_pages  # noqa: E402
 PAGES = site_pages.pages(NBS)
 PROSE = [page for page in PAGES if page.startswith(("howto/", "explain/")) or page in ("index", "ten_minutes", "comparison", "reference")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-NOT_OURS = set("q8_0 q4_k_m q4_0 num_ctx repeat_penalty too_few near_duplicates input_ids input_text".split())
+NOT_OURS = set("llama_cpp q8_0 q4_k_m q4_0 num_ctx repeat_penalty too_few near_duplicates input_ids input_text".split())
 
 
 def settings():
@@ -114,6 +114,12 @@ def test_rows_of_a_table_have_as_many_cells_as_its_head(processed):
 def test_slugs_are_pandocs():
     assert slug("What is said *twice*, or `nearly`?") == "what-is-said-twice-or-nearly"
     assert slug("1. The data") == "the-data"
+
+
+def test_no_link_lies_within_a_link(processed):
+    "nbdev makes links of names in backticks, and in the text of a link that would break it."
+    for page, found in processed.items():
+        assert not (broken := re.findall(r"\[[^][\n]*\[``\]\([^)]*\)[^][\n]*\]\([^)]*\)", found.bare)), f"{page}: {broken[0]}"
 
 
 def test_every_picture_has_words(processed):
