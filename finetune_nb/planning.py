@@ -36,7 +36,7 @@ from .chat_template import NO_LOSS
 from .config import FinetuneConfig, FinetuneError
 from .display import html_table
 from .lora import ParameterCount, add_lora, trainable_parameters
-from .losses import Batch, inner_model, mixed_precision, plain_head, token_losses
+from .losses import Batch, gradients, inner_model, mixed_precision, plain_head, token_losses
 from .models import _load_errors, _options, _quiet, container_limits, dtype_of, find_model, hardware, with_attention
 from .packing import WORTH_SHARING, PackingCollator, common_prefix
 from .qlora import optimizer_of
@@ -783,7 +783,7 @@ def probe_fit(
             with collator.attention(model), mixed_precision(model), torch.set_grad_enabled(learning):
                 loss = token_losses(model.train(learning), batch.to(inner.device)).sum()
                 if learning:
-                    torch.autograd.grad(loss, trained, allow_unused=True)
+                    gradients(loss, trained)
             loss.item()  # waits for the device
             times.append(time.perf_counter() - started)
     finally:

@@ -40,7 +40,7 @@ from .progress import Progress
 from .qlora import optimizer_of
 from .run_folder import append_line
 from .sentinels import NonFiniteError, Sentinels, Step, place_of
-from .sharding import Handed, shard, whole
+from .sharding import Handed, is_sharded, shard, whole
 from .stop import TrainingError
 
 # %% ../nbs/07g_trainer.ipynb #81c3f781
@@ -278,8 +278,8 @@ class FinetuneTrainer(CrashSafeTrainer):
 
     def train(self, *args, **kwargs):
         self.logged_at = time.monotonic()
-        if self.sharded:
-            shard(self.model)
+        if self.sharded and not is_sharded(self.model):
+            shard(self.model, self.args.device.type)
         if self.sentinels:
             self.sentinels.begin(self.model)
         trained = super().train(*args, **kwargs)
