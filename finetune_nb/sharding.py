@@ -7,6 +7,8 @@ __all__ = ['Fill', 'blocks_of', 'shard', 'is_sharded', 'fill_from_files', 'fill_
            'outside_whole', 'take_apart']
 
 # %% ../nbs/07cb_sharding.ipynb #bed9b920
+import ctypes
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,7 @@ def shard(
     fill: Callable[[nn.Module], None] | None = None,  # of `fill_from_files`: gives a module of a hollow model its weights; None: they are there
 ) -> None:
     "Leaves each process its part of every weight. All must call it."
+    _large_ones_go_back()
     for p in (p for p in model.parameters() if p.requires_grad):
         p.data = broadcast(p.data.to(PartialState().device))  # as DDP does
     mesh = init_device_mesh(device, (n_processes(),))
@@ -52,6 +55,14 @@ def shard(
         fully_shard(part, mesh=mesh)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into what it returns
     plain_head(inner_model(model), model)  # looks once, through the whole model
+    take_apart(model)
+
+
+def _large_ones_go_back() -> None:
+    "What is put together for a moment goes back to the system at once: glibc would keep more of it than the model has."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is not None:
+        mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD, bytes
 
 
 def is_sharded(
@@ -78,11 +89,12 @@ def fill_from_files(
         return None
 
     def fill(part: nn.Module) -> None:
-        mine = [t for t in chain(part.parameters(), part.buffers()) if t in keys]
-        for file in {found[keys[t]][0] for t in mine}:
+        mine = {t: keys.pop(t) for t in [*part.parameters(), *part.buffers()] if t in keys}  # who keeps one keeps it whole
+        for file in {found[key][0] for key in mine.values()}:
             with safe_open(file, "pt") as held:
-                for t in (t for t in mine if found[keys[t]][0] == file):
-                    t.data = held.get_tensor(keys[t]).to(PartialState().device, t.dtype, copy=True)  # or the file would stay in memory
+                for t, key in mine.items():
+                    if found[key][0] == file:
+                        t.data = held.get_tensor(key).to(PartialState().device, t.dtype, copy=True)  # or the file would stay in memory
 
     return fill
 
@@ -96,8 +108,8 @@ def fill_from_first(
     held = load().state_dict() if is_first() else {}
 
     def fill(part: nn.Module) -> None:
-        for t in [t for t in chain(part.parameters(), part.buffers()) if t in keys]:
-            own = held.pop(keys[t]).to(t.dtype) if is_first() else torch.empty(t.shape, dtype=t.dtype)
+        for t, key in [(t, keys.pop(t)) for t in [*part.parameters(), *part.buffers()] if t in keys]:
+            own = held.pop(key).to(t.dtype) if is_first() else torch.empty(t.shape, dtype=t.dtype)
             t.data = broadcast(own.to(PartialState().device))
 
     return fill
