@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -205,8 +207,11 @@ class FinetuneTrainer(CrashSafeTrainer):
         return loader
 
     def _wrap_model(self, model, training=True, *args, **kwargs):
-        "A model in parts is not wrapped in DDP."
+        "A model in parts is not wrapped in DDP, which else would send the frozen weights too, and need room for them: every process has read the same."
         if not (self.sharded and training):
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            others = [name for name, _ in chain(model.named_parameters(), model.named_buffers()) if name not in trained]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
             return super()._wrap_model(model, training, *args, **kwargs)
         return Handed(self.accelerator.prepare_model(model, evaluation_mode=True))  # autocast alone
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_SETS', 'load_base', 'load_splits', 'Run', 'peak_memory_gib', 'is_training', 'train', 'check_kinds', 'resume',
-           'made_of', 'kept_sets', 'why_whole', 'check_base', 'choose_packing', 'load_run', 'as_run']
+           'made_of', 'kept_sets', 'check_base', 'choose_packing', 'load_run', 'as_run']
 
 # %% ../nbs/08_training.ipynb #82affda0
 import json
@@ -71,6 +71,7 @@ from finetune_nb.planning import (
     share_out,
     token_budget,
     total_steps,
+    why_whole,
 )
 from .preflight import preflight
 from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
@@ -519,17 +520,6 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     return _Ready(tuned, tokenizer, rows, leaks, count, odd)
 
 
-def why_whole(
-    config: FinetuneConfig,  # with fsdp
-) -> str:
-    "Why each process has to hold the whole base model for a moment before it is divided; empty where it holds its part alone."
-    if config.load_in_4bit:
-        return "load_in_4bit packs weights as it loads them"
-    if config.init_lora_weights == "eva" or config.use_dora:
-        return f"{'use_dora' if config.use_dora else 'init_lora_weights=eva'} makes the adapter from the base weights"
-    return "bias and modules_to_save train base weights themselves" if config.bias != "none" or config.modules_to_save else ""
-
-
 def _fill(config: FinetuneConfig, base: PreTrainedModel, say: Callable[[str], None]) -> Fill:
     "How a hollow base model gets its weights."
     if fill := fill_from_files(base, _weight_files(config.model_name_or_path, config.revision)):
@@ -843,6 +833,7 @@ def _probe(config: FinetuneConfig, ready: _Ready, collator: PackingCollator, sha
     least = len(rows[longest]["input_ids"])
     while True:
         batch = largest_batch(rows, replace(config, packing=collator.mode), collator.max_tokens)
+        take_apart(ready.model)  # as each step begins
         try:
             probe = probe_fit(ready.model, batch, collator)
         except (MemoryError, RuntimeError) as error:
