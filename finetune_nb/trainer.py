@@ -31,7 +31,7 @@ from .chat_template import NO_LOSS
 from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
-from .losses import needs_autocast, token_losses
+from .losses import inner_model, needs_autocast, token_losses
 from .memory import in_pieces
 from .models import hardware, release_memory
 from .mounts import why_it_may_lie
@@ -205,6 +205,11 @@ class FinetuneTrainer(CrashSafeTrainer):
             sharing.batch_sampler = Share(sharing.batch_sampler.sampler, self.args.train_batch_size, n, self.args.process_index)
             sharing.num_processes, sharing.process_index, sharing.batch_size = 1, 0, None  # it has nothing left to share out
         return loader
+
+    def _move_model_to_device(self, model, device):
+        "It is where it was loaded. With several processes the CPU is called cpu:0, and a move to there would copy every weight."
+        if inner_model(model).device.type != device.type:
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model, training=True, *args, **kwargs):
         "A model in parts is not wrapped in DDP, which else would send the frozen weights too, and need room for them: every process has read the same."

@@ -16,9 +16,9 @@ from html import escape, unescape
 from pathlib import Path
 from types import SimpleNamespace
 
+import browser
 import html5lib
 import ipywidgets as widgets
-import browser
 import pytest
 import torch
 from conftest import ROOT
