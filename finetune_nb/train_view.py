@@ -192,7 +192,8 @@ class TrainView(_TrainLayout):
         while not self._gone.wait(2):
             job, place = self.job, Path(self.form.config.output_dir)
             if job is None and place.is_dir() and time.time() - place.stat().st_mtime < 60:
-                for act in (self._watch_other, *self.listeners):
+                self._try(self._watch_other)
+                for act in self.listeners if self.job is not None else ():
                     self._try(act)
             elif isinstance(job, Watched) and job.state == "elsewhere":
                 self._try(lambda job=job: self._read_on(job))
