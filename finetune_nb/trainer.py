@@ -31,13 +31,13 @@ from .chat_template import NO_LOSS
 from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
-from .losses import needs_autocast, token_losses
+from .losses import inner_model, needs_autocast, token_losses
 from .memory import in_pieces
 from .models import hardware, release_memory
 from .mounts import why_it_may_lie
 from .packing import PackingCollator
 from .planning import total_steps, used_bytes
-from .processes import join, n_processes, said_by_all
+from .processes import n_processes, said_by_all
 from .progress import Progress
 from .qlora import optimizer_of
 from .run_folder import append_line
@@ -206,6 +206,11 @@ class FinetuneTrainer(CrashSafeTrainer):
             sharing.num_processes, sharing.process_index, sharing.batch_size = 1, 0, None  # it has nothing left to share out
         return loader
 
+    def _move_model_to_device(self, model, device):
+        "It is where it was loaded. With several processes the CPU is called cpu:0, and a move to there would copy every weight."
+        if inner_model(model).device.type != device.type:
+            super()._move_model_to_device(model, device)
+
     def _wrap_model(self, model, training=True, *args, **kwargs):
         "A model in parts is not wrapped in DDP, which else would send the frozen weights too, and need room for them: every process has read the same."
         if not (self.sharded and training):
@@ -304,7 +309,7 @@ def training_arguments(
     machine = hardware(config.use_cpu)
     look = config.eval_strategy != "no"
     steps = config.eval_steps or config.logging_steps
-    join(machine.device == "cpu")
+    PartialState(cpu=machine.device == "cpu")
     known = TrainingArguments.__dataclass_fields__
     by_length = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {"group_by_length": True}
     same_names = (

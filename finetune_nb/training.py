@@ -74,7 +74,7 @@ from finetune_nb.planning import (
     why_whole,
 )
 from .preflight import preflight
-from .processes import anyone, from_first, idle_gpus, is_first, join, n_processes, said_by_all, together
+from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
 from .progress import Progress, clock_time, progress_to
 from .qlora import nf4_config
 from finetune_nb.run_folder import (
@@ -334,7 +334,7 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
 def _join(config: FinetuneConfig) -> FinetuneConfig:
     "Joins the other processes, when torchrun or accelerate has started several; what accelerate was told of FSDP becomes the setting."
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
-    join(config.use_cpu)
+    PartialState(cpu=config.use_cpu)
     return replace(config, fsdp=True) if sharded else config
 
 
