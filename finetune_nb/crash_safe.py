@@ -23,10 +23,11 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import load_state, random_state, rotate, save_state, set_random_state
 from .lora import set_adapter_weights
+from .losses import part_like
 from .one_file import SUFFIX, save_one_file, scratch_of
 from .private import make_private
 from .run_folder import checkpoints
-from .sharding import part_like, take_apart, whole
+from .sharding import take_apart, whole
 from .stop import TrainingError
 from .whole_folder import Part
 

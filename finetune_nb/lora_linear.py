@@ -64,7 +64,7 @@ def dense_weight(
     dtype: torch.dtype,  # the precision of the computation
 ) -> torch.Tensor:
     "The frozen weight as a matrix of shape (out, in); a 4-bit weight is unpacked for the moment."
-    state = getattr(base.weight, "quant_state", None)
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)  # a part of a weight has lost it
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Batch', 'HeadLoss', 'token_losses', 'supervised_states', 'inner_model', 'plain_head', 'recompute_blocks',
-           'needs_autocast', 'mixed_precision', 'mean_loss', 'smoothed']
+           'gradients', 'part_like', 'needs_autocast', 'mixed_precision', 'mean_loss', 'smoothed']
 
 # %% ../nbs/04b_losses.ipynb #88b667c0
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -116,6 +117,7 @@ SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_m
 
 def plain_head(
     inner: torch.nn.Module,  # the transformers model inside any wrapper
+    model: torch.nn.Module | None = None,  # its wrapper, where it can't be called by itself
 ) -> bool:
     "Whether the logits are the frozen last layer's product and nothing else, so that `HeadLoss` gives the loss."
     head, shape = inner.get_output_embeddings(), inner.config.get_text_config()
@@ -126,18 +128,18 @@ def plain_head(
     if inner.device.type == "meta":  # where nothing can be looked at, the configuration has to do
         return all(getattr(shape, name, None) in (None, 1) for name in SCALES)
     if "_logits_are_plain" not in inner.__dict__:  # looked at once: an architecture may scale its logits under any name
-        inner._logits_are_plain = _logits_are_plain(inner, head)
+        inner._logits_are_plain = _logits_are_plain(model or inner, head)
     return inner._logits_are_plain
 
 
 @torch.no_grad()
-def _logits_are_plain(inner: torch.nn.Module, head: torch.nn.Linear) -> bool:
+def _logits_are_plain(model: torch.nn.Module, head: torch.nn.Linear) -> bool:
     "Whether the logits of three tokens are what the last layer makes of its input."
     made: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: made.append(output))
     try:
-        with torch.random.fork_rng([inner.device] if inner.device.type == "cuda" else []):  # no dropout of the run is drawn here
-            logits = inner(input_ids=torch.tensor([[1, 2, 3]], device=inner.device), use_cache=False).logits
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):  # no dropout of the run is drawn here
+            logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False).logits
     finally:
         handle.remove()
     return len(made) == 1 and torch.allclose(logits.float(), made[0].float(), rtol=1e-3, atol=1e-5)
@@ -179,6 +181,33 @@ def recompute_blocks(
     enable({"use_reentrant": False})
     for block in [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)][n:]:
         block.gradient_checkpointing = False
+
+# %% ../nbs/04b_losses.ipynb #ad3446fd
+def gradients(
+    loss: torch.Tensor,  # of one number
+    trained: Sequence[torch.nn.Parameter],  # of the model, or this process's parts of them
+) -> list[torch.Tensor | None]:
+    "The gradient of each; None where none arrives. Leaves those that the parameters have as they are."
+    if not any(isinstance(p, DTensor) for p in trained):
+        return list(torch.autograd.grad(loss, trained, allow_unused=True))
+    before = [p.grad for p in trained]
+    for p in trained:
+        p.grad = None
+    loss.backward()
+    found = [p.grad for p in trained]
+    for p, grad in zip(trained, before, strict=True):
+        p.grad = grad
+    return found
+
+
+def part_like(
+    tensor: torch.Tensor,  # whole
+    own: torch.Tensor,  # a weight of the model, perhaps in parts
+) -> torch.Tensor:
+    "What this process has of `tensor` when it lies as `own` does. Each process has the whole one, so nothing is sent."
+    if not isinstance(own, DTensor) or isinstance(tensor, DTensor) or tensor.shape != own.shape:
+        return tensor
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 # %% ../nbs/04b_losses.ipynb #fe1fb117
 def needs_autocast(

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,9 +34,10 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -271,11 +272,12 @@ def _on_the_hub(name: str, revision: str | None, weights: bool) -> Origin:
 def origin_facts(
     name: str,  # as for `find_model`
     revision: str | None = None,  # as for `find_model`
+    weights: bool = False,  # as for `find_model`
 ) -> dict[str, Any]:
     "What a run keeps of where its base model came from; empty where that can't be told now."
     try:
         with _load_errors(name):
-            return find_model(name, revision, weights=False).facts()
+            return find_model(name, revision, weights).facts()
     except ModelError:
         return {}
 
@@ -335,6 +337,7 @@ def load_model(
     quantization_config: Any = None,  # load the weights packed: `nf4_config()` of the QLoRA chapter
     say: Callable[[str], None] = print,  # takes what there is to be told
     revision: str | None = None,  # commit, tag or branch of a model on the hub; None: main
+    hollow: bool = False,  # without its weights, which take no room and are zero
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model on its device, and its tokenizer; says which precision was chosen. Raises `ModelError` when it can't be had."
     machine = hardware(use_cpu)
@@ -347,7 +350,8 @@ def load_model(
         options: dict[str, Any] = {"dtype": dtype or machine.dtype, "use_safetensors": True, **_options(origin)}
         if quantization_config is not None:  # packed weights are made where they are used
             options |= {"quantization_config": quantization_config, "device_map": {"": machine.device}}
-        model = with_attention(partial(AutoModelForCausalLM.from_pretrained, origin.place, **options), attn_implementation)
+        make = partial(_hollow, origin, dtype or machine.dtype) if hollow else partial(AutoModelForCausalLM.from_pretrained, origin.place, **options)
+        model = with_attention(make, attn_implementation)
     for module in model.modules():  # bitsandbytes would lay packed weights out anew for the CPU at the first look, in a form that has no gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -357,7 +361,7 @@ def load_model(
     parameters = sum(map(size_of, model.parameters()))
     precision = str(model.dtype).removeprefix("torch.") + (", packed in 4 bits," if quantization_config is not None else "")
     say(f"{name}: {parameters / 1e6:,.1f}M parameters in {precision} on {machine}")
-    return model if quantization_config is not None else model.to(machine.device), tokenizer
+    return model if hollow or quantization_config is not None else model.to(machine.device), tokenizer
 
 
 def with_attention(
@@ -385,6 +389,23 @@ def dtype_of(
 ) -> torch.dtype:
     "The precision of the base model in a run."
     return hardware(config.use_cpu).dtype if config.bf16 is None else torch.bfloat16 if config.bf16 else torch.float32
+
+# %% ../nbs/03_models.ipynb #c3d16fad
+def _hollow(origin: Origin, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    "The model on the CPU, with its buffers; each weight has its shape and takes no room."
+    config = AutoConfig.from_pretrained(origin.place, **_options(origin))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.remote_code, dtype=dtype, attn_implementation=attn_implementation)
+    model.tie_weights()
+    with suppress(OSError):  # a model need not come with one
+        model.generation_config = GenerationConfig.from_pretrained(origin.place, **_options(origin))
+    spread: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # a tied weight stays one
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                one = torch.nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=p.requires_grad)
+                module._parameters[name] = spread.setdefault(p, one)
+    return model.eval()
 
 # %% ../nbs/03_models.ipynb #5a68dca3
 def release_memory(

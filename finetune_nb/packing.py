@@ -19,7 +19,7 @@ import torch
 from .attention import PACKED, WAYS, Layout, NotPackable, Segment, attention_of, seconds_by_way
 from .chat_template import NO_LOSS
 from .config import ConfigError, replacing
-from .losses import Batch, inner_model, mixed_precision, token_losses
+from .losses import Batch, gradients, inner_model, mixed_precision, part_like, token_losses
 from .models import cache_folder, is_out_of_memory
 
 # %% ../nbs/06_packing.ipynb #410ce780
@@ -371,7 +371,7 @@ def _losses_and_gradient(model: torch.nn.Module, chats: Sequence[dict[str, Any]]
             with mixed_precision(model):
                 found = token_losses(model, batch.to(device))
             losses.index_add_(0, batch.chat, found.detach().double().cpu())
-            for total, part in zip(gradient, torch.autograd.grad(found.sum(), trained, allow_unused=True), strict=True):
+            for total, part in zip(gradient, gradients(found.sum(), trained), strict=True):
                 if part is not None:
                     total += part
     return losses, gradient
@@ -419,7 +419,7 @@ def _stirred(model: torch.nn.Module) -> Iterator[None]:
     model.eval()
     try:
         for p in zero:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.005)
+            p.data.copy_(part_like(torch.randn(p.shape, generator=generator) * 0.005, p))
         yield
     finally:
         for p, before in zero.items():

@@ -8,7 +8,7 @@ __all__ = ['CONSTANTS', 'OPTIMIZER', 'OPTIMIZER_BYTES', 'KEPT_PART', 'MOMENT', '
            'alike_blocks', 'shorten', 'short_shape', 'gap_bytes', 'PlanError', 'Plan', 'CountedRows', 'largest_batch',
            'available_bytes', 'resident_bytes', 'used_bytes', 'forget_peak', 'peak_bytes', 'total_steps',
            'flops_per_second', 'token_budget', 'blocks_to_recompute', 'estimate', 'training_flops', 'share_out',
-           'advice_for', 'Probe', 'probe_fit']
+           'why_whole', 'advice_for', 'Probe', 'probe_fit']
 
 # %% ../nbs/07_planning.ipynb #2957feca
 import math
@@ -36,7 +36,7 @@ from .chat_template import NO_LOSS
 from .config import FinetuneConfig, FinetuneError
 from .display import html_table
 from .lora import ParameterCount, add_lora, trainable_parameters
-from .losses import Batch, inner_model, mixed_precision, plain_head, token_losses
+from .losses import Batch, gradients, inner_model, mixed_precision, plain_head, token_losses
 from .models import _load_errors, _options, _quiet, container_limits, dtype_of, find_model, hardware, with_attention
 from .packing import WORTH_SHARING, PackingCollator, common_prefix
 from .qlora import optimizer_of
@@ -688,10 +688,24 @@ def share_out(
     notes = [f"For each of {processes} processes."]
     if config.fsdp:
         weights, outside, block = parts["base weights"], *_outside_and_block(model, config.load_in_4bit)
-        parts |= {name: math.ceil(n / processes) for name, n in parts.items() if name in DIVIDED} | {PUT_TOGETHER: outside + 2 * block}
+        batch = sum(n for name, n in parts.items() if name in (KEPT_PART, MOMENT, GAPS))
+        parts |= {name: math.ceil(n / processes) for name, n in parts.items() if name in DIVIDED}
+        parts[PUT_TOGETHER] = outside + max(2 * block, outside - batch)
         seconds += passes * weights * (processes - 1) / processes / link
-        notes.append(f"Before the first step each holds the whole model once: {weights / 2**30:.2f} GiB of weights.")
+        if why := why_whole(config):
+            notes.append(f"Before the first step each holds the whole model once, {weights / 2**30:.2f} GiB of weights: {why}.")
     return replace(plan, parts=parts, seconds=seconds + 2 * steps * sent / link, steps=steps, computed=computed, tokens=math.ceil(plan.tokens / processes), notes=[*plan.notes, *notes])
+
+
+def why_whole(
+    config: FinetuneConfig,  # with fsdp
+) -> str:
+    "Why each process has to hold the whole base model for a moment before it is divided; empty where it holds its part alone."
+    if config.load_in_4bit:
+        return "load_in_4bit packs weights as it loads them"
+    if config.init_lora_weights == "eva" or config.use_dora:
+        return f"{'use_dora' if config.use_dora else 'init_lora_weights=eva'} makes the adapter from the base weights"
+    return "bias and modules_to_save train base weights themselves" if config.bias != "none" or config.modules_to_save else ""
 
 
 DIVIDED = ("base weights", "quantisation constants", "adapter and its gradients", OPTIMIZER)
@@ -783,7 +797,7 @@ def probe_fit(
             with collator.attention(model), mixed_precision(model), torch.set_grad_enabled(learning):
                 loss = token_losses(model.train(learning), batch.to(inner.device)).sum()
                 if learning:
-                    torch.autograd.grad(loss, trained, allow_unused=True)
+                    gradients(loss, trained)
             loss.item()  # waits for the device
             times.append(time.perf_counter() - started)
     finally:

@@ -22,10 +22,12 @@ from .chat_template import NO_LOSS, TemplateCheck, TemplateReport
 from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .data import Chat
-from .losses import Batch, inner_model, mixed_precision, recompute_blocks, token_losses
+from .losses import Batch, gradients, inner_model, mixed_precision, recompute_blocks, token_losses
 from .models import release_memory
 from .packing import PackingCollator
+from .processes import anyone, said_by_all
 from .row_checks import ROW_CHECKS, Found, Look, first_places, learned_runs
+from .sharding import is_sharded, outside_whole, own_parts, take_apart, whole
 from .stop import TrainingError
 
 # %% ../nbs/07h_preflight.ipynb #2698cf98
@@ -79,7 +81,7 @@ def _check_precision(look: Look) -> Found:
     low = {name: p for name, p in trained.items() if p.dtype != torch.float32}
     adapters = [name for name in low if "lora_" in name]
     lr = look.config.learning_rate
-    lost = sum(((p + lr) == p).sum().item() for p in low.values()) / max(sum(p.numel() for p in low.values()), 1)
+    lost = sum(((p + lr) == p).sum().item() for p in own_parts(list(low.values()))) / max(sum(p.numel() for p in low.values()), 1)
     if low:
         dtype = str(next(iter(low.values())).dtype).removeprefix("torch.")
         text = f"{len(low)} of {len(trained)} trained tensors are {dtype}, where a step of {lr:g} is rounded away in {lost:.0%} of the numbers: {(adapters or list(low))[0]}."
@@ -88,8 +90,9 @@ def _check_precision(look: Look) -> Found:
 
 
 def _check_saved(look: Look) -> Found:
-    kept = {tensor.data_ptr() for tensor in get_peft_model_state_dict(look.model, save_embedding_layers=False).values()}
-    lost = [name for name, p in look.model.named_parameters() if p.requires_grad and p.data_ptr() not in kept]
+    take_apart(look.model)
+    kept = {tensor.data_ptr() for tensor in own_parts(list(get_peft_model_state_dict(look.model, save_embedding_layers=False).values()))}
+    lost = [name for name, p in look.model.named_parameters() if p.requires_grad and own_parts([p])[0].data_ptr() not in kept]
     if lost:
         return "error", f"{len(lost)} tensors would be trained but not saved, such as {lost[0]}.", "Name the module in modules_to_save, or freeze it."
     return "ok", "all that is trained is saved."
@@ -111,11 +114,13 @@ def _telling_row(look: Look) -> dict[str, list[int]]:
 @contextmanager
 def _all_put_back(model: torch.nn.Module) -> Iterator[list[torch.nn.Parameter]]:
     "While inside, what is trained may be changed; afterwards it is what it was, and so are the random numbers."
+    take_apart(model)
     trained, training = [p for p in model.parameters() if p.requires_grad], model.training
     kept, state = [p.detach().clone() for p in trained], random_state()
     try:
         yield trained
     finally:
+        take_apart(model)
         with torch.no_grad():
             for p, before in zip(trained, kept, strict=True):
                 p.copy_(before)
@@ -129,14 +134,15 @@ def _gradient(model: torch.nn.Module, batch: Batch, trained: list[torch.nn.Param
         loss = token_losses(model, batch).mean()
     if not loss.requires_grad:
         return loss.item(), [None] * len(trained)
-    return loss.item(), list(torch.autograd.grad(loss, trained, allow_unused=True))
+    found = gradients(loss, trained)
+    return said_by_all(loss.item())[0] if is_sharded(model) else loss.item(), found  # all go by the same number
 
 # %% ../nbs/07h_preflight.ipynb #4ddee622
 def _check_gradients(look: Look, loss: float, trained: list[torch.nn.Parameter], gradient: list[torch.Tensor | None], when: str = "") -> Found:
     names = {p: name for name, p in look.model.named_parameters()}
-    if not math.isfinite(loss) or any(g is not None and not g.isfinite().all() for g in gradient):
+    if not math.isfinite(loss) or any(g is not None and not whole(g).isfinite().all() for g in gradient):
         return "error", f"the loss of one chat{when} is {loss:.4g}, and its gradient is not finite.", "The base model is damaged, or its precision too low: set bf16 to false, or load other weights."
-    reached = {_layer(names[p]) for p, g in zip(trained, gradient, strict=True) if g is not None and g.any()}
+    reached = {_layer(names[p]) for p, g in zip(trained, gradient, strict=True) if g is not None and whole(g).any()}
     dead = sorted({_layer(names[p]) for p in trained} - reached)
     if not reached:
         return "error", f"no gradient reaches the adapter{when}, so that nothing would be learned.", "With gradient_checkpointing, the inputs of the blocks must require gradients (recompute_blocks sees to it)."
@@ -157,6 +163,7 @@ def _by_heart(look: Look, batch: Batch, trained: list[torch.nn.Parameter], first
     for _ in range(STEPS):
         losses.append(loss)
         slow = len(losses) > 3 and time.thread_time() - started > SECONDS
+        slow = anyone(slow) if is_sharded(look.model) else slow
         hopeless = len(losses) > 5 and 0.9 * losses[0] < loss < losses[0]  # it falls, and would take long
         if loss < BY_HEART or not math.isfinite(loss) or slow or hopeless:
             return losses
@@ -175,7 +182,7 @@ def _written(look: Look, row: dict[str, list[int]]) -> tuple[list[int], list[int
     ends = look.ends | ({wanted[-1]} & look.special)
     settings = GenerationConfig(max_new_tokens=len(wanted) + 2, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=look.collator.pad_token_id)
     ids = torch.tensor([row["input_ids"][:n]], device=model.device)
-    with mixed_precision(look.model):
+    with mixed_precision(look.model), outside_whole(look.model):
         text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, n:].tolist()
     stop = next((k + 1 for k, token in enumerate(wanted) if token in ends), None)
     return text[: None if stop else len(wanted)], wanted[:stop]

@@ -21,7 +21,7 @@ from .display import html_table, text_table
 from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
 from .losses import smoothed
-from .pictures import Picture
+from .pictures import Picture, PlainLog
 from .progress import clock_time
 from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 
@@ -205,6 +205,8 @@ def plot_runs(
     losses = [_drawable(row[key]) for history in histories.values() for row in history for key in ("loss", "eval_loss") if key in row]
     scale = "log" if log and any(loss > 0 for loss in losses) else "linear"
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale=scale)
+    if scale == "log":
+        axes.yaxis.set(major_formatter=PlainLog(), minor_formatter=PlainLog(minor_thresholds=(1, 0.4)))
     axes.grid(alpha=0.25, which="both")
     _in_colour(axes, colour)
     if rates is not None:

@@ -24,6 +24,7 @@ from finetune_nb.jobs import (
     best_look,
     continue_job,
     find_job,
+    in_background,
     job_in,
     patience_left,
     seconds_left,
@@ -45,7 +46,7 @@ STATES = {
     "stopped": "Stopped and saved; it can go on.",
     "finished": "Finished.",
     "failed": "It ended with an error.",
-    "elsewhere": "At work elsewhere, to look at only. Refresh shows how far it is.",
+    "elsewhere": "At work elsewhere, to look at only: it is stopped where it was started.",
     "broken off": "Broken off: its process ended in the middle.",
 }
 FOREGROUND = "It runs in the foreground: interrupt the cell to stop; it is saved and can go on."
@@ -159,10 +160,13 @@ class TrainView(_TrainLayout):
         self._told = self._drawn = self._told_in = self._drawn_in = 0.0  # when words and curves were shown last, and how long each took
         self._state, self._look = "", None  # what was shown last
         self._offering, self._one = False, threading.RLock()  # one thread at a time, or what it has read before could be shown after
+        self._gone = threading.Event()  # set when the view has been replaced
         super().__init__(self._lay_out())
         form.on_change(lambda config: self._show_buttons())
         WATCHERS.append(self._started)
         self.find()
+        if in_background(background):
+            threading.Thread(target=self._keep_up, name="follow", daemon=True).start()
 
     def find(self) -> None:
         "Shows the run of this kernel that is at work or was the last in the folder of runs, else one that is at work there in another kernel."
@@ -183,8 +187,32 @@ class TrainView(_TrainLayout):
         self.refresh_runs()
         self.show()
 
+    def _keep_up(self) -> None:
+        "Every other second, until the view has been replaced: a run of other processes that has just begun is shown where there is nothing else, and one that is shown is read anew."
+        while not self._gone.wait(2):
+            job, place = self.job, Path(self.form.config.output_dir)
+            if job is None and place.is_dir() and time.time() - place.stat().st_mtime < 60:
+                self._try(self._watch_other)
+                for act in self.listeners if self.job is not None else ():
+                    self._try(act)
+            elif isinstance(job, Watched) and job.state == "elsewhere":
+                self._try(lambda job=job: self._read_on(job))
+
+    def _read_on(
+        self,
+        job: Watched,  # at work in other processes
+    ) -> None:
+        "Shows what is new."
+        before = job.state, len(job.history), len(job.samples)
+        job.refresh()
+        if self.job is job and before != (job.state, len(job.history), len(job.samples)):
+            self.show()
+            for act in () if job.state == "elsewhere" else (self.refresh_runs, *self.listeners):
+                self._try(act)
+
     def detach(self) -> None:
         "Listens to nothing any more, for a view that has been replaced."
+        self._gone.set()
         if self._started in WATCHERS:
             WATCHERS.remove(self._started)
         if self.job is not None and self._changed in self.job.listeners:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -30,7 +32,7 @@ from .chat_template import NO_LOSS
 from .checkpoints import random_state, set_random_state
 from .config import FinetuneConfig
 from .crash_safe import CrashSafeTrainer
-from .losses import needs_autocast, token_losses
+from .losses import inner_model, needs_autocast, token_losses
 from .memory import in_pieces
 from .models import hardware, release_memory
 from .mounts import why_it_may_lie
@@ -41,7 +43,7 @@ from .progress import Progress
 from .qlora import optimizer_of
 from .run_folder import append_line, points_of, save_lines
 from .sentinels import NonFiniteError, Sentinels, Step, place_of
-from .sharding import Handed, shard, whole
+from .sharding import Handed, is_sharded, shard, whole
 from .stop import TrainingError
 
 # %% ../nbs/07g_trainer.ipynb #81c3f781
@@ -233,9 +235,21 @@ class FinetuneTrainer(CrashSafeTrainer):
             sharing.num_processes, sharing.process_index, sharing.batch_size = 1, 0, None  # it has nothing left to share out
         return loader
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement &= self.args.device.type != "cpu"
+
+    def _move_model_to_device(self, model, device):
+        "It is where it was loaded. With several processes the CPU is called cpu:0, and a move to there, here or by `accelerate`, would copy every weight."
+        if inner_model(model).device.type != device.type:
+            super()._move_model_to_device(model, device)
+
     def _wrap_model(self, model, training=True, *args, **kwargs):
-        "A model in parts is not wrapped in DDP."
+        "A model in parts is not wrapped in DDP, which else would send the frozen weights too, and need room for them: every process has read the same."
         if not (self.sharded and training):
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            others = [name for name, _ in chain(model.named_parameters(), model.named_buffers()) if name not in trained]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
             return super()._wrap_model(model, training, *args, **kwargs)
         return Handed(self.accelerator.prepare_model(model, evaluation_mode=True))  # autocast alone
 
@@ -307,8 +321,8 @@ class FinetuneTrainer(CrashSafeTrainer):
 
     def train(self, *args, **kwargs):
         self.logged_at = time.monotonic()
-        if self.sharded:
-            shard(self.model)
+        if self.sharded and not is_sharded(self.model):
+            shard(self.model, self.args.device.type)
         if self.sentinels:
             self.sentinels.begin(self.model)
         trained = super().train(*args, **kwargs)

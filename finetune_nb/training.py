@@ -41,6 +41,7 @@ from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_ad
 from .losses import recompute_blocks
 from .memory import no_room
 from finetune_nb.models import (
+    _weight_files,
     base_mark,
     cache_folder,
     dtype_of,
@@ -71,6 +72,7 @@ from finetune_nb.planning import (
     share_out,
     token_budget,
     total_steps,
+    why_whole,
 )
 from .preflight import preflight
 from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
@@ -93,7 +95,7 @@ from finetune_nb.run_folder import (
     write_facts,
 )
 from .sentinels import ChangedBaseError, SentinelError, are_finite
-from .sharding import is_sharded, own_parts, take_apart, whole
+from .sharding import Fill, fill_from_files, fill_from_first, is_sharded, own_parts, shard, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
 from .whole_folder import MANIFEST, check_whole, clear_leftovers, read_about, remove_whole
@@ -102,11 +104,14 @@ from .whole_folder import MANIFEST, check_whole, clear_leftovers, read_about, re
 def load_base(
     config: FinetuneConfig,  # the base model, its precision, and where it goes
     say: Callable[[str], None] = print,  # takes what there is to be told
+    hollow: bool = False,  # without its weights
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model and the tokenizer of a run, in 4 bits for QLoRA."
     dtype = dtype_of(config)
+    if n_processes() > 1:  # fetched and converted once; the others find it
+        from_first(lambda: origin_facts(config.model_name_or_path, config.revision, weights=True))
     packed = nf4_config(dtype, config.fsdp and n_processes() > 1) if config.load_in_4bit else None
-    return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say, config.revision)
+    return load_model(config.model_name_or_path, dtype, config.attn_implementation, config.use_cpu, packed, say, config.revision, hollow)
 
 
 DEMO_SETS = {"icd10": "reference", "icd10-bare": "bare"}
@@ -322,7 +327,7 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         if not given and config.train_file in DEMO_SETS:
             _tell(say, f"Training on the chats of the demo (train_file={config.train_file!r}). For your own, set train_file.")
         ready = _prepare(config, splits, say, stop.check, base)
-        ready = ready._replace(preflight=from_first(lambda: _fly_ahead(config, splits, ready, say)))
+        ready = ready._replace(preflight=_once(ready.model, lambda: _fly_ahead(config, splits, ready, say)))
         stop.check()
     with run_folder(config) as folder:
         if is_first():
@@ -487,6 +492,7 @@ class _Ready(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     rows: dict[str, Dataset]
     leaks: list[str]
+    parameters: str  # how many are trained
     template: list[dict[str, str]]  # what is odd about the chat template
     preflight: dict[str, Any] | None = None  # what it saw; None where it is not flown again: a run that goes on
 
@@ -500,7 +506,13 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
         raise TrainingError("There are no training chats.")
     if config.eval_strategy != "no" and not splits.validation:
         raise TrainingError('There are no validation chats. Set validation_size or validation_file, or eval_strategy to "no".')
-    model, tokenizer = load_base(config, say) if base is None else check_base(config, base)
+    parts = config.fsdp and n_processes() > 1
+    why = why_whole(config) if parts and base is None else ""
+    if why:
+        _tell(say, f"Each process holds the whole base model before it is divided: {why}.")
+    hollow = parts and base is None and not why
+    model, tokenizer = load_base(config, say, hollow) if base is None else check_base(config, base)
+    fill = _fill(config, model, say) if hollow else None
     check()
     leaks = leak_report(splits)
     odd = _show_checks(config, splits, model, tokenizer, leaks, say) if is_first() else []
@@ -512,9 +524,26 @@ def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None],
     tuned = add_lora(model, config)
     begin_with_data(tuned, rows["train"])
     tuned.peft_config["default"].base_model_name_or_path = config.model_name_or_path
-    _tell(say, str(trainable_parameters(tuned)))
+    count = str(trainable_parameters(tuned))  # which a part of a packed weight would not tell
+    _tell(say, count)
+    if parts:
+        shard(tuned, hardware(config.use_cpu).device, fill)
     check()
-    return _Ready(tuned, tokenizer, rows, leaks, odd)
+    return _Ready(tuned, tokenizer, rows, leaks, count, odd)
+
+
+def _fill(config: FinetuneConfig, base: PreTrainedModel, say: Callable[[str], None]) -> Fill:
+    "How a hollow base model gets its weights."
+    if fill := fill_from_files(base, _weight_files(config.model_name_or_path, config.revision)):
+        return fill
+    _tell(say, "The files name the weights otherwise than the model does: the first process loads it whole into the memory of this machine, and the others hear each weight from it.")
+    name, dtype = config.model_name_or_path, dtype_of(config)
+    return fill_from_first(base, lambda: load_model(name, dtype, config.attn_implementation, use_cpu=True, say=_say_nothing, revision=config.revision)[0])
+
+
+def _once(model: PeftModel, make: Callable[[], Any]) -> Any:
+    "What `make` returns in the first process, in all of them. Where each has but a part of the model, all compute it, in step."
+    return said_by_all(make())[0] if is_sharded(model) else from_first(make)
 
 
 def _fly_ahead(config: FinetuneConfig, splits: Splits, ready: _Ready, say: Callable[[str], None]) -> dict[str, Any]:
@@ -562,7 +591,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
     ends = {ready.tokenizer.eos_token_id, end_of_turn_id(ready.tokenizer, config.chat_template_kwargs)}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "parameters": str(trainable_parameters(ready.model)),
+        "parameters": ready.parameters,
         "hardware": str(hardware(config.use_cpu)),
         "versions": _versions(),
         "seed": config.seed,
@@ -771,7 +800,7 @@ def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None]
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
     "How the steps are computed, tried on the largest batch, and what that says of the run to come."
     shape = shape_of(config)
-    chosen = from_first(lambda: asdict(choose_packing(config, ready.model, ready.tokenizer, ready.rows["train"], shape, say)))
+    chosen = _once(ready.model, lambda: asdict(choose_packing(config, ready.model, ready.tokenizer, ready.rows["train"], shape, say)))
     collator = PackingCollator(**chosen)
     check()
     recomputed = max(said_by_all(blocks_to_recompute(config, ready.rows["train"], shape)))
@@ -780,7 +809,7 @@ def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], No
     collator = replace(collator, max_tokens=min(said_by_all(collator.max_tokens)))  # GPUs may have different room
     fitting = replace(config, packing=collator.mode, max_tokens_at_once=collator.max_tokens)
     estimated = estimate(fitting, ready.rows["train"], math.nan, model=shape)
-    plan = share_out(estimated.corrected(probe), shape, config, n_processes(), len(ready.rows["train"]))
+    plan = share_out(estimated, shape, config, n_processes(), len(ready.rows["train"])).corrected(probe)
     _tell(say, f"{probe} The training computes {plan.computed:,} tokens{' in each process' if n_processes() > 1 else ''}: about {clock_time(plan.seconds)}, at most {plan.bytes / 2**30:.2f} GiB.")
     return collator, {
         "packing": collator.mode,
@@ -811,6 +840,8 @@ def choose_packing(
     ways = ["tree"]
     if config.packing in IN_ROWS:
         ways = fastest_ways(model, largest_batch(rows, config, budget), total_steps(config, len(rows)))
+    if is_sharded(model):
+        ways = said_by_all(ways)[0]
     report = _compared(config, model, tokenizer, rows, ways)
     _tell(say, str(report))
     if report.mode != config.packing:
@@ -825,6 +856,7 @@ def _probe(config: FinetuneConfig, ready: _Ready, collator: PackingCollator, sha
     least = len(rows[longest]["input_ids"])
     while True:
         batch = largest_batch(rows, replace(config, packing=collator.mode), collator.max_tokens)
+        take_apart(ready.model)  # as each step begins
         try:
             probe = probe_fit(ready.model, batch, collator)
         except (MemoryError, RuntimeError) as error:

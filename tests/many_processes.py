@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from finetune_nb import cli, sentinels, trainer, training
 from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
 from finetune_nb.launch import keep_error
-from finetune_nb.models import load_tokenizer
+from finetune_nb.lora import add_lora
+from finetune_nb.losses import inner_model
+from finetune_nb.models import load_model, load_tokenizer
+from finetune_nb.sharding import fill_from_first, outside_whole, shard
 from finetune_nb.stop import Stop
-from finetune_nb.training import resume, train
+from finetune_nb.training import load_base, resume, train
 
 RANK, N = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 training.fastest_ways = lambda *args: ["tree"]  # the last bit depends on it
@@ -54,6 +58,7 @@ def half_masked(config):
         training._all_tokenized = made
 
 
+PACKED = dict(load_in_4bit=True, eval_strategy="no", max_steps=2, target_modules="all-linear")
 MASKED = dict(a_step=2, gradient_accumulation_steps=1, packing="padded", eval_strategy="no", num_train_epochs=1)
 
 
@@ -77,6 +82,20 @@ def stopped_and_on(folder, config):
         shutil.copytree(run.folder, folder / f"{config.run_name}_kept")
     training.said_by_all()
     return run.facts["ended_by"], run.facts["steps"], resume(run.folder).facts["steps"]
+
+
+def asked(config):
+    "What a model says that was put into parts unlike any run does it: with weights that the first process sent; and how many of its weights are still whole then."
+    base, tokenizer = load_base(config, say=len, hollow=N > 1)
+    torch.manual_seed(0)
+    fill = fill_from_first(base, lambda: load_model(config.model_name_or_path, torch.float32, use_cpu=True, say=len)[0]) if N > 1 else None
+    weights, model = [weakref.ref(p) for p in base.parameters()], add_lora(base, config)
+    if N > 1:
+        shard(model, fill=fill)
+    ids = torch.tensor([tokenizer("What is two plus one?")["input_ids"]])
+    with outside_whole(model), torch.no_grad():
+        text = inner_model(model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0].tolist()
+    return text, sum(ref() is not None for ref in weights) if N > 1 else 0
 
 
 def no_number(folder, config):
@@ -121,6 +140,9 @@ def main(folder, model):
     said["stopped"] = stopped_and_on(folder, choices(folder, model, "stopped"))
     said["stopped in parts"] = stopped_and_on(folder, choices(folder, model, "parts", fsdp=True, gradient_checkpointing=True))
     said["full"] = full(folder, choices(folder, model, "full"))
+    train(choices(folder, model, "never_stopped_in_parts", fsdp=True, gradient_checkpointing=True, preflight=True), seventeen())
+    train(choices(folder, model, "packed", fsdp=True, **PACKED), seventeen())
+    said["asked"] = asked(choices(folder, model, None))
     for name, end in (("no number", no_number), ("no room", no_room), ("no file", no_file)):
         try:
             end(folder, choices(folder, model, name.replace(" ", "_")))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import many_processes
 import pytest
 from conftest import ROOT, save_tiny
-from many_processes import MASKED, choices, half_masked, seventeen
+from many_processes import MASKED, PACKED, asked, choices, half_masked, seventeen
 from safetensors.torch import load_file
 
 from finetune_nb.cli import main
@@ -45,6 +45,7 @@ def many(tmp_path_factory):
         patch.setattr("finetune_nb.training.fastest_ways", lambda *args: ["tree"])
         train(choices(folder / "one", model, "all"), seventeen())
         half_masked(choices(folder / "one", model, "masked", **MASKED))
+        train(choices(folder / "one", model, "packed", **PACKED), seventeen())
         yield folder
 
 
@@ -74,6 +75,16 @@ def test_two_processes_train_what_one_does(many, name):
     assert facts["processes"] == 2 and facts["steps"] == facts["planned"]["steps"] == 6
 
 
+def test_a_model_in_four_bits_in_parts_trains_as_whole(many):
+    assert_same(many / "one" / "packed", many / "packed")
+
+
+def test_no_process_keeps_a_weight_whole_and_a_model_in_parts_can_be_asked(many):
+    alone, _ = asked(choices(many / "one", str(many / "model"), None))
+    assert said(many, "asked") == [[alone, 0]] * 2
+    assert read_facts(many / "never_stopped_in_parts")["preflight"]["ok"], "it was flown in parts"
+
+
 def test_a_process_without_labels_counts_for_nothing(many):
     assert_same(many / "one" / "masked", many / "masked")
     assert read_facts(many / "masked")["counted_steps"] == read_facts(many / "one" / "masked")["counted_steps"] != {}
@@ -91,10 +102,11 @@ def said(folder, what):
 
 
 def test_a_stop_of_one_process_stops_all_and_the_run_goes_on_to_the_last_bit(many):
-    assert said(many, "stopped") == said(many, "stopped in parts") == [["the user", 2, 6]] * 2
-    assert points(many / "stopped") == points(many / "ddp") and not list(many.glob("*/.*.part"))
-    first, second = adapter(many / "stopped"), adapter(many / "ddp")
-    assert all(first[key].equal(second[key]) for key in first)
+    assert said(many, "stopped") == said(many, "stopped in parts") == [["the user", 2, 6]] * 2 and not list(many.glob("*/.*.part"))
+    for stopped, never in (("stopped", "ddp"), ("parts", "never_stopped_in_parts")):
+        assert points(many / stopped) == points(many / never)
+        first, second = adapter(many / stopped), adapter(many / never)
+        assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
     assert {path.name for path in (many / "parts_kept" / "checkpoint-2").iterdir()} == {path.name for path in (many / "stopped_kept" / "checkpoint-2").iterdir()}
 
 

@@ -51,6 +51,14 @@ def test_tutorial_on_what_went_wrong(tmp_path, forked, capsys):
         assert found in seen
 
 
+def test_tutorial_on_two_processes(tmp_path, forked, tiny_model, capsys):
+    few = {"model": tiny_model, "gpus": [1, 8], "tokens": [2048], "ranks": [16]}
+    run_notebook(ROOT / "nbs/tutorials/many_gpus.ipynb", tmp_path / "many_gpus.ipynb", few)
+    said = capsys.readouterr().out
+    assert "step  3 loss" in said and "Process 0 of 2: lost.jsonl does not exist" in said
+    assert json.loads((tmp_path / "runs" / "run-001" / "run.json").read_text(encoding="utf-8"))["processes"] == 2
+
+
 def test_tutorial_with_nothing_but_the_panel(tmp_path, forked):
     run_notebook(ROOT / "nbs/tutorials/panel.ipynb", tmp_path / "panel.ipynb", {})
     seen = json.dumps(json.loads((tmp_path / "panel.ipynb").read_text(encoding="utf-8"))["cells"])

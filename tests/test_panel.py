@@ -16,6 +16,7 @@ from html import escape, unescape
 from pathlib import Path
 from types import SimpleNamespace
 
+import browser
 import html5lib
 import ipywidgets as widgets
 import pytest
@@ -1243,7 +1244,13 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     view.renew.click()
     assert "7 of 9" in view.figures.value
     check_view(view)
+    follower = TrainView(ConfigForm(quick), background=True)
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n')
+    browser.until(lambda: "8 of 9" in follower.figures.value, "the view has read on by itself", 20)
     other.communicate()
+    browser.until(lambda: "Broken off" in follower.status.value, "the view has seen the end", 20)
+    follower.detach()
     view.renew.click()
     assert view.job.state == "broken off" and "Broken off" in view.status.value
 

@@ -235,8 +235,6 @@ def test_a_freeze_of_colab_becomes_constraints(tmp_path):
 def test_every_tutorial_is_run_with_the_versions_of_colab():
     tests = (ROOT / "tests/test_notebooks.py").read_text(encoding="utf-8")
     for path in (ROOT / "nbs/tutorials").glob("*.ipynb"):
-        if path.stem == "many_gpus":  # trains the embedded model twice, for minutes; what it starts is tested in test_many.py
-            continue
         assert f"tutorials/{path.name}" in tests, f"no test runs {path.name}"
     assert "tests/test_notebooks.py -k tutorial" in (ROOT / ".github/workflows/colab.yml").read_text(encoding="utf-8")
 
