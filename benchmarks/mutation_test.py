@@ -34,14 +34,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE = "test_chat_template.py::test_one_row_or_an_error"
 DATA = ["test_formats.py", "test_reading.py"]
 RUNS = ["test_checkpoints.py"]
-FOLDERS, FAR = ["test_whole_folder.py"], [f"test_far_mounts.py::test_{name}" for name in ("what_was_there_stays_until_the_new_one_is", "a_folder_there_has_the_files_of_the_last_one_alone", "a_file_that_is_no_checkpoint_is_opened_nowhere_else")]
+FOLDERS = ["test_whole_folder.py"]
+FAR = [f"test_far_mounts.py::test_{name}" for name in (
+    "what_was_there_stays_until_the_new_one_is", "a_folder_there_has_the_files_of_the_last_one_alone", "a_file_that_is_no_checkpoint_is_opened_nowhere_else",
+)]  # fmt: skip
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
     "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": DATA, "data": ["test_data.py"],
     "turns": ["test_chat_template.py", "test_chat_templates.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],
-    "checkpoints": FOLDERS, "whole_folder": FOLDERS, "one_file": [*FOLDERS, *FAR], "sentinels": ["test_sentinels.py"],
+    "checkpoints": FOLDERS, "whole_folder": FOLDERS, "one_file": [*FOLDERS, *FAR], "sentinels": ["test_sentinels_alone.py"],
     "crash_safe": RUNS, "run_folder": ["test_runs.py", *RUNS],
 }  # fmt: skip
 LEFT_OUT = {  # tests of these files that take long; what they hold, quicker ones hold too
