@@ -12,6 +12,10 @@ sentence, or its case), and is the one to look at: tests hold what a message has
 mutant that never ends counts as killed, and is shown apart. Equivalent mutants, which change nothing that anybody could see
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
 functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
+
+Checkpoint code, samples of seed 1, "that compute", before the survivors below got tests of their own (no fresh sample was drawn
+after that): whole_folder 62 of 70, of the survivors one equivalent; one_file 58 of 69, of the survivors seven equivalent;
+sentinels 45 of 53, of the survivors three seen with several processes or a GPU alone.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from finetune_nb.sentinels import (
     SkippedStepsError,
     Step,
     UnchangedAdapterError,
+    _first,
     are_finite,
     base_sums,
     non_finite_chats,
@@ -215,7 +216,16 @@ def test_each_bit_is_in_the_sum():
             p.data.zero_()
 
 
+def test_a_gradient_alone_is_enough(model):
+    "The loss is a number, and one of the weights takes no part in it."
+    model.unused = torch.nn.Parameter(torch.ones(2))
+    assert non_finite_chats(model, chats_of(2), PackingCollator("padded", 512)) == []
+    weight(model).register_hook(lambda gradient: gradient * INF)
+    assert non_finite_chats(model, chats_of(2), PackingCollator("padded", 512)) == [0, 1]
+
+
 def test_small_things():
+    assert (_first("abcdef", 4), _first("abcd", 4), _first("", 4)) == ("a, b, c, d and 2 more", "a, b, c, d", "")
     assert are_finite([]) and are_finite([torch.tensor([1, 2])]) and are_finite([torch.empty(0), torch.ones(2)]) and are_finite([torch.full((2,), 3e38)] * 3)
     assert not are_finite([torch.ones(2), torch.tensor([1.0, NAN])]) and not are_finite([torch.tensor(INF)])
     assert (place_of({"where": "a, line 2"}), place_of({}), place_of({"where": ""}, 3)) == ("a, line 2", "chat 1 of the step", "chat 4 of the step")
