@@ -15,7 +15,8 @@ functions, and what is decorated (properties, context managers, `torch.no_grad`)
 
 Checkpoint code, samples of seed 1, "that compute", before the survivors below got tests of their own (no fresh sample was drawn
 after that): whole_folder 62 of 70, of the survivors one equivalent; one_file 58 of 69, of the survivors seven equivalent;
-sentinels 45 of 53, of the survivors three seen with several processes or a GPU alone.
+sentinels 45 of 53, of the survivors three seen with several processes or a GPU alone; checkpoints 66 of 68, the two left show on a
+GPU or where text is not UTF-8.
 """
 
 import argparse
