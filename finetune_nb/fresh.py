@@ -120,12 +120,12 @@ def load_llama_cpp() -> ModuleType | None:
 def ask_llama_cpp(
     path: Path,  # a GGUF file
     asked: Questions,  # messages and rows
-    threads: int | None = None,  # None: what llama.cpp thinks best
+    threads: int | None = None,  # None: as many as torch takes, which OMP_NUM_THREADS says; its threads wait for each other without rest
 ) -> Answers:
     "The same by llama.cpp's Python binding, with the chat template of the file."
-    llama_cpp, begun = load_llama_cpp(), time.perf_counter()
+    llama_cpp, begun, threads = load_llama_cpp(), time.perf_counter(), threads or torch.get_num_threads()
     room = max(len(row["input_ids"]) for row in asked.rows) + asked.max_new_tokens + 64
-    model = llama_cpp.Llama(str(path), n_ctx=room, n_batch=min(room, 512), logits_all=True, n_threads=threads, verbose=False)
+    model = llama_cpp.Llama(str(path), n_ctx=room, n_batch=min(room, 512), logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False)
     prompts, losses, likeliest, texts, ended = [], [], [], [], []
     for messages, tools, row in zip(asked.chats, asked.tools, asked.rows, strict=True):
         ids = model.tokenize(_rendered(model.metadata, model, messages, tools, asked.kwargs).encode(), add_bos=False, special=True)
