@@ -37,7 +37,7 @@ RUNS = ["test_checkpoints.py"]
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
     "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": DATA, "data": ["test_data.py"],
-    "turns": ["test_chat_template.py", "test_chat_templates.py"],
+    "turns": ["test_turns.py", "test_chat_templates.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],
     "checkpoints": RUNS, "crash_safe": RUNS, "whole_folder": RUNS, "one_file": RUNS, "run_folder": ["test_runs.py", *RUNS],
