@@ -112,7 +112,7 @@ def make_copy(module: str, folder: Path, with_chapter: bool) -> None:
         "pytest_add_cli_args_test_selection": files,
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", f"not ({' or '.join([*slow, 'nothing_else'])})"],
         "process_isolation": "fork",  # with one thread each, which is set below: torch has more, and a fork does not take them along
-        "timeout_multiplier": 5.0, "timeout_constant": 6.0,
+        "timeout_multiplier": 15.0, "timeout_constant": 4.0,
         "use_setproctitle": False, "track_dependencies": False, "use_git_change_detection": False,
     }  # fmt: skip
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
@@ -185,7 +185,7 @@ if __name__ == "__main__":
     parser.add_argument("modules", nargs="+", choices=TESTS, metavar="MODULE", help=", ".join(TESTS))
     parser.add_argument("--sample", type=int, help="so many mutants of each module, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--show", action="store_true", help="what each survivor changes")
+    parser.add_argument("--show", action="store_true", help="what each survivor changes, and each that never ended")
     parser.add_argument("--chapter", action="store_true", help="the examples and assertions of the chapter count as a test too")
     parser.add_argument("--keep", type=Path, help="keep the copies in this folder, for `mutmut show` and `mutmut browse`")
     options = parser.parse_args()
@@ -197,7 +197,7 @@ if __name__ == "__main__":
             mutants = run(module, options.sample, options.seed, place, options.chapter)
             print(report(module, mutants), flush=True)
             for mutant in mutants:
-                if options.show and not mutant.killed:
+                if options.show and mutant.status != "killed":
                     print(f"\n{mutant.name.partition('.')[2]} {mutant.status}{', words alone' if mutant.only_words else ''}\n{mutant.diff}")
             seen += mutants
         os.chdir(ROOT)
