@@ -12,6 +12,17 @@ sentence, or its case), and is the one to look at: tests hold what a message has
 mutant that never ends counts as killed, and is shown apart. Equivalent mutants, which change nothing that anybody could see
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
 functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
+
+Seen on 2026-11-26 with mutmut 3.8.1, Python 3.11, on a machine busy with twenty other things; --seed 1, the first draw after
+most tests of the pieces were written. Killed of those that compute (of all), and what the survivors were:
+
+    formats   36 of 38, 95 % (36 of 40)    one equivalent, one hole, which is tested since
+    rows      29 of 39, 74 % (30 of 40)    three equivalent or of speed; three holes, tested since; three in parquet, whose tests were left out then
+    masks     37 of 41, 90 % (38 of 42)    stopped at 42 of 45; four timeouts among the killed, three of them by the load; three survivors equivalent
+    losses    38 of 45, 84 % (38 of 45)    four equivalent; three holes, tested since
+    packing   35 of 43, 81 % (36 of 45)    two timeouts; four equivalent or of a GPU; four holes or nearly, three tested since
+
+No draw was made after the holes were closed, and none of turns, reading, chats and the modules of checkpoints.
 """
 
 import argparse
@@ -43,7 +54,8 @@ TESTS = {  # by module the tests that hold it: files, or single tests
     "checkpoints": RUNS, "crash_safe": RUNS, "whole_folder": RUNS, "one_file": RUNS, "run_folder": ["test_runs.py", *RUNS],
 }  # fmt: skip
 LEFT_OUT = {  # tests of these files that take long; what they hold, quicker ones hold too
-    "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems what_is_no_regular skip_without imports_nothing several_processes parquet hub_names",
+    "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems "
+    "what_is_no_regular skip_without imports_nothing hub_names",
     "test_data.py": "demo_data_is_the_same near_duplicates",
     "test_chat_template.py": "any_words_are_taught several_processes all_bad_chats_are_told checks_find_what_goes the_cache the_token_view",
     "test_chat_templates.py": "checks_agree",
