@@ -13,6 +13,21 @@ mutant that never ends counts as killed, and is shown apart. Equivalent mutants,
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
 functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
 
+Seen on 2026-11-26 with mutmut 3.8.1, Python 3.11, on a machine busy with twenty other things; --seed 1, the first draw after
+most tests of the pieces were written. Killed of those that compute (of all), and what the survivors were:
+
+    formats   36 of 38, 95 % (36 of 40)    one equivalent, one hole, which is tested since
+    rows      29 of 39, 74 % (30 of 40)    three equivalent or of speed; three holes, tested since;
+                                           three in parquet, whose tests were left out; one open
+    reading   28 of 35, 80 % (32 of 40)    not judged yet
+    masks     40 of 44, 91 % (41 of 45)    four timeouts among the killed, three of them by the load;
+                                           three equivalent, one open
+    losses    38 of 45, 84 % (38 of 45)    four equivalent; three holes, tested since
+    packing   35 of 43, 81 % (36 of 45)    two timeouts among the killed; five equivalent or of a GPU;
+                                           three holes, tested since
+
+No draw was made after the holes were closed, and none of turns, chats and the modules of checkpoints.
+
 Checkpoint code, samples of seed 1, "that compute", before the survivors below got tests of their own (no fresh sample was drawn
 after that): whole_folder 62 of 70, of the survivors one equivalent; one_file 58 of 69, of the survivors seven equivalent;
 sentinels 45 of 53, of the survivors three seen with several processes or a GPU alone; checkpoints 66 of 68, the two left show on a
@@ -47,14 +62,15 @@ FAR = [f"test_far_mounts.py::test_{name}" for name in (
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
     "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": DATA, "data": ["test_data.py"],
-    "turns": ["test_chat_template.py", "test_chat_templates.py"],
+    "turns": ["test_turns.py", "test_chat_templates.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],
     "checkpoints": FOLDERS, "whole_folder": FOLDERS, "one_file": [*FOLDERS, *FAR], "sentinels": ["test_sentinels_alone.py"],
     "crash_safe": RUNS, "run_folder": ["test_runs.py", *RUNS],
 }  # fmt: skip
 LEFT_OUT = {  # tests of these files that take long; what they hold, quicker ones hold too
-    "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems what_is_no_regular skip_without imports_nothing several_processes parquet hub_names",
+    "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems "
+    "what_is_no_regular skip_without imports_nothing hub_names",
     "test_data.py": "demo_data_is_the_same near_duplicates",
     "test_chat_template.py": "any_words_are_taught several_processes all_bad_chats_are_told checks_find_what_goes the_cache the_token_view",
     "test_chat_templates.py": "checks_agree",
@@ -123,7 +139,7 @@ def make_copy(module: str, folder: Path, with_chapter: bool) -> None:
         "pytest_add_cli_args_test_selection": files,
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", f"not ({' or '.join([*slow, 'nothing_else'])})"],
         "process_isolation": "fork",  # with one thread each, which is set below: torch has more, and a fork does not take them along
-        "timeout_multiplier": 5.0, "timeout_constant": 6.0,
+        "timeout_multiplier": 15.0, "timeout_constant": 4.0,
         "use_setproctitle": False, "track_dependencies": False, "use_git_change_detection": False,
     }  # fmt: skip
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
@@ -196,7 +212,7 @@ if __name__ == "__main__":
     parser.add_argument("modules", nargs="+", choices=TESTS, metavar="MODULE", help=", ".join(TESTS))
     parser.add_argument("--sample", type=int, help="so many mutants of each module, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--show", action="store_true", help="what each survivor changes")
+    parser.add_argument("--show", action="store_true", help="what each survivor changes, and each that never ended")
     parser.add_argument("--chapter", action="store_true", help="the examples and assertions of the chapter count as a test too")
     parser.add_argument("--keep", type=Path, help="keep the copies in this folder, for `mutmut show` and `mutmut browse`")
     options = parser.parse_args()
@@ -208,7 +224,7 @@ if __name__ == "__main__":
             mutants = run(module, options.sample, options.seed, place, options.chapter)
             print(report(module, mutants), flush=True)
             for mutant in mutants:
-                if options.show and not mutant.killed:
+                if options.show and mutant.status != "killed":
                     print(f"\n{mutant.name.partition('.')[2]} {mutant.status}{', words alone' if mutant.only_words else ''}\n{mutant.diff}")
             seen += mutants
         os.chdir(ROOT)

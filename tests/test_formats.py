@@ -23,6 +23,7 @@ from finetune_nb.formats import (
     unknown_form,
 )
 from finetune_nb.reading import Fault, Findings, Limits, Problem, check_value, decode_json, decode_utf8, grouped, open_file
+from finetune_nb.rows import read_rows
 
 
 @pytest.mark.parametrize(("value", "text"), [("é" * 58, f'"{"é" * 58}"'), ("é" * 59, f'"{"é" * 56}…'), ({1, }, '"{1}"'), (None, "null")])
@@ -108,6 +109,7 @@ def test_texts_are_found_wherever_they_stand():
 def test_one_fault_and_its_words(messages, code, found):
     faults = check_messages(messages)
     assert [(fault.code, fault.found) for fault in faults] == ([(code, found)] if code else [])
+    assert [fault.code for fault in check_messages([USER, {**BOT, "x": float("nan")}])] == ["D059"]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +254,21 @@ def test_a_name_that_says_something_else_is_noted(name, data, note, tmp_path):
     with open_file(tmp_path / name, Limits(), lambda *said: notes.append(said)) as (stream, kind, _):
         assert kind == "text" and stream.read() == (GOOD if data else b"")
     assert [said[:2] for said in notes] == ([("N001", note)] if note else [])
+
+
+def test_where_a_row_ends_and_how_long_it_may_be(tmp_path):
+    def rows(name, data, **limits):
+        (tmp_path / name).write_bytes(data)
+        try:
+            return [(row.value, row.fault and row.fault.code) for row in read_rows(tmp_path / name, Limits(**limits))]
+        except Fault as fault:
+            return fault.code
+
+    assert rows("a.jsonl", b'{"a": 1}X\n{"a": 2}\r\n') == [(None, "D027"), ({"a": 2}, None)]
+    assert rows("a.jsonl", b'{"a": 1}\n{"ab": 2}\n{}', line=9) == [({"a": 1}, None), (None, "D030"), ({}, None)]
+    assert rows("a.csv", b"x,y\nabc,d\n", line=6) == [({"x": "abc", "y": "d"}, None)] and rows("a.csv", b"x,y\nabc,d\n", line=5) == "D030"
+    assert rows("a.json", b'[{"a": 1}]', line=8) == [({"a": 1}, None)] and rows("a.json", b'[{"a": 1}]', line=7) == "D030"
+    assert rows("a.json", b'[{"a": [[1]]}, {}]', depth=2) == [({"a": [[1]]}, "D029"), ({}, None)], "what is kept of it goes into the file of rejected rows"
 
 
 # --- chats

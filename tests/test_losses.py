@@ -63,6 +63,16 @@ def test_a_batch_moves_whole():
     assert {getattr(moved, name).device.type for name in ("input_ids", "position_ids", "at", "targets", "chat")} == {"meta"}
 
 
+def test_a_batch_is_pinned_whole(monkeypatch):
+    "Without a GPU nothing can be pinned, so a copy stands for it."
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    batch = batch_of(4, 3)
+    pinned = batch.pin_memory()
+    for name in ("input_ids", "attention_mask", "at", "targets", "chat"):
+        assert torch.equal(getattr(pinned, name), getattr(batch, name)) and getattr(pinned, name) is not getattr(batch, name)
+    assert pinned.position_ids is pinned.layout is None
+
+
 def test_positions_and_masks_reach_the_model():
     "GPT-2 knows positions by their number, and the masked tokens here stand in front."
     model = tuned_model(GPT2).eval()
@@ -129,6 +139,24 @@ def test_the_first_blocks_are_computed_again():
         recompute_blocks(model, n)
         assert [block.gradient_checkpointing for block in blocks] == expected
     assert blocks[0]._gradient_checkpointing_func.keywords == {"use_reentrant": False}, "the other way loses the gradient of a frozen input"
+
+
+@pytest.mark.parametrize("names", [("activation",), ("gradient",), ("gradient", "activation")])
+def test_both_names_of_checkpointing_are_known(names):
+    "Of transformers, which is renaming it; the newer one first."
+    told = []
+    inner = SimpleNamespace(modules=lambda: [], is_activation_checkpointing=True)
+    for name in names:
+        setattr(inner, f"{name}_checkpointing_enable", lambda given, name=name: told.append((name, given)))
+        setattr(inner, f"{name}_checkpointing_disable", lambda name=name: told.append(name))
+    recompute_blocks(inner, 1)
+    recompute_blocks(inner, 0)
+    assert told == [(names[-1], {"use_reentrant": False}), names[-1]]
+    inner.is_activation_checkpointing = False
+    recompute_blocks(inner, 0)
+    del inner.is_activation_checkpointing
+    recompute_blocks(inner, 0)
+    assert len(told) == 2
 
 
 def test_what_needs_autocast():

@@ -410,3 +410,17 @@ def test_what_was_tried_is_told():
     report = check_packing(refusing, chats, ways=("tree", "masked"))
     assert report.mode == "padded" and list(report.differences) == ["shared", "shared, masked", "packed", "packed, masked", "padded"]
     assert all(said.startswith("not possible: ") and "does not take it" not in said for name, said in report.differences.items() if name != "padded")
+
+
+def test_one_chat_at_a_time_is_what_remains(monkeypatch):
+    monkeypatch.setattr(packing, "_difference", lambda *given: 1.0)
+    report = check_packing(tuned_model(LlamaConfig(**COMMON)), example_chats()[:2])
+    assert (report.mode, report.way, list(report.differences)) == ("single", "tree", ["shared", "packed", "padded"])
+    assert all("loss differs by 1.0e+00" in said and said.endswith("not exact") for said in report.differences.values())
+
+
+def test_experts_are_known_by_their_names(monkeypatch):
+    kinds = [type(name, (torch.nn.Module,), {}) for name in ("MyMoEBlock", "Experts", "Dense")]
+    assert [packing._has_experts(torch.nn.Sequential(torch.nn.Linear(1, 1), kind())) for kind in kinds] == [True, True, False]
+    monkeypatch.setattr(packing, "_kept_ways", lambda asked: [])
+    assert packing.fastest_ways(tuned_model(LlamaConfig(**COMMON)), pack(example_chats(), 10**6)[0]) == ["tree"], "where none could be measured"
