@@ -87,7 +87,7 @@ def upload_export(
         raise ExportError(f"{folder} is not as it was exported ({changed[0]}), and nothing is sent. Export it again.")
     check = load_check(folder)
     if not unchecked and (check is None or not check.ok):
-        raise ExportError(f"{folder}: {'it was not checked: verify_export' if check is None else check.headline()} Nothing is sent. With unchecked=True it is, all the same.")
+        raise ExportError(f"{folder}: {'it was not checked; verify_export does that.' if check is None else check.headline()} Nothing is sent. With unchecked=True it is, all the same.")
     found = contents_of(folder)
     said = Upload(repo_id, private, {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in found.items()})
     return said if dry_run else _send(said, found, token, endpoint)
