@@ -148,3 +148,30 @@ def test_which_token_begins_at_a_character(trimmed):
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(TemplateError, match="^SimpleNamespace can't tell which characters a token stands for; load the fast tokenizer"):
         masks._Encoder(SimpleNamespace(is_fast=False))
+
+
+def test_a_row_of_two_tokens_is_learned_from_and_one_of_one_is_not():
+    "The first token is predicted from nothing, so its label carries no loss."
+    made = small_tokenizer("bytes with trimmed offsets")
+    made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    made.add_tokens(["?"])
+    one = chat("?", "yes")
+    whole = tokenize_chat(one, made)
+    assert whole["labels"][0] == NO_LOSS != whole["labels"][1]
+    assert tokenize_chat(one, made, 2)["labels"] == whole["labels"][:2]
+    with pytest.raises(TemplateError, match="carries loss within max_length=1"):
+        tokenize_chat(one, made, 1)
+
+
+def test_the_variables_of_a_template_reach_the_rows(small):
+    made = small_tokenizer("bytes with trimmed offsets")
+    made.chat_template = "{{ style }}" + small.chat_template
+    plain, named = (next(token_rows([chat("a", "b")], made, chat_template_kwargs=kwargs))[0]["input_ids"] for kwargs in (None, {"style": "hello"}))
+    assert made.decode(named) == "hello" + made.decode(plain)
+
+
+def test_an_end_of_turn_that_is_no_token_is_told_with_its_message(small):
+    encoder, turn = masks._Encoder(small), SimpleNamespace(start=0, end=10, message=1)
+    row = SimpleNamespace(text="hello yes.", turns=[turn])
+    with pytest.raises(TemplateError, match="^chats.jsonl, line 5, message 2: .* is not one token, so no turn can end in it"):
+        encoder._whole(row, encoder.encode([row.text])[0], chat("hello", "yes."))

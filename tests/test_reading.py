@@ -615,7 +615,7 @@ def test_one_object_over_several_lines(indent, tmp_path):
 @pytest.mark.parametrize(
     ("file", "data", "count", "pattern"),
     [
-        ("e.jsonl", lines(json.dumps([USER, BOT]), json.dumps([USER, BOT])), 2, r"line 2: this row is a bare list of messages.*\{\"messages\": \[…\]\}"),
+        ("e.jsonl", lines(json.dumps([USER, BOT]), json.dumps([USER, BOT])), 2, r"line 1: this row is a bare list of messages.*\{\"messages\": \[…\]\}(.|\n)*1 more of this kind: line 2$"),
         ("e.json", json.dumps([[USER, BOT]]).encode(), 1, r"line 1: this row is a bare list of messages"),
         ("e.json", json.dumps([USER, BOT]).encode(), 2, r"line 1: this row is a single message.*one list"),
         ("e.jsonl", lines(GOOD, b"\0" * 5000), 1, r"line 2: .*no row here, only NUL bytes: 5,000. The file was damaged"),

@@ -408,7 +408,13 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     save_one_file(tmp_path / "checkpoint-8", tmp_path / "checkpoint-20.tar")
     save_one_file(tmp_path / "checkpoint-8", tmp_path / "checkpoint-8.tar")
     assert check_checkpoint(tmp_path / "checkpoint-20.tar") == ["it is that of step 8"] and check_checkpoint(tmp_path / "checkpoint-8.tar") == []
-    assert module.opened(tmp_path / "checkpoint-8.tar") == scratch_of(tmp_path) / "checkpoint-8"
+    for name, keep, stays in (("checkpoint-8", False, False), ("checkpoint-8", True, True), ("checkpoint-20", True, False)):
+        with module.opened(tmp_path / f"{name}.tar", keep) as (place, faults):
+            assert place == scratch_of(tmp_path) / name and place.is_dir() and bool(faults) == (name == "checkpoint-20")
+        assert place.exists() == stays
+    with module.opened(tmp_path / "checkpoint-8") as (place, faults):
+        assert place == tmp_path / "checkpoint-8" and not faults
+    assert place.is_dir()
     (tmp_path / "checkpoint-8.tar").write_bytes(b"x")
     assert check_checkpoint(tmp_path / "checkpoint-8.tar")[0].startswith("it can't be opened")
     assert newest_checkpoint(tmp_path / "nowhere", said.append) is None
