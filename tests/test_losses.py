@@ -14,10 +14,12 @@ from finetune_nb.lora_linear import use_one_rounding
 from finetune_nb.losses import (
     Batch,
     HeadLoss,
+    gradients,
     inner_model,
     mean_loss,
     mixed_precision,
     needs_autocast,
+    part_like,
     plain_head,
     recompute_blocks,
     smoothed,
@@ -102,6 +104,7 @@ def test_the_model_inside_its_wrappers():
         (GraniteConfig(**COMMON, logits_scaling=1.0), True),
         (CohereConfig(**COMMON, logit_scale=0.5), False),
         (Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=5.0), False),
+        (Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=1e6), False),  # no difference can be seen in three tokens
         (Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=None), True),
     ],
     ids=lambda value: getattr(value, "model_type", str(value)),
@@ -130,6 +133,44 @@ def test_a_head_of_another_kind_is_asked_for_its_logits():
     assert head is None and not plain_head(inner)
     torch.testing.assert_close(states, right)
     torch.testing.assert_close(token_losses(inner, batch), torch.nn.functional.cross_entropy(right, batch.targets, reduction="none"))
+
+
+def test_a_model_without_a_head_of_its_own_is_asked_for_its_logits(monkeypatch):
+    inner, batch = inner_model(tuned_model(LlamaConfig(**COMMON))), batch_of(5, 7)
+    right = token_losses(inner, batch)
+    monkeypatch.setattr(inner, "get_output_embeddings", lambda: None)
+    states, head = supervised_states(inner, batch)
+    assert head is None and states.shape == (len(batch.at), 64)
+    torch.testing.assert_close(token_losses(inner, batch), right)
+
+
+@pytest.fixture
+def one_process():
+    "A group of one, in which a tensor can lie in parts."
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_gradients_of_weights_in_parts(one_process):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    whole, other, x = torch.randn(4, 3), torch.randn(2), torch.randn(5, 4)
+    for parts in (False, True):
+        weight = torch.nn.Parameter(distribute_tensor(whole, one_process, [Shard(0)]) if parts else whole)
+        unused = torch.nn.Parameter(other)
+        weight.grad = kept = torch.ones_like(weight)
+        given = distribute_tensor(x, one_process, [Shard(1)]) if parts else x
+        found = gradients((given @ weight).pow(2).sum(), [weight, unused])
+        assert weight.grad is kept and unused.grad is None and found[1] is None and isinstance(found[0], DTensor) == parts
+        got = found[0].full_tensor() if parts else found[0]
+        torch.testing.assert_close(got, 2 * x.T @ (x @ whole))
+    own = distribute_tensor(torch.zeros(4, 3), one_process, [Shard(0)])
+    part = part_like(whole, own)
+    assert isinstance(part, DTensor) and part.placements == own.placements and torch.equal(part.to_local(), whole)
+    assert part_like(whole, whole) is whole and part_like(part, own) is part and part_like(other, own) is other
 
 
 def test_the_first_blocks_are_computed_again():
