@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"  # the version that the demo and the tests were measured with
 OLD_WIDGETS = ["ipywidgets==7.7.1", "ipython_genutils", "jupyterlab_widgets<2"]  # as in Colab
-EXTRAS = {"demo": "demo,notebook,retrieval", "test": "demo,notebook,retrieval,qlora,voila,dev"}
+EXTRAS = {"demo": "demo,notebook,retrieval", "test": "demo,notebook,retrieval,qlora,serve,voila,dev"}
 
 
 def fail(sentence: str) -> None:

@@ -127,6 +127,7 @@ EXTRAS = {  # extra: what it is for
     "schema": "answers checked against a JSON schema",
     "zstd": "files compressed with Zstandard",
     "lm_eval": "tasks of the lm-evaluation-harness; large",
+    "serve": "a merged model for any OpenAI client on this machine",
     "voila": "the panel as a page of its own",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .adapter import ExportError, open_run, save_adapter, size_on_disk
 from .display import html_table, markdown_table, text_table
+from .fresh import Answers, Questions
 from .gguf_file import BY_LLAMA_CPP, PLAIN, export_gguf, validate_kind
 from .merge import merge_adapter
 from .model_card import write_model_card
@@ -66,7 +67,8 @@ class Exports:
         "What else should be known: reasons, first differences, remarks."
         found = [f"{item.format}: {note}" for item in self.items for note in item.notes]
         found += [f"{item.format}: {item.check.headline()}" for item in self.items if item.check and not item.check.ok]
-        return found + [f"{item.format}: {note}" for item in self.items if item.check for note in item.check.notes]
+        found += [f"{item.format}: {note}" for item in self.items if item.check for note in item.check.notes]
+        return list(dict.fromkeys(found))
 
     def __str__(self) -> str:
         where = [f"{item.format}: {item.path}" for item in self.items if item.path]
@@ -112,7 +114,9 @@ def export_run(
         try:
             path, notes = _write(run, name, folder, base)
             seconds, found = time.perf_counter() - begun, None
-            found = verify_export(run, path, "adapter" if name == "adapter" else None, evaluated=evaluated) if check else None
+            if check:
+                found, why = _checked(run, name, path, evaluated, notes)
+                notes = [*notes, *why]
             if card:
                 write_model_card(run, path if path.is_dir() else path.parent, data_license=data_license, report=report)
         except (ExportError, OSError, ValueError) as error:
@@ -120,6 +124,15 @@ def export_run(
             continue
         items.append(Exported(name, path, size_on_disk(path) if path.is_dir() else path.stat().st_size, seconds, found, notes))
     return Exports(items)
+
+
+def _checked(run: Run, name: str, path: Path, evaluated: tuple[Questions, Answers], notes: Sequence[str]) -> tuple[ExportCheck | None, list[str]]:
+    "What the check found; or nothing, and why it could not be made: the export is kept, and is not called done."
+    packing = [note for note in notes if note.startswith("Trained beside")]
+    try:
+        return verify_export(run, path, "adapter" if name == "adapter" else None, evaluated=evaluated, notes=packing), []
+    except ExportError as error:
+        return None, [str(error)]
 
 
 def _validate_formats(formats: Sequence[str]) -> None:
@@ -140,7 +153,6 @@ def _write(run: Run, name: str, folder: str | Path | None, base: str | None) -> 
         return saved.folder, [f"{server}: {'; '.join(said)}" for server, said in saved.servers.items() if said]
     if name == "merged":
         merged = merge_adapter(run, place, base=base)
-        packed = [f"trained beside weights in 4 bits, which were {merged.packing_error:.1%} away from these"] if merged.packing_error is not None else []
-        return merged.folder, [*packed, *merged.notes]
+        return merged.folder, merged.notes
     written = export_gguf(run, name, place, base)
     return written.path, [*written.notes, *write_modelfile(run, written.path).notes]

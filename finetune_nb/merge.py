@@ -210,13 +210,12 @@ class Merged:
     layers: int  # that the adapter changed
     whole: int  # weights that were trained whole, and took the place of the base's
     bytes: int
-    packing_error: float | None = None  # after QLoRA: how far the packed weights, beside which it was trained, were from these
+    packing_error: float | None = None  # after QLoRA: how far the packed weights, beside which it was trained, were from these; also said in `notes`
     notes: list[str] = field(default_factory=list)  # what else should be known
 
     def __str__(self) -> str:
-        packed = f"Trained beside weights in 4 bits, which were {self.packing_error:.1%} away from these (relative norm)." if self.packing_error is not None else ""
         whole = f", {self.whole} weights taken whole" if self.whole else ""
-        return "\n".join(filter(None, [f"Merged {self.layers} layers{whole}, {self.bytes / 1e6:,.1f} MB in {self.dtype}: {self.folder}", packed, *self.notes]))
+        return "\n".join([f"Merged {self.layers} layers{whole}, {self.bytes / 1e6:,.1f} MB in {self.dtype}: {self.folder}", *self.notes])
 
 
 def merge_adapter(
@@ -240,7 +239,14 @@ def merge_adapter(
     with whole_folder(target, {"kind": "merged"}) as part:
         error = _write_weights(part.folder, files, plan, settings, kind, run.config.load_in_4bit)
         notes = _write_settings(part, files, plan, kind, run)
-    return Merged(target, str(kind).removeprefix("torch."), len(plan.layers), len(plan.whole), size_on_disk(target), error, notes)
+    packed = [_packing_note(error)] if run.config.load_in_4bit else []
+    return Merged(target, str(kind).removeprefix("torch."), len(plan.layers), len(plan.whole), size_on_disk(target), error, [*packed, *notes])
+
+
+def _packing_note(error: float | None) -> str:
+    if error is None:
+        return "Trained beside weights in 4 bits; how far they were from these was not measured, as bitsandbytes is not installed."
+    return f"Trained beside weights in 4 bits, which were {error:.1%} away from these (relative norm)."
 
 
 def _kind(dtype: str, files: BaseFiles) -> torch.dtype:
@@ -302,8 +308,9 @@ def _packing_gap(weight: torch.Tensor) -> tuple[float, float]:
     "Squared lengths of what NF4 changes in a weight, and of the weight."
     import bitsandbytes.functional as bnb
 
-    packed, state = bnb.quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=True)
-    return (bnb.dequantize_4bit(packed, state).float() - weight.float()).square().sum().item(), weight.float().square().sum().item()
+    weight = weight.float().reshape(-1, 64) if weight.numel() % 64 == 0 else weight.float()  # by its blocks: on a CPU bitsandbytes unpacks rows of another width wrongly
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return (bnb.dequantize_4bit(packed, state).float() - weight).square().sum().item(), weight.square().sum().item()
 
 # %% ../nbs/09j_merge.ipynb #2ddcecf8
 def _write_settings(part: Part, files: BaseFiles, plan: Plan, kind: torch.dtype, run: Run) -> list[str]:

@@ -15,8 +15,7 @@ from huggingface_hub import ModelCardData
 from .adapter import base_facts, open_run, public_name
 from .config import changed_settings, replacing
 from .display import markdown_table, md_cell
-from .gguf_file import gguf_facts
-from .models import EMBEDDED_MODEL, _embedded_gguf
+from .gguf_file import known_license
 from .redact import redacted
 from .report import RunReport, write_report
 from .training import Run
@@ -30,13 +29,7 @@ def base_license(
     name: str,  # model_name_or_path of a run
 ) -> str:
     "What a base model's own files say of their licence."
-    path = _embedded_gguf() if name == EMBEDDED_MODEL else Path(name).expanduser()
-    if path and path.suffix == ".gguf" and path.is_file():
-        return str(gguf_facts(path).get("general.license") or UNKNOWN)
-    if path and (path / "README.md").is_file():
-        lines = (path / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:60]
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), UNKNOWN)
-    return UNKNOWN
+    return known_license(name) or UNKNOWN
 
 # %% ../nbs/09n_model_card.ipynb #3983e195
 def how_to_run(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['config_form', 'data_view', 'plan_view', 'train_view', 'compare_view', 'chat_view', 'runs_view', 'export_view',
-           'Panel', 'panel']
+           'formats_view', 'Panel', 'panel']
 
 # %% ../nbs/11_panel.ipynb #1eff1cd7
 import threading
@@ -19,6 +19,7 @@ from .controls import ConfigForm, View, tabs
 from .data import Splits
 from .data_view import DataView, PlanView, Prepared
 from .display import notebook_shell
+from .export_view import FormatsView
 from .jobs import find_job, last_job
 from .models import hardware
 from .runs_view import ExportView, RunsView
@@ -109,6 +110,13 @@ def export_view(
     "The adapter, to take along."
     return ExportView(lambda: form.config.output_dir)
 
+
+def formats_view(
+    form: ConfigForm,  # names the folder of runs
+) -> FormatsView:
+    "Merged models and GGUF files, checked; and what an upload would send."
+    return FormatsView(lambda: form.config.output_dir)
+
 # %% ../nbs/11_panel.ipynb #a6ca278e
 class Panel(View):
     "All views under tabs; `config` is what its controls say."
@@ -126,7 +134,7 @@ class Panel(View):
         self.data = data_view(self.form, splits)
         self.plan, self.train = plan_view(self.form, self.data), train_view(self.form, self.data)
         self.compare, self.chat = compare_view(self.form), chat_view(self.form)
-        self.runs, self.export = runs_view(self.form, self.train), export_view(self.form)
+        self.runs, self.export, self.formats = runs_view(self.form, self.train), export_view(self.form), formats_view(self.form)
         self._system = self.chat.system.value  # what the chats have put there, and nobody has changed since
         self.data.listeners.append(self._data_read)
         self.train.listeners.append(self._runs_changed)
@@ -140,7 +148,7 @@ class Panel(View):
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
         settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap", width="100%")).add_class("fnb-columns")
-        views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs, self.export)}
+        views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs)} | {"Export": widgets.VBox([self.export.widget, self.formats.widget])}
         self.tabs = tabs({"Train" if title == "Training" else title: view for title, view in views.items()})
         self.tabs.selected_index = 2 if job is not None else 1
         super().__init__([self.tabs])
@@ -160,7 +168,7 @@ class Panel(View):
     @property
     def views(self) -> Sequence[View]:
         "All the parts."
-        return self.data, self.form, self.plan, self.train, self.compare, self.chat, self.runs, self.export
+        return self.data, self.form, self.plan, self.train, self.compare, self.chat, self.runs, self.export, self.formats
 
     def _data_read(self, ready: Prepared) -> None:
         "Asks under Chat after the system message of the chats, unless the user has put another one there, or none."
@@ -185,7 +193,7 @@ class Panel(View):
 
     def _runs_changed(self) -> None:
         self.train.refresh_runs()
-        for view in (self.compare, self.chat, self.runs, self.export):
+        for view in (self.compare, self.chat, self.runs, self.export, self.formats):
             view.refresh()
         self.keep_picture()
 
@@ -205,7 +213,7 @@ class Panel(View):
 
     def close(self) -> None:
         "Puts the panel away, for one that takes its place: it listens to no run and no answer, and its widgets are gone."
-        for view in (self.train, self.compare, self.chat):
+        for view in (self.train, self.compare, self.chat, self.formats):
             view.detach()
         if self._timer is not None:
             self._timer.cancel()

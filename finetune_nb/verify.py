@@ -206,8 +206,9 @@ def verify_export(
     chats: Sequence[Chat] | None = None,  # None: the run's test chats
     n: int = 16,  # chats at most
     evaluated: tuple[Questions, Answers] | None = None,  # of `ask_evaluated`, when several exports are checked
+    notes: Sequence[str] = (),  # what else should be told of it, such as how it was merged
 ) -> ExportCheck:
-    "Loads an export in a fresh process, asks it the test chats, and writes export_check.json beside it; a failure keeps the export. Raises `ExportError` where it can't be loaded."
+    "Loads an export in a fresh process, asks it the test chats, and writes export_check.json beside it; a failure keeps the export. Raises `ExportError` where it can't be loaded, or can't be judged here."
     run, path = open_run(run), Path(path)
     kind, format = kind_of(path, format)
     asked, before = evaluated or _evaluated(run, chats, n)
@@ -219,7 +220,7 @@ def verify_export(
         asked = replace(asked, ends=greedy(run.model, run.tokenizer, 1, run.config.chat_template_kwargs).eos_token_id)
     run.release()
     after = ask_fresh(kind, path, asked, dtype=dtype, device=device, **more)
-    check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), _notes(kind, after))
+    check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), [*notes, *_notes(kind, after)])
     check.save(path if path.is_dir() else path.parent)
     return check
 

@@ -1,6 +1,8 @@
 """Exports: what was trained is what is shipped, to the bit where it can be, and refused where it can't."""
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -227,7 +229,7 @@ def wide_model(tmp_path_factory):
 
     folder = save_tiny(tmp_path_factory.mktemp("wide"), tie_word_embeddings=True)
     torch.manual_seed(1)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64, attention_bias=True)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -284,16 +286,106 @@ def test_architectures_of_gguf_compute_the_same(tmp_path, tokenizer, kind):
     assert sum(a == b for a, b in zip(file.likeliest[0], folder.likeliest[0], strict=True)) >= 195
 
 
-def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
-    from transformers import GemmaConfig, LlamaConfig
+def test_what_transformers_overlooks_in_a_gguf_file_is_not_judged_by_it(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    import transformers
 
-    from finetune_nb.gguf_file import architecture_of, cutting_rule, tokens_of, validate_kind
+    from finetune_nb import fresh
+    from finetune_nb.gguf_file import write_gguf
+
+    kinds = {
+        "nothing": ("LlamaConfig", {"head_dim": 32}), "biases": ("LlamaConfig", {"mlp_bias": True}), "factors of Llama 3": ("LlamaConfig", SHAPES["llama"][1]),
+        "'linear'": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}), "heads of 16 numbers": ("Qwen3Config", {"head_dim": 16}), "none": ("Qwen3Config", {"head_dim": 128}),
+    }  # fmt: skip
+    monkeypatch.setattr(fresh, "load_llama_cpp", lambda: None)
+    tokenizer = sentence_pieces(tmp_path, "prepend", None)  # a small one: a file is written for each
+    for why, (name, more) in kinds.items():
+        shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **more)).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.1
+        model.save_pretrained(tmp_path)
+        write_gguf(tmp_path, tmp_path / "x-f32.gguf", "f32")
+        if why in ("nothing", "none"):
+            fresh.validate_judge(tmp_path / "x-f32.gguf")
+        else:
+            with pytest.raises(fresh.NotJudgedError, match=f"may be right.*{why}.*llama_cpp"):
+                fresh.validate_judge(tmp_path / "x-f32.gguf")
+        try:
+            read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x-f32.gguf", dtype=torch.float32)
+            same = torch.allclose(logits(read, range(9, 30)), logits(model, range(9, 30)), atol=1e-3)
+        except RuntimeError:  # shapes that are not those of the file
+            same = False
+        assert same is (why in ("nothing", "none")), f"{why}: what transformers reads has changed"
+
+
+def sentence_pieces(folder, scheme, template):
+    "A tokenizer as SentencePiece makes them: pieces with bytes to fall back on, joined in the order of their rank; every way to join two pieces into a third is a merge."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Path(__file__).read_text(encoding="utf-8").splitlines()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "[INST]", "[/INST]"]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator(words, trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False))
+    vocab = trained.get_vocab()
+    merges = [(piece[:i], piece[i:]) for piece in sorted(vocab, key=vocab.get) if piece not in special for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    if scheme == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", pytest.param("never", marks=pytest.mark.slow)])
+def test_sentencepiece_tokenizers_read_the_same_tokens_in_llama_cpp(tmp_path, scheme):
+    pytest.importorskip("gguf")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune_nb.fresh import Questions, ask_llama_cpp, load_llama_cpp, validate_judge
+    from finetune_nb.gguf_file import tokens_of, write_gguf
+
+    template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    tokenizer = sentence_pieces(tmp_path, scheme, template)
+    said = tokens_of(tokenizer, len(tokenizer))
+    assert said["model"] == "llama" and said["add_space_prefix"] is (scheme == "prepend")
+    if load_llama_cpp() is None:
+        pytest.skip("only llama.cpp tells which tokens it reads")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "x-f32.gguf", "f32", end_of_turn=2)
+    validate_judge(tmp_path / "x-f32.gguf")
+    texts = ["What is 3 plus one?", "  two  spaces\n\n\tand a tab", "déjà vu 東京 🙂", "for parameter in model.parameters():", "", "  ", "[brackets] </s> <unk> <0x41>"]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": text}] for text in texts]
+    asked = Questions(chats, [None] * len(chats), [{"input_ids": [1, 9, 10], "labels": [-100, 9, 10]}] * len(chats), max_new_tokens=1)
+    found = ask_llama_cpp(tmp_path / "x-f32.gguf", asked, 1).prompts
+    for text, chat, ids in zip(texts, chats, found, strict=True):
+        assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"], text
+
+
+def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
+    from transformers import GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+    from finetune_nb.gguf_file import architecture_of, cutting_rule, space_prefix, tokens_of, validate_kind
 
     pytest.importorskip("gguf")
     with pytest.raises(ExportError, match="gemma is not written"):
         architecture_of(GemmaConfig())
     with pytest.raises(ExportError, match="Positions of the kind 'yarn'"):
         architecture_of(LlamaConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}))
+    for config in (Qwen2Config(head_dim=32), Qwen3Config(attention_bias=True)):
+        with pytest.raises(ExportError, match="llama.cpp loads no qwen"):
+            architecture_of(config)
+    with pytest.raises(ExportError, match="changes a text by NFKC"):
+        space_prefix({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}})
     with pytest.raises(ExportError, match="cuts text"):
         cutting_rule({"pre_tokenizer": {"type": "Metaspace"}})
     with pytest.raises(ExportError, match="no kind of GGUF"):
@@ -336,6 +428,88 @@ def upload_bytes(folder):
 
     found = {name: what if isinstance(what, bytes) else what.read_bytes() for name, what in contents_of(folder).items()}
     return {name: what for name, what in found.items() if not name.endswith(".safetensors")}
+
+
+@pytest.mark.trains
+def test_a_run_in_4_bits_is_merged_onto_the_full_base_and_how_far_they_are_apart_is_said(quick, wide_model):
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    from peft import PeftModel
+
+    from finetune_nb.export import export_run
+
+    run = trained(replace(quick, model_name_or_path=wide_model), load_in_4bit=True, learning_rate=2e-2)
+    base, change, size = load_file(Path(wide_model) / "model.safetensors"), 0.0, 0.0
+    for name, layer in run.model.named_modules():
+        if name.endswith(("q_proj.base_layer", "k_proj.base_layer", "v_proj.base_layer", "o_proj.base_layer")):
+            full = base[name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"]
+            change += (bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float() - full).square().sum().item()
+            size += full.square().sum().item()
+    run.release()
+    exports = export_run(run, ["merged"], n=3, say=lambda line: None)
+    check, folder = exports.items[0].check, exports.items[0].path
+    said = f"4 bits, which were {(change / size) ** 0.5:.1%} away"
+    assert 0.05 < (change / size) ** 0.5 < 0.15
+    assert said in str(exports) and said in str(check) and said in (folder / "README.md").read_text() and said in (folder / "export_check.json").read_text()
+    assert check.loss_exported != check.loss_evaluated and "stands beside full ones now" in check.limits.why
+    theirs = PeftModel.from_pretrained(loaded(wide_model), run.folder / "adapter").merge_and_unload().state_dict()
+    ours = load_file(folder / "model.safetensors")
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-6, "merged onto something else than the full base"
+
+
+@pytest.mark.trains
+def test_a_file_that_can_not_be_judged_is_kept_and_not_called_bad(quick, biased_model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    from finetune_nb import fresh
+    from finetune_nb.cli import main
+    from finetune_nb.gguf_file import gguf_facts
+
+    monkeypatch.setattr(fresh, "load_llama_cpp", lambda: None)
+    shutil.copytree(biased_model, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    run = trained(replace(quick, model_name_or_path=str(tmp_path / "base")))
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", str(run.folder), "--formats", "q8_0"])
+    shown, folder = capsys.readouterr().out, run.folder / "exports" / "gguf-q8_0"
+    assert "not checked" in shown and "could not be judged here" in shown and "not ship" not in shown and "0.0 MB" not in shown
+    assert "Not checked" in (folder / "README.md").read_text() and not (folder / "export_check.json").exists()
+    assert gguf_facts(next(folder.glob("*.gguf")))["general.license"] == "mit"
+
+
+def test_a_llama_cpp_that_does_not_load_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    from finetune_nb.fresh import load_llama_cpp
+    from finetune_nb.gguf_file import validate_kind
+
+    pytest.importorskip("gguf")
+    (tmp_path / "llama_cpp.py").write_text("raise RuntimeError('libggml.so.0: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for call in (load_llama_cpp, lambda: validate_kind("q4_k_m")):
+        with pytest.raises(ExportError, match="can't be loaded .libggml"):
+            call()
+
+
+def test_what_can_not_be_served_is_told(tmp_path, monkeypatch):
+    import socket
+
+    from finetune_nb import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(ExportError, match=r"needs uvicorn: pip install .finetune_nb\[serve\]"):
+        serve.serve_model(tmp_path)
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    for name, why in (("adapter_config.json", "no whole model"), ("x.gguf", "llama-server")):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ExportError, match=why):
+            serve.serve_model(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "config.json").write_text("{}")
+    served = serve.serve_model(tmp_path)
+    assert served.command()[3:] == ["serve", tmp_path.name, "--host", "127.0.0.1", "--port", str(served.port), "--device", "auto"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ExportError, match="Port .* can't be had"):
+            serve.serve_model(tmp_path, taken.getsockname()[1])
 
 
 def test_nothing_that_is_no_part_of_an_export_goes(tmp_path):

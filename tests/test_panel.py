@@ -6,6 +6,7 @@ Marked `trains` are those that need a training; the others also run with Colab's
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from finetune_nb.controls import STYLE, ConfigForm, View, make_control, note, se
 from finetune_nb.data import Chat, Splits, fingerprint, save_chats
 from finetune_nb.data_view import DataView, PlanView, Prepared, SeenFiles, data_files, keep_upload, plan_html
 from finetune_nb.evaluation import evaluate_run
+from finetune_nb.export_view import FormatsView
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
@@ -794,9 +796,10 @@ def test_views_without_runs(quick, tmp_path):
     room = Panel(quick, read=False)
     text = check_view(room, *room.views)
     assert "There is no run yet" in text and "No runs yet" in text and room.compare.judge.disabled and room.export.copy.disabled
-    for act in (room.compare.evaluate, room.runs.open.click, room.runs.continue_.click, room.runs.delete.click, room.runs.restore.click, room.export.export, room.train.stop.click, room.train.go_on.click, room.plan.advise.click):
+    for act in (room.compare.evaluate, room.runs.open.click, room.runs.continue_.click, room.runs.delete.click, room.runs.restore.click, room.export.export, room.formats.export, room.formats.dry_run, room.train.stop.click, room.train.go_on.click, room.plan.advise.click):
         act()
     assert "fnb-error" in room.runs.status.value and "That run is gone" in room.export.status.value
+    assert "no run to export" in room.formats.status.value and "no run to export" in room.formats.files.value and room.formats.write.disabled
     room.chat.send.click()
     assert "There is no question" in room.chat.status.value
     room.chat.question.value, room.chat.who.value = "Hello?", []
@@ -1427,6 +1430,32 @@ def test_runs_go_on_are_deleted_brought_back_and_copied(two_runs, tmp_path):
     export.copy.click()
     assert "Name a folder" in export.status.value
     check_view(view, export, shown)
+
+
+@pytest.mark.trains
+def test_formats_are_written_checked_and_nothing_is_sent(two_runs):
+    config, _ = two_runs
+    view = FormatsView(lambda: config.output_dir, background=False)
+    view.run.value, view.formats.value, view.repo.value = "two", [], "me/two"
+    view.look.click()
+    assert "was not exported yet" in view.files.value
+    view.write.click()
+    assert "Choose a format" in view.status.value and view.task is None
+    view.formats.value = ["merged"]
+    view.write.click()
+    found = view.task.result
+    assert [item.format for item in found.items] == ["merged"] and found._repr_html_() in view.table.value and not view.write.disabled
+    assert ("Each may be shipped" in view.status.value) is found.ok
+    view.look.click()
+    folder = Path(config.output_dir) / "two" / "exports" / "merged"
+    assert ("Would go to me/two (private); nothing was sent" in view.files.value and "model.safetensors" in view.files.value) is found.ok
+    (folder / "notes.txt").write_text("x")
+    view.look.click()
+    assert "fnb-error" in view.files.value and "not as it was exported" in view.files.value, "a changed folder goes nowhere"
+    view.repo.value = EVIL
+    view.look.click()
+    check_view(view)
+    shutil.rmtree(folder.parent)
 
 
 def test_what_was_moved_is_said_where_the_rest_can_not_be(quick, monkeypatch):
