@@ -56,7 +56,7 @@ def md_cell(
     text: str,  # whoever wrote it
 ) -> str:
     "Text that stays inside one cell of a Markdown table, or one point of a list, and means nothing but itself: no HTML, no link, no picture."
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(escape(visible(text), quote=False).split()))
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", visible(" ".join(escape(text, quote=False).split())))
 
 
 def markdown_table(

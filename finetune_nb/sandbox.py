@@ -73,21 +73,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         get_chat_template = PreTrainedTokenizerBase.get_chat_template
         render = PreTrainedTokenizerBase.apply_chat_template
 
-    texts = []
+    texts, marks = [], []
     try:
-        if request.get("marks"):
-            given = {**request["special"], **request["options"]}
-            tools = given.pop("tools", None)
-            return {"texts": render_jinja_template(request["chats"], tools, None, StandIn().get_chat_template(tools=tools), return_assistant_tokens_mask=True, **given)[1]}
         for messages in request["chats"]:
-            texts.append(StandIn().render(messages, tokenize=False, **request["options"]))
+            if request.get("marks"):
+                given = {**request["special"], **request["options"]}
+                tools = given.pop("tools", None)
+                written, found = render_jinja_template([messages], tools, None, StandIn().get_chat_template(tools=tools), return_assistant_tokens_mask=True, **given)
+                texts, marks = [*texts, *written], [*marks, *found]
+            else:
+                texts.append(StandIn().render(messages, tokenize=False, **request["options"]))
             if len(texts[-1]) > request["output"] and len(texts[-1]) > request["output"] + 8 * len(json.dumps(messages)):
                 return {"limit": f"wrote {len(texts[-1]):,} characters for one chat"}
     except MemoryError:
         return {"limit": "wanted more memory than it may have"}
     except Exception as error:  # a template is a program: it may raise anything
         return {"kind": type(error).__name__, "said": str(error)[:2000], "line": getattr(error, "lineno", None)}
-    return {"texts": texts}
+    return {"texts": marks if request.get("marks") else texts}
 
 # %% ../nbs/01_sandbox.ipynb #b448d4cd
 _WARM_UPS = (
