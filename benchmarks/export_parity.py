@@ -5,6 +5,8 @@
 Prints loss difference, agreement, size and time as Markdown. K-quants need llama.cpp's Python binding, and without it GGUF
 files are unpacked by transformers, which the table says. The last rows are of a run in 4 bits (QLoRA), merged onto the
 full-precision base model.
+Figures of 2026-11-26 stand in nbs/10_export.ipynb, with what they say about bf16. Where llama.cpp was built without its
+libraries' place in it, LD_LIBRARY_PATH has to name the folder llama_cpp/lib.
 """
 
 # ruff: noqa: E501

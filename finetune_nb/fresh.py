@@ -193,7 +193,13 @@ def validate_judge(
     path: str | Path,  # a GGUF file
 ) -> None:
     "Raises `NotJudgedError` where llama.cpp is missing and transformers would overlook a part of the file."
-    if load_llama_cpp() is None and (unread := unread_by_transformers(path)):
+    if load_llama_cpp() is not None:
+        return
+    try:
+        unread = unread_by_transformers(path)
+    except (ValueError, IndexError, KeyError):  # it is broken, which its loader says better
+        return
+    if unread:
         raise NotJudgedError(f"{Path(path).name} could not be judged here, and may be right: llama.cpp is not installed, and transformers overlooks {' and '.join(unread)} in a GGUF file. pip install \"finetune_nb[llama_cpp]\", then verify_export.")
 
 # %% ../nbs/09ja_fresh.ipynb #0ffc783e

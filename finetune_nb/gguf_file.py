@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SPACE', 'ARCHITECTURES', 'PLAIN', 'BY_LLAMA_CPP',
-           'cutting_rule', 'tokens_of', 'space_prefix', 'architecture_of', 'in_pairs', 'write_gguf', 'GgufFile',
-           'export_gguf', 'validate_kind', 'quantize_gguf', 'gguf_facts', 'known_license', 'compare_gguf']
+           'cutting_rule', 'tokens_of', 'space_prefix', 'architecture_of', 'in_pairs', 'write_gguf', 'gguf_facts',
+           'known_license', 'GgufFile', 'export_gguf', 'validate_kind', 'quantize_gguf', 'compare_gguf']
 
 # %% ../nbs/09k_gguf.ipynb #add6e0a3
 import ctypes
@@ -268,6 +268,28 @@ def _write_tokens(writer: Any, tokenizer: PreTrainedTokenizerBase, said: dict[st
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
+# %% ../nbs/09k_gguf.ipynb #6b990853
+def gguf_facts(
+    path: str | Path,  # of a GGUF file
+) -> dict[str, Any]:
+    "The metadata of a file, without its own bookkeeping."
+    from gguf import GGUFReader
+
+    return {name: value.contents() for name, value in GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
+
+
+def known_license(
+    name: str,  # model_name_or_path of a run
+) -> str | None:
+    "What a base model's own files say of their licence; None where they say nothing."
+    path = _embedded_gguf() if name == EMBEDDED_MODEL else Path(name).expanduser()
+    if path and path.suffix == ".gguf" and path.is_file():
+        return gguf_facts(path).get("general.license")
+    if path and (path / "README.md").is_file():
+        lines = (path / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:60]
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
+    return None
+
 # %% ../nbs/09k_gguf.ipynb #0683478f
 @dataclass(frozen=True)
 class GgufFile:
@@ -343,28 +365,6 @@ def quantize_gguf(
         raise ExportError(f"llama.cpp could not make {kind} of this model. Take q8_0.")
 
 # %% ../nbs/09k_gguf.ipynb #bfc16aca
-def gguf_facts(
-    path: str | Path,  # of a GGUF file
-) -> dict[str, Any]:
-    "The metadata of a file, without its own bookkeeping."
-    from gguf import GGUFReader
-
-    return {name: value.contents() for name, value in GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
-
-
-def known_license(
-    name: str,  # model_name_or_path of a run
-) -> str | None:
-    "What a base model's own files say of their licence; None where they say nothing."
-    path = _embedded_gguf() if name == EMBEDDED_MODEL else Path(name).expanduser()
-    if path and path.suffix == ".gguf" and path.is_file():
-        return gguf_facts(path).get("general.license")
-    if path and (path / "README.md").is_file():
-        lines = (path / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:60]
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
-    return None
-
-
 def compare_gguf(
     path: str | Path,  # of a file that was written
     original: str | Path,  # another one

@@ -148,7 +148,7 @@ class Panel(View):
         side = widgets.Layout(flex="1 1 340px", min_width="280px")
         self.form.widget.layout, self.plan.widget.layout = widgets.Layout(flex="2 1 420px", min_width="280px"), side
         settings = widgets.Box([self.form.widget, self.plan.widget], layout=widgets.Layout(flex_flow="row wrap", width="100%")).add_class("fnb-columns")
-        views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs)} | {"Export": widgets.VBox([self.export.widget, self.formats.widget])}
+        views = {"Data": self.data.widget, "Settings": settings} | {view.title: view.widget for view in (self.train, self.compare, self.chat, self.runs)} | {"Export": widgets.VBox([self.export.widget, self.formats.widget], layout=widgets.Layout(width="100%"))}
         self.tabs = tabs({"Train" if title == "Training" else title: view for title, view in views.items()})
         self.tabs.selected_index = 2 if job is not None else 1
         super().__init__([self.tabs])

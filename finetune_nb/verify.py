@@ -220,7 +220,7 @@ def verify_export(
         asked = replace(asked, ends=greedy(run.model, run.tokenizer, 1, run.config.chat_template_kwargs).eos_token_id)
     run.release()
     after = ask_fresh(kind, path, asked, dtype=dtype, device=device, **more)
-    check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), [*notes, *_notes(kind, after)])
+    check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), [*notes, *_notes(kind, after, dtype)])
     check.save(path if path.is_dir() else path.parent)
     return check
 
@@ -245,7 +245,9 @@ def kind_of(
     raise ExportError(f"{path} is no export: it holds no adapter, no merged model, and is no GGUF file.")
 
 
-def _notes(kind: str, after: Answers) -> list[str]:
+def _notes(kind: str, after: Answers, dtype: str) -> list[str]:
     if kind == "gguf" and "llama.cpp" not in after.loader:
         return ["llama.cpp was not run: its Python binding is not installed, so the file was unpacked by transformers, whose tokenizer and arithmetic may differ from llama.cpp's. pip install \"finetune_nb[llama_cpp]\""]
-    return ["Answers end where the run's do; a server has to be told, as a base model's own settings may not say it."] if kind == "adapter" else []
+    ends = "Answers end where the run's do; a server has to be told, as a base model's own settings may not say it."
+    rounds = "In bf16 plain PEFT rounds a layer's output before the adapter's product is added, and a small product is lost: load the base model in float32 beside it, or ship the merged model or GGUF."
+    return [ends, *[rounds] * (dtype == "bfloat16")] if kind == "adapter" else []

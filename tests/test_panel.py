@@ -1451,7 +1451,7 @@ def test_formats_are_written_checked_and_nothing_is_sent(two_runs):
     assert ("Would go to me/two (private); nothing was sent" in view.files.value and "model.safetensors" in view.files.value) is found.ok
     (folder / "notes.txt").write_text("x")
     view.look.click()
-    assert "fnb-error" in view.files.value and "not as it was exported" in view.files.value, "a changed folder goes nowhere"
+    assert "fnb-error" in view.files.value and "notes.txt is no part of an export" in view.files.value, "a changed folder goes nowhere"
     view.repo.value = EVIL
     view.look.click()
     check_view(view)
