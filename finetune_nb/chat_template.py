@@ -236,11 +236,30 @@ def _from_cache(file: Path | None) -> Dataset | None:
     if file is None or not file.is_file():
         return None
     try:
-        rows = Dataset.from_file(str(file))
-        file.touch()
-        return rows
-    except Exception:  # a damaged cache is made anew
-        return None
+        if _checksum(file, file.stat().st_size - 32) == _last_bytes(file):
+            rows = Dataset.from_file(str(file))
+            file.touch()
+            return rows
+    except Exception:  # it can't be read, whatever the reason
+        pass
+    warnings.warn(f"{file} is damaged: it is not what was written there. The chats are tokenised anew.", stacklevel=4)
+    return None
+
+
+def _checksum(file: Path, size: int) -> bytes:
+    "The SHA-256 of the first `size` bytes."
+    found = hashlib.sha256()
+    with open(file, "rb") as bytes_of:
+        while size > 0 and (part := bytes_of.read(min(size, 1 << 20))):
+            found.update(part)
+            size -= len(part)
+    return found.digest()
+
+
+def _last_bytes(file: Path, n: int = 32) -> bytes:
+    with open(file, "rb") as bytes_of:
+        bytes_of.seek(-n, os.SEEK_END)
+        return bytes_of.read()
 
 
 def _to_cache(rows: Dataset, file: Path, keep: int = 8) -> None:
@@ -251,6 +270,9 @@ def _to_cache(rows: Dataset, file: Path, keep: int = 8) -> None:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, rows.data.schema) as writer:
             for batch in rows.data.to_batches():
                 writer.write_batch(batch)
+        checksum = _checksum(beside, beside.stat().st_size)
+        with open(beside, "ab") as sink:
+            sink.write(checksum)
         beside.replace(file)
         kept = sorted((p for p in file.parent.glob("*.arrow") if re.fullmatch(r"[0-9a-f]{64}", p.stem)), key=lambda p: p.stat().st_mtime)
         for old in kept[:-keep]:

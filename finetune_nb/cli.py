@@ -35,7 +35,8 @@ from finetune_nb.config import (
     save_config,
     yaml_value,
 )
-from .redact import redacted
+from .display import visible
+from .redact import redacted, without_key
 
 # %% ../nbs/12_cli.ipynb #a3e27825
 def _with_changes(
@@ -60,6 +61,11 @@ def _with_changes(
     return config
 
 
+def _print(found: Any) -> None:
+    "Prints what came of a command; whatever it quotes steers no terminal."
+    print(visible(str(found)), flush=True)
+
+
 def train_command(options: argparse.Namespace) -> None:
     "Trains, then evaluates on the test set when there is one."
     config = _with_changes(load_config(options.config), options.set)
@@ -78,7 +84,7 @@ def _show(run: Any, options: argparse.Namespace) -> None:
     leave()
     if not first:
         return
-    print(f"\n{run}", flush=True)
+    _print(f"\n{run}")
     if run.config.fsdp and several:  # it may not fit on one GPU
         print(f"\nThe model lay in parts. Evaluate it with: finetune_nb evaluate {run.folder}", flush=True)
     elif run.test and not options.no_evaluate:
@@ -130,7 +136,7 @@ def diagnose_command(options: argparse.Namespace) -> None:
     from finetune_nb.diagnosis import diagnose
 
     found = diagnose(options.run)
-    print(found.to_markdown() if options.markdown else found)
+    _print(found.to_markdown() if options.markdown else found)
 
 
 def report_command(options: argparse.Namespace) -> None:
@@ -139,7 +145,7 @@ def report_command(options: argparse.Namespace) -> None:
 
     report = write_report(options.run, measure=options.measure, score=options.score)
     paths = [f"{Path(options.run) / 'report'}.{ending}" for ending in ("html", "md", "json")]
-    print(f"\n{report}\n\nReport:   {paths[0]}\nMarkdown: {paths[1]}\nJSON:     {paths[2]}")
+    _print(f"\n{report}\n\nReport:   {paths[0]}\nMarkdown: {paths[1]}\nJSON:     {paths[2]}")
 
 
 def ask_command(options: argparse.Namespace) -> None:
@@ -150,7 +156,7 @@ def ask_command(options: argparse.Namespace) -> None:
     run = load_run(options.run)
     for question in options.questions:
         before, after = (ask(run, question, options.system, options.max_new_tokens, base, say) for base, say in ((True, print), (False, lambda line: None)))
-        print(f"\n{question}\n  base:  {before}\n  tuned: {after}", flush=True)
+        _print(f"\n{question}\n  base:  {before}\n  tuned: {after}")
 
 
 def export_command(options: argparse.Namespace) -> None:
@@ -158,13 +164,13 @@ def export_command(options: argparse.Namespace) -> None:
     from finetune_nb.export import export_run
 
     found = export_run(options.run, options.formats, options.folder, not options.no_check, base=options.base, data_license=options.data_license)
-    print(f"\n{found}")
+    _print(f"\n{found}")
     if options.upload:
         from finetune_nb.upload import upload_export
 
         for item in found.items:
             if item.path:
-                print(f"\n{upload_export(item.path if item.path.is_dir() else item.path.parent, options.upload, dry_run=not options.send)}")
+                _print(f"\n{upload_export(item.path if item.path.is_dir() else item.path.parent, options.upload, dry_run=not options.send)}")
     good = ("ship", "not checked") if options.no_check else ("ship",)
     if any(item.verdict not in good for item in found.items):
         raise SystemExit(1)
@@ -192,7 +198,7 @@ def compare_command(options: argparse.Namespace) -> None:
     if options.out:
         check_ending(options.out)  # before runs are asked
     found = compare_runs(options.runs, missing=not options.saved, score=options.score)
-    print(f"\n{found}")
+    _print(f"\n{found}")
     if options.out:
         print(f"\nComparison: {found.save(options.out)}")
 
@@ -218,7 +224,7 @@ def sweep_command(options: argparse.Namespace) -> None:
     from finetune_nb.sweep import sweep
 
     result = sweep(config, grid, name=options.name, rungs=rungs, keep=options.keep, retry=options.retry)
-    print(f"\n{result}\n\nRuns:     {result.folder}\nHeat map: {result.folder / 'sweep.png'}")
+    _print(f"\n{result}\n\nRuns:     {result.folder}\nHeat map: {result.folder / 'sweep.png'}")
     if not result.finished:
         raise SystemExit(1)
 
@@ -231,7 +237,7 @@ def range_test_command(options: argparse.Namespace) -> None:
     from finetune_nb.range_test import lr_range_test
 
     found = lr_range_test(config, low=options.low, high=options.high, steps=options.steps)
-    print(f"\n{found}")
+    _print(f"\n{found}")
     if options.save:
         found.plot().savefig(options.save, dpi=120)
         print(f"Curve: {options.save}")
@@ -249,7 +255,7 @@ def check_command(options: argparse.Namespace) -> None:
 
         tokenizer = load_tokenizer(options.model)
     report = check_chats(chats, tokenizer=tokenizer, max_length=options.max_length, pattern=options.pattern)
-    print(report)
+    _print(report)
     if tokenizer is not None:
         from finetune_nb.chat_template import check_template
 
@@ -263,7 +269,7 @@ def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> 
 
     name = report_name(run, chats)
     whole = name == "report" and '"headline"' in _text(run.folder / "report.json")
-    print(f"\n{evaluate_run(run, chats, score=score)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html\nWhat went wrong, if something did: finetune_nb diagnose {run.folder}")
+    _print(f"\n{evaluate_run(run, chats, score=score)}\n\nAdapter: {run.folder / 'adapter'}\nReport:  {run.folder / name}.html\nWhat went wrong, if something did: finetune_nb diagnose {run.folder}")
     if whole:  # the page held more than the comparison
         from finetune_nb.report import write_report
 
@@ -413,7 +419,7 @@ def doctor_command(options: argparse.Namespace) -> None:
     from finetune_nb.doctor import doctor
 
     found = doctor(options.folder, hub=not options.no_hub)
-    print(found)
+    _print(found)
     if not found.ok:
         raise SystemExit(1)
 
@@ -626,11 +632,13 @@ def main(
         if "WORLD_SIZE" not in os.environ or _is_to_say(error):
             asked = getattr(options, "run_command", None) is doctor_command
             hint = f" ({'pip install finetune_nb brings what it needs' if asked else 'finetune_nb doctor says what to do'})" if isinstance(error, ImportError) else ""
-            print(f"finetune_nb: {redacted(str(error))}{hint}", file=sys.stderr, flush=True)
+            print(f"finetune_nb: {visible(redacted(str(error)))}{hint}", file=sys.stderr, flush=True)
         return _end(2)
     except Exception as error:
         if "WORLD_SIZE" in os.environ and not _is_to_say(error):
             return _end(1)
+        if (clean := without_key(error)) is not error:
+            raise clean from None
         raise
     return 0
 

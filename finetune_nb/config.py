@@ -26,7 +26,7 @@ from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .display import md_cell
+from .display import md_cell, visible
 from .private import is_private
 from .redact import holds_key, redacted
 
@@ -48,7 +48,10 @@ def setting(
 
 # %% ../nbs/00_config.ipynb #015dcf74
 class FinetuneError(Exception):
-    "Something that the user can mend; the message says what is wrong, where, and what to do."
+    "Something that the user can mend; the message says what is wrong, where, and what to do. What it quotes steers no terminal."
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(visible(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(FinetuneError, ValueError):

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .adapter import ExportError
 from .qlora import nf4_config
 from .redact import redacted
+from .sandbox import render_ids, render_template
 
 # %% ../nbs/09ja_fresh.ipynb #68a1242b
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def ask_transformers(
     prompts, losses, likeliest, texts, ended = [], [], [], [], []
     with torch.no_grad():
         for messages, tools, row in zip(asked.chats, asked.tools, asked.rows, strict=True):
-            ids = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True, **asked.kwargs)["input_ids"]
+            ids = render_ids(tokenizer, messages, tools=tools, add_generation_prompt=True, **asked.kwargs)
             at, targets = supervised(row)
             loss, best = judge_logits(model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits[0, at], targets)
             said = _generated(model, tokenizer, ids, asked)
@@ -154,16 +155,13 @@ def _said(llama_cpp: Any, model: Any, ids: list[int], most: int) -> tuple[str, b
 
 
 def _rendered(metadata: dict[str, str], model: Any, messages: list[dict[str, Any]], tools: Any, kwargs: dict[str, Any]) -> str:
-    "The prompt, by the template of the file, in transformers' own sandbox."
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    "The prompt, by the template of the file, behind [the wall](01_sandbox.ipynb)."
     template = metadata.get("tokenizer.chat_template")
     if template is None:
         raise ExportError("The GGUF file has no chat template.")
     special = {f"{name}_token": _piece(model, metadata, name) for name in ("bos", "eos", "unknown", "padding")}
     special = {"bos_token": special["bos_token"], "eos_token": special["eos_token"], "unk_token": special["unknown_token"], "pad_token": special["padding_token"]}
-    texts, _ = render_jinja_template([messages], tools=tools, chat_template=template, add_generation_prompt=True, **special, **kwargs)
-    return texts[0]
+    return render_template(template, special, messages, tools=tools, add_generation_prompt=True, **kwargs)
 
 
 def _piece(model: Any, metadata: dict[str, str], name: str) -> str:

@@ -27,6 +27,7 @@ from .chat_template import end_of_turn_id
 from .fresh import load_llama_cpp
 from .merge import BaseFiles, base_files, merge_adapter
 from .models import EMBEDDED_MODEL, _embedded_gguf
+from .sandbox import render_ids
 from .training import Run
 from .whole_folder import whole_folder
 
@@ -106,8 +107,7 @@ def space_prefix(
 def _begins_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not tokenizer.chat_template:
         return False
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], return_dict=True)["input_ids"]
-    return ids[0] in tokenizer.all_special_ids
+    return render_ids(tokenizer, [{"role": "user", "content": "a"}])[0] in tokenizer.all_special_ids
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:

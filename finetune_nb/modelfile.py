@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .adapter import open_run
 from .chat_template import end_of_turn_id
 from .config import replacing
+from .sandbox import TemplateLimit, render_chats
 from .training import Run
 
 # %% ../nbs/09la_modelfile.ipynb #19019450
@@ -40,8 +41,8 @@ def find_pieces(
     chats: Sequence[Sequence[dict[str, Any]]] = (),  # messages up to the answer, on which it is tried
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the template
 ) -> Pieces | None:
-    "The pieces of a regular template; None where put together they give another text than the template for any of `chats`."
-    render = lambda messages, ask=True: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **(chat_template_kwargs or {}))  # noqa: E731
+    "The pieces of a regular template; None where put together they give another text than the template for any of `chats`. Raises `TemplateLimit` for a template that goes past a bound."
+    render = lambda messages, ask=True: render_chats(tokenizer, [list(messages)], add_generation_prompt=ask, **(chat_template_kwargs or {}))[0]  # noqa: E731
     words = ["Quartz", "Vexing", "Jumbo", "Zebras", "Sphinx"]
     roles = ["system", "user", "assistant", "user", "assistant"]
     said = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
@@ -58,6 +59,8 @@ def find_pieces(
         pieces = Pieces(around, default)
         tried = [said[:2], said[:4], said[1:2], [{**m, "content": m["content"] + " 1\n\nb"} for m in said[:4]], *chats]
         return pieces if all(pieces.render(messages) == render(messages) for messages in tried) else None
+    except TemplateLimit:
+        raise
     except Exception:  # a template may refuse roles in many ways
         return None
 

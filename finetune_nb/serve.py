@@ -92,7 +92,8 @@ class ServedModel:
 
     def __enter__(self) -> "ServedModel":
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(self.command(), cwd=self.folder.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
+        command = self.command()
+        self.process = subprocess.Popen(command, cwd=self.folder.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
         return self
 
     def __exit__(self, *error: object) -> None:

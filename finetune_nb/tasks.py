@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import FinetuneError
+from .display import visible
 from .progress import Progress, progress_to
 from .redact import redacted
 
@@ -75,7 +76,7 @@ class Task:
             with self._turning:
                 self.state = self._ended()
         except BaseException as error:  # also an interrupt: the state has to say so
-            self.error, self.trace = redacted(in_words(error)), redacted(traceback.format_exc())
+            self.error, self.trace = (visible(redacted(text)) for text in (in_words(error), traceback.format_exc()))
             with self._turning:
                 self.state = "failed"
         self._changed()
@@ -85,7 +86,7 @@ class Task:
 
     def say(self, line: str) -> None:
         "Keeps a line of what is told."
-        self.lines.append(line)
+        self.lines.append(visible(line))
         self._changed()
 
     def _moved(self, progress: Progress) -> None:

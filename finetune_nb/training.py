@@ -36,10 +36,10 @@ from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_cha
 from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
 from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
-from .display import html_table
+from .display import html_table, visible
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
 from .losses import recompute_blocks
-from .memory import no_room
+from .memory import in_words_of_pieces, no_room
 from finetune_nb.models import (
     _weight_files,
     base_mark,
@@ -78,6 +78,7 @@ from .preflight import preflight
 from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
 from .progress import Progress, clock_time, progress_to
 from .qlora import nf4_config
+from .redact import no_key_raised
 from finetune_nb.run_folder import (
     append_line,
     checkpoints,
@@ -288,6 +289,7 @@ def _alone() -> Iterator[None]:
         _AT_WORK.release()
 
 # %% ../nbs/08_training.ipynb #966b3edc
+@no_key_raised()
 def train(
     config: FinetuneConfig | None = None,  # every choice; None: the defaults, on the demo data
     splits: Splits | None = None,  # chats to use in place of those that the configuration names
@@ -373,6 +375,7 @@ def _check_parts(config: FinetuneConfig) -> None:
         raise TrainingError('fsdp=True does not go with optim="paged_adamw_8bit", which knows no weights in parts. Take adamw_torch: it too is shared out.')
 
 # %% ../nbs/08_training.ipynb #d0a71884
+@no_key_raised()
 def resume(
     folder: str | Path,  # of a run that was stopped, or whose process ended
     splits: Splits | None = None,  # the chats of the run, when they can't be read again
@@ -577,7 +580,7 @@ def check_base(
 
 def _tell(say: Callable[[str], None], text: str) -> None:
     "Says it at once, also where output is kept back."
-    say(text)
+    say(visible(text))
     sys.stdout.flush()
 
 # %% ../nbs/08_training.ipynb #e9210acc
@@ -758,7 +761,7 @@ def _fit(
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
         if trainer.far:
             _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint, and what comes of the run, is made on a disk of this machine, copied there, read back and compared.")
-        trainer.on_less = partial(_note_less, started, folder, say)
+        trainer.on_less = partial(_note_less, started, folder, say, model)
         trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -789,12 +792,12 @@ def _counts_so_far(folder: Path) -> dict[str, int]:
     return {name: last[name] for name in names if name in last}
 
 
-def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], collator: PackingCollator, step: int, what: str) -> None:
+def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], model: torch.nn.Module, collator: PackingCollator, step: int, what: str) -> None:
     "Tells and records that something did not fit, so that the run also goes on with what did."
     before, started["max_tokens_at_once"] = started["max_tokens_at_once"], collator.max_tokens
     started.setdefault("out_of_memory", []).append({"step": step, "max_tokens_at_once": collator.max_tokens})
     write_facts(started, folder / "started.json")
-    _tell(say, f"{what} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follows. Loss and gradient are the same.")
+    _tell(say, f"{what} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follows. {in_words_of_pieces(model)}")
 
 # %% ../nbs/08_training.ipynb #9e47b9f8
 def _plan_batches(config: FinetuneConfig, ready: _Ready, say: Callable[[str], None], check: Callable[[], None]) -> tuple[PackingCollator, dict[str, Any]]:
@@ -866,7 +869,7 @@ def _probe(config: FinetuneConfig, ready: _Ready, collator: PackingCollator, sha
                 raise no_room([rows[longest]], _plan_that_fits(config, rows, shape)) from error
         else:
             if collator.max_tokens < first:
-                _tell(say, f"The largest batch did not fit with {first:,} tokens at once; with {collator.max_tokens:,} it does. Loss and gradient of a step are the same.")
+                _tell(say, f"The largest batch did not fit with {first:,} tokens at once; with {collator.max_tokens:,} it does. {in_words_of_pieces(ready.model)}")
             return probe, collator
         release_memory()  # outside of the handler, which holds on to what was computed
         collator = replace(collator, max_tokens=max(min(batch.tokens, collator.max_tokens) // 2, least))

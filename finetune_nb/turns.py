@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import FinetuneError
 from .data import Chat
 from .formats import mark_of
-from .sandbox import TemplateLimit, render_chats
+from .sandbox import TemplateLimit, render_chats, render_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,10 @@ def _render_many(
     options = {"add_generation_prompt": add_generation_prompt, "tools": tools, **(kwargs or {})}
     try:
         texts = render_chats(tokenizer, [_as_objects(messages) for messages in batch], **options)
+        _check_letters(texts, wheres)
         return [_without_python_objects(*row, tokenizer, options) for row in zip(texts, batch, strict=True)]
+    except TemplateError:
+        raise
     except TemplateLimit as error:  # no fault of any chat
         raise TemplateError(f"{wheres[0]}{' or a chat after it' if len(batch) > 1 else ''}: {error}") from None
     except Exception as error:  # a template is a program: it may raise anything
@@ -65,6 +68,13 @@ def _render_many(
         if isinstance(error, TypeError) and (as_texts := _as_texts(batch[0])) != batch[0]:  # it wants the arguments as text
             return _render_texts(as_texts, tokenizer, options, wheres[0])
         raise TemplateError(f"{wheres[0]}: {_reason(error, batch[0])}") from None
+
+
+def _check_letters(texts: list[str], wheres: Sequence[str]) -> None:
+    "Raises `TemplateError` for a text with half of a pair of UTF-16, which no tokenizer takes."
+    for text, where in zip(texts, wheres, strict=True):
+        if found := re.search("[\\ud800-\\udfff]", text):
+            raise TemplateError(f"{where}: the text that the chat template writes holds {ascii(found[0])}, which is half a character (a lone surrogate) and no tokenizer takes. Take it out of the chat, or out of the template (tokenizer.chat_template).")
 
 
 def _render_texts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], where: str) -> list[str]:
@@ -541,15 +551,11 @@ def _message_lost(chat: Chat, i: int) -> str:
 # %% ../nbs/01a_turns.ipynb #90d5c1f3
 def _by_marks(template: Template, chat: Chat, row: Row) -> Row:
     "The row with its turns begun where the template's `{% generation %}` marks begin."
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    options = {**template.tokenizer.special_tokens_map, **(template.kwargs or {})}
     messages = [{k: v for k, v in m.items() if v is not None} for m in _as_objects(chat.messages[: row.turns[-1].message + 1])]
-    source = template.tokenizer.get_chat_template(tools=chat.tools)
-    _, marks = render_jinja_template([messages], chat.tools, None, source, return_assistant_tokens_mask=True, **options)
+    marks = render_marks(template.tokenizer, messages, tools=chat.tools, **(template.kwargs or {}))
     turns = []
     for turn in row.turns:
-        inside = [(a, b) for a, b in marks[0] if a < turn.end and b > turn.prompt_end]
+        inside = [(a, b) for a, b in marks if a < turn.end and b > turn.prompt_end]
         if not inside or inside[0][0] < turn.prompt_end:
             raise TemplateError(_not_marked(chat, turn, row, "do not lie on this answer"))
         marked = "".join(row.text[a : min(b, turn.end)] for a, b in inside)

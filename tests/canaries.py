@@ -49,8 +49,11 @@ class Fails(TrainerCallback):
         raise RuntimeError("could not reach https://me:" + exception["MY_DB_PASSWORD"] + "@host with " + " ".join(exception.values()))
 try:
     train(config, splits, [Fails()])
-except RuntimeError:
-    pass
+except RuntimeError as error:
+    import traceback
+    print(error, repr(error), traceback.format_exc())  # as a notebook and a script show it
+else:
+    raise SystemExit("it did not fail")
 job = start_job(config, splits, background=False, callbacks=[Fails()])
 print(job.error, job.trace, job.lines)
 from finetune_nb.train_view import job_words

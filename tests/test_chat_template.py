@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from datetime import date
 
 import pytest
@@ -458,6 +459,32 @@ def test_arguments_stay_objects_though_somebody_wrote_the_like(tokenizer):
     chat = Chat([{"role": "user", "content": "{'zone': 'Rome'}"}, chat.messages[1]], "c", chat.extra)
     rows = tokenize_chats([chat], with_template(tokenizer, QWEN25))
     assert '"arguments": {"zone": "Rome"}' in tokenizer.decode(rows["input_ids"][0])
+
+
+@pytest.mark.parametrize("where", ["tokens", "checksum", "cut", "empty"])
+def test_a_cache_that_was_changed_is_made_anew(where, tokenizer, tmp_path):
+    "Changed token ids make a file that can be read as ever, and another training."
+    chats = [Chat([{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}], f"line {i}") for i in range(80)]
+    rows = tokenize_chats(chats, tokenizer, cache_dir=tmp_path)
+    file = next(tmp_path.glob("*.arrow"))
+    whole, at = bytearray(file.read_bytes()), {"tokens": rows.data.column("input_ids").chunk(0).values.buffers()[1], "checksum": None}
+    changed = bytearray(whole)
+    if where == "tokens":
+        i = whole.index(at["tokens"].to_pybytes()[:400]) + 200
+        changed[i] ^= 1
+    elif where == "checksum":
+        changed[-1] ^= 1
+    file.write_bytes({"cut": whole[:-1000], "empty": b""}.get(where, changed))
+    with pytest.warns(UserWarning, match="is damaged: it is not what was written there. The chats are tokenised anew"):
+        assert tokenize_chats(chats, tokenizer, cache_dir=tmp_path).to_list() == rows.to_list()
+    assert file.read_bytes() == whole and not [w for w in warned(lambda: tokenize_chats(chats, tokenizer, cache_dir=tmp_path)) if "damaged" in w]
+
+
+def warned(work):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    return [str(w.message) for w in caught]
 
 
 def test_the_cache_knows_the_order_of_keys_and_the_day(tokenizer, tmp_path, monkeypatch):

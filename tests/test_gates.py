@@ -70,6 +70,34 @@ def test_what_is_fine_is_let_through():
     assert offences(fine) == []
 
 
+RENDERS = {"apply_chat_template", "render_jinja_template", "_compile_jinja_template", "from_string", "jinja2", "SandboxedEnvironment", "ImmutableSandboxedEnvironment"}
+MAY_RENDER = {"sandbox": RENDERS, "lm_eval_tasks": {"apply_chat_template"}, "turns": {"jinja2"}}  # lm-eval renders by itself; the last one reads an error
+
+
+def renders(source):
+    "What in a module renders a template: calls, what is imported, and settings of calls that let others do it."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            found |= {name_of(node.func).rpartition(".")[2], *(k.arg for k in node.keywords)}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {str(getattr(node, "module", "")).partition(".")[0], *(a.name.partition(".")[0] for a in node.names)}
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found & RENDERS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_templates_are_rendered_behind_the_wall_alone(path):
+    assert renders(path.read_text(encoding="utf-8")) <= MAY_RENDER.get(path.stem, set()), "use render_chats, render_ids, render_template or render_marks"
+
+
+def test_the_gate_of_templates_shuts():
+    for source in ("t.apply_chat_template(c)", "f = t.apply_chat_template", "from jinja2 import Template", "from a.b import render_jinja_template", "import jinja2.sandbox", "f(apply_chat_template=True)"):
+        assert renders(source), source
+    assert not renders("render_chats(t, c)\nt.chat_template")
+
+
 def test_markup_is_made_by_modules_that_escape():
     "A module that writes tags around a value imports `escape`, or writes through one that does."
     for path in SOURCES:

@@ -14,7 +14,7 @@ from finetune_nb.data import Splits
 from finetune_nb.generation import continuations
 from finetune_nb.lora import add_lora, remove_lora
 from finetune_nb.losses import inner_model
-from finetune_nb.memory import NoRoomError, chat_losses
+from finetune_nb.memory import NoRoomError, chat_losses, in_words_of_pieces
 from finetune_nb.models import load_model, load_tokenizer
 from finetune_nb.packing import PackingCollator
 from finetune_nb.trainer import make_trainer
@@ -141,8 +141,15 @@ def test_a_run_whose_device_fills_up_goes_on_as_it_was(kind, quick, chats, tmp_p
     run = train(config, splits, [From(table, 2, 64)], base=base, say=said.append)
     assert [row["loss"] for row in run.history if "loss" in row] == pytest.approx(losses, rel=1e-5)
     assert run.facts["out_of_memory"][0] == {"step": 3, "max_tokens_at_once": run.facts["out_of_memory"][0]["max_tokens_at_once"]}
-    assert [line for line in said if line.startswith("Step 3 did not fit into the memory; it was computed again with at most")]
+    assert [line for line in said if line.startswith("Step 3 did not fit into the memory; it was computed again with at most") and line.endswith("Loss and gradient are the same up to rounding.")]
     assert run.facts["max_tokens_at_once"] == run.facts["out_of_memory"][-1]["max_tokens_at_once"] <= 64
+
+
+def test_what_smaller_pieces_change_is_said():
+    "With dropout other masks are drawn, and the losses are others; without it they are the same."
+    made = lambda p: torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ModuleDict({"default": torch.nn.Dropout(p)}))  # noqa: E731
+    assert in_words_of_pieces(made(0.0)) == "Loss and gradient are the same up to rounding."
+    assert in_words_of_pieces(made(0.05)).startswith("Dropout draws other numbers for other pieces, so the losses that follow are a little different")
 
 
 def with_a_long_one(chats, n):
@@ -158,7 +165,7 @@ def test_the_longest_chat_is_tried_before_the_first_step(quick, chats):
     run = train(replace(quick, num_train_epochs=1, gradient_accumulation_steps=4), with_a_long_one(chats, 60), base=base, say=said.append)
     told = "\n".join(said)
     assert "it did not suffice to compare the longest chats" in told and "architecture does not take it" not in told
-    assert "The largest batch did not fit with" in told and max(table.sizes) <= 282
+    assert "The largest batch did not fit with" in told and "it does. Dropout draws other numbers" in told and max(table.sizes) <= 282
     assert run.facts["packing"] == "shared" and run.facts["steps"] == 2
 
 

@@ -6,14 +6,20 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 from chat_templates import FAMILIES
 from hostile_templates import GREEDY, REACHING
+from jinja2 import TemplateError as JinjaError
 
 from finetune_nb import sandbox
-from finetune_nb.sandbox import RenderLimits, TemplateLimit, render_chats
+from finetune_nb.chat_template import tokenize_chats
+from finetune_nb.data import Chat
+from finetune_nb.fresh import _rendered
+from finetune_nb.modelfile import find_pieces
+from finetune_nb.sandbox import RenderLimits, TemplateLimit, render_chats, render_ids, render_marks
 from finetune_nb.turns import TemplateError, render
 
 TALK = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Ä 漢 \U0001f600"}]
@@ -171,6 +177,52 @@ def test_a_limit_is_told_with_its_chat_and_not_tried_again(fresh, tokenizer):
         render(TALK, endless)
     assert time.monotonic() - begun < 0.5
     assert render(TALK, tokenizer).startswith("<|im_start|>")
+
+
+@pytest.mark.parametrize("end", ["{{ raise_exception('no') }}", "a text"])
+def test_all_that_a_template_renders_comes_from_one_allowance(end, fresh, tokenizer):
+    "Whether it raises an error in the end or not: each chat alone would have a fresh allowance otherwise."
+    burns, limits = with_template(tokenizer, "{% for a in range(300) %}{% for b in range(5000) %}{% endfor %}{% endfor %}" + end), RenderLimits(seconds=0.3, seconds_each=0.001)
+    for _ in range(30):
+        with suppress(Exception):
+            render_chats(burns, [TALK], limits)
+    with pytest.raises(TemplateLimit, match=r"within 0.[0-9] s|took 0.[0-9] s of the processor more than the chats that it was given need"):
+        render_chats(burns, [TALK], limits)
+    for _ in range(30):
+        render_chats(tokenizer, [TALK] * 20)
+    assert sandbox._renderer().owed[str(tokenizer.chat_template)] == 0.0, "one that takes its share owes nothing"
+
+
+def test_a_template_steers_no_terminal_and_writes_no_half_characters(tokenizer):
+    evil = r"{{ raise_exception('\x1b[2J\x1b]0;gone\x07\u202eno') }}"
+    with pytest.raises(TemplateError) as caught:
+        render(TALK, with_template(tokenizer, evil))
+    assert r"\x1b[2J\x1b]0;gone\x07\u202eno" in str(caught.value)
+    with pytest.raises(JinjaError) as caught:
+        render_chats(with_template(tokenizer, evil), [TALK])
+    assert str(caught.value).isprintable()
+    for template in (r"{{ '\ud800' }}" + tokenizer.chat_template, tokenizer.chat_template + r"{{ '\udfff' }}"):
+        with pytest.raises(TemplateError, match=r"line 7: the text that the chat template writes holds '.ud[8f][0f][0f]', which is half a character"):
+            tokenize_chats([Chat(TALK, "line 7")], with_template(tokenizer, template))
+
+
+BOMB = "{% if messages[0].content == 'Quartz' or messages[1].content == 'Quartz' %}{{ 'a' * 10 ** 7 }}{% endif %}{{ messages[-1].content }}"
+MARKED = "{% for m in messages %}{{ m.role }}{% generation %}{{ 'a' * 10 ** 7 }}{% endgeneration %}{% endfor %}"
+
+
+def test_what_is_exported_is_rendered_behind_the_wall(fresh, tokenizer):
+    "The Modelfile, the prompts of the proof, the file for llama.cpp and the marks of answers, as the data."
+    bomb, marked = with_template(tokenizer, BOMB), with_template(tokenizer, MARKED)
+    asked = [{"role": "user", "content": "Quartz"}, TALK[1]]
+    for ask in (
+        lambda: find_pieces(bomb),
+        lambda: render_ids(bomb, asked, add_generation_prompt=True),
+        lambda: _rendered({"tokenizer.chat_template": BOMB + " "}, None, asked, None, {}),
+        lambda: render_marks(marked, TALK),
+    ):
+        with pytest.raises(TemplateLimit, match="wrote [0-9,]+ characters for one chat|not come to an end"):
+            ask()
+    assert render_ids(tokenizer, TALK) == tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -1,6 +1,7 @@
 """Keys of this machine are nowhere in what a run leaves and says, and working offline opens no connection."""
 
 import json
+import traceback
 
 import pytest
 from canaries import PLANTED, run_with_canaries
@@ -8,7 +9,7 @@ from canaries import PLANTED, run_with_canaries
 from finetune_nb import redact
 from finetune_nb.config import ConfigError, FinetuneConfig, load_config
 from finetune_nb.data import check_chats
-from finetune_nb.redact import holds_key, keys_here, redacted, without_keys
+from finetune_nb.redact import holds_key, keys_here, no_key_raised, redacted, without_keys
 from finetune_nb.run_folder import read_facts, write_facts
 
 
@@ -122,3 +123,71 @@ def test_a_key_is_known_from_each_place(place, text, tmp_path, monkeypatch):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text(text.format("Only-In-This-Place-1"))
     assert "Only-In-This-Place-1" in keys_here()
+
+
+KEY = "Zr7-canary-9182"  # nothing in its form says that it is one
+
+
+@pytest.mark.parametrize("name", [
+    "PGPASSWORD", "MYSQL_PWD", "NGROK_AUTHTOKEN", "DB_PASS", "SECRETKEY", "GITHUBTOKEN", "MY_TOKENS", "STRIPE_SK", "LOGIN_PASSWORD", "SMTP_PASSWD", "APP_SECRETS", "OPENAI_APIKEY",
+    "clientSecret", "API_KEYS", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "TOKEN_2", "GITHUB_PAT", "REDIS_PASS_1", "SECRET_KEY_BASE",
+])  # fmt: skip
+def test_a_variable_that_is_called_a_key_is_one(name, monkeypatch):
+    monkeypatch.setenv(name, KEY)
+    assert KEY in keys_here() and KEY not in redacted(f"could not log in with {KEY}.") and holds_key(KEY) and KEY not in str(without_keys({"a": [KEY]}))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("PATH", KEY), ("PWD", KEY), ("OLDPWD", KEY), ("TOKENIZERS_PARALLELISM", KEY), ("MAX_TOKENS", "1048576000"), ("PASSENGER_APP_ENV", KEY), ("KEYBOARD", KEY), ("MONKEY", KEY), ("SECRETARY", KEY),
+    ("COMPASS", KEY), ("BYPASS_CACHE", KEY), ("SSH_AUTH_SOCK", "/run/user/1000/agent"), ("DB_PASSWORD", "false"), ("PASSWORD_FILE", "/run/secrets/password"), ("EOS_TOKEN", "<|im_end|>"), ("SORT_KEYS", "alphabetical"), ("DB_PASSWORD", "abc"),
+])  # fmt: skip
+def test_what_is_not_called_a_key_is_none(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert value not in keys_here() and redacted(f"it says {value} here") == f"it says {value} here"
+
+
+def test_a_password_that_is_a_word_is_taken_out_as_a_word(monkeypatch):
+    monkeypatch.setenv("LOGIN_PASSWORD", "correcthorse")
+    monkeypatch.setenv("DB_PWD", "horses")
+    said = redacted("user:correcthorse and horses, not seahorses nor correcthorse_2")
+    assert "correcthorse " not in said and " horses" not in said and said.endswith("not seahorses nor correcthorse_2")
+
+
+def test_keys_in_the_settings_of_a_connection_and_in_hex(monkeypatch):
+    monkeypatch.setenv("AZURE_CONN", "AccountName=me;AccountKey=Zr7azurecanary9182+abc==;EndpointSuffix=x")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    assert "Zr7azure" not in redacted("403 with Zr7azurecanary9182+abc==")
+    found = without_keys({"key": "0123456789abcdef0123456789abcdef01234567", "sha": "f123456789abcdef0123456789abcdef01234567"})
+    assert found["sha"] == "f123456789abcdef0123456789abcdef01234567" and "cdef0123" not in found["key"]
+
+
+class Odd(Exception):
+    "Makes its words of something else than its arguments."
+
+    def __str__(self):
+        return f"no way with {KEY}"
+
+
+def test_no_error_gets_out_with_a_key(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", KEY)
+
+    @no_key_raised()
+    def fails(error, cause=None, group=None):
+        try:
+            if cause:
+                raise cause
+        except Exception as caught:
+            raise error from caught
+        raise error
+
+    given = [RuntimeError(f"401 {KEY}"), OSError(2, f"no {KEY}", f"/x/{KEY}"), Odd("x"), ConfigError(f"x {KEY}"), KeyError(KEY), ValueError(("a", [KEY]))]
+    for error in given:
+        for cause in (None, ConnectionError(f"https://me:{KEY}@host"), Odd("y")):
+            with pytest.raises(Exception) as caught:
+                fails(error, cause)
+            assert KEY not in "".join(traceback.format_exception(caught.value)).replace('KEY = "', "") and KEY not in repr(caught.value)
+            assert caught.value is error or isinstance(error, (Odd, ValueError)), "the error stays the one that it was"
+    plain = ValueError("nothing in it", 7)
+    with pytest.raises(ValueError) as caught:
+        fails(plain)
+    assert caught.value is plain and plain.args == ("nothing in it", 7)
