@@ -1,13 +1,15 @@
 """The pieces that find the assistant's turns, each by itself and without a template."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from jinja2 import TemplateSyntaxError
+from test_chat_template import small_tokenizer
 
 from finetune_nb import turns
 from finetune_nb.data import Chat
-from finetune_nb.turns import Row, Shape, Skeleton, Turn, merge_system, trained_turns
+from finetune_nb.turns import Row, Shape, Skeleton, Template, Turn, merge_system, rows_of, trained_turns
 
 USER, BOT = {"role": "user", "content": "q?"}, {"role": "assistant", "content": "a"}
 
@@ -147,3 +149,38 @@ def test_marks_that_do_not_fit_are_shown():
     row = Row("q" * 10 + "a" * 50, (Turn(1, 10, 60, 10),))
     said = turns._not_marked(Chat([USER, BOT], "c, line 3"), row.turns[0], row, "do not lie on this answer")
     assert said == f"c, line 3, message 2: the {{% generation %}} marks of the chat template do not lie on this answer ({'a' * 40!r}). Correct the template, or remove the marks from it."
+
+
+@pytest.mark.parametrize(
+    ("template", "longer", "shorter", "upto", "said"),
+    [
+        ("", "q a", "q \n", "q", r"The generation prompt ends in '\\n'"),
+        ("", "q <bot>a", "q <bot><think>", "q", "If the template opens a block of reasoning"),
+        ("{{ strftime_now('%H:%M') }}", "at 12:31 q <bot>a", "at 12:30 q <bot>", "at 12:31 q", "The template writes the time of day"),
+        ("{{ now }}", "at 12:31 q <bot>a", "at 12:30 q <bot>", "at 12:31 q", "The header of the answer differs"),
+        ("{{ strftime_now('%H:%M') }}", "at 12:31 q <bot>a", "at 12:30 q <BOT>", "at 12:31 q", "The header of the answer differs"),
+        ("{{ strftime_now('%H:%M') }}", "at noon, <bot>a", "at 12:30 q <bot>", "at 12:31 q", "The template drops or rewrites earlier messages"),
+    ],
+)
+def test_what_to_do_about_a_prompt_that_is_no_beginning(template, longer, shorter, upto, said):
+    asked = []
+    fake = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=template), upto=lambda *given: asked.append(given) or upto)
+    one = Chat([USER, BOT])
+    assert turns._to_agree(fake, one, 1, longer, shorter).startswith(said.replace("\\\\", "\\")) and all(given == (one, 1, False) for given in asked)
+
+
+def test_the_rows_are_of_the_answers_that_were_asked_for():
+    made = small_tokenizer("bytes with trimmed offsets")
+    made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    one = Chat([USER, BOT, USER, BOT | {"train": False}])
+    for train_on in ("all", "last"):
+        found = [turn.message for row in rows_of(one, made, train_on) for turn in row.turns]
+        assert found == trained_turns(one, train_on)
+
+
+def test_a_skeleton_is_kept_by_the_tools_of_a_chat_too():
+    made = small_tokenizer("bytes with trimmed offsets")
+    made.chat_template = "{% if tools %}TOOLS {% endif %}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    template, tools = Template(made), [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    texts = [turns._skeleton(template, Chat([USER], "", {"tools": given} if given else {}), 1).pieces for given in (None, tools, None)]
+    assert texts[0] == texts[2] != texts[1] and texts[1][0].startswith("TOOLS")

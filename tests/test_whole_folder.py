@@ -342,7 +342,8 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     for value in (float("nan"), float("-inf")):
         assert repr(from_plain(to_plain([value], {}), {})) == repr([value])
     tensors = {}
-    to_plain((torch.ones(1, requires_grad=True), [torch.ones(1)]), tensors)
+    pair = (torch.ones(1, requires_grad=True), [torch.ones(1)])
+    assert same(pair, from_plain(to_plain(pair, tensors), tensors)) and to_plain({7: None}, {}) == {"dict": [[7, None]]}
     assert tensors.keys() == {"0", "1.0"} and not tensors["0"].requires_grad
     with pytest.raises(TypeError, match="^a.b.1: a set can't be kept without a pickle$"):
         to_plain({"a": {"b": [1, {2}]}}, {})
