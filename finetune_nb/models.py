@@ -528,7 +528,9 @@ def mark_of(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if loaded := base.__dict__.get("_loaded_from"):
         name, revision, seen = loaded
-        return base_mark(name, revision) if _seen(name, revision) == seen else "not known, its files have changed since it was loaded"
+        if "_mark" not in base.__dict__:  # asked for the first time
+            base._mark = base_mark(name, revision) if _seen(name, revision) == seen else "not known, its files have changed since it was loaded"
+        return base._mark
     name = getattr(base.config, "_name_or_path", "")  # transformers keeps it
     return base_mark(name, getattr(base.config, "_commit_hash", None)) if name else None
 
