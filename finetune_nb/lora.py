@@ -259,11 +259,11 @@ def _peft_answers(folder: str | Path) -> Iterator[None]:
     "What PEFT has against the settings of a saved adapter, as an `AdapterError`."
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError, re.error) as error:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, LookupError, ImportError, re.error) as error:
         if isinstance(error, FinetuneError) or is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0][:300].rstrip(".")
-        raise AdapterError(f"{folder}: PEFT can't put this adapter onto the model: {reason}. Load the base model that it was trained on, and look at target_modules in adapter_config.json.") from error
+        raise AdapterError(f"{folder}: PEFT can't put this adapter onto the model: {reason}. Load the base model that it was trained on, and look at adapter_config.json (target_modules, first of all).") from error
 
 # %% ../nbs/04_lora.ipynb #fc6b779a
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -333,6 +333,8 @@ def _faults_of_settings(saved: dict, weights: dict[str, torch.Tensor]) -> Iterat
     whole, names = _is_number(int, 1, most), lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "peft_type": (lambda v: v == "LORA", "LORA"),
+        "task_type": (lambda v: v == "CAUSAL_LM", "CAUSAL_LM"),
+        "megatron_config": (lambda v: False, "nothing, since modules would be imported by the name that it gives"),
         "r": (whole, f"a whole number from 1 to {most}, the largest rank of its weights"),
         "rank_pattern": (_is_table(whole), f"whole numbers from 1 to {most} by layer"),
         "lora_alpha": (_is_number(float, 0, 1e9), "a number above 0"),
