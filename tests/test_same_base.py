@@ -1,7 +1,6 @@
 """The base model is the one that was meant: every weight, every place of it, its configuration, and nothing underneath."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_nb import models
-from finetune_nb.config import FinetuneError
 from finetune_nb.data import Splits
 from finetune_nb.lora import AdapterError, add_lora, load_adapter, put_adapter, remove_lora, save_base_mark
 from finetune_nb.models import ModelError, base_difference, base_mark, changed_weights, convert_gguf, load_model, load_tokenizer, mark_of
@@ -114,7 +112,7 @@ def test_a_sum_does_not_depend_on_where_a_tensor_lies(tmp_path):
     [
         lambda w: w[KEY].view(torch.int32)[-1].__setitem__(-1, w[KEY].view(torch.int32)[-1, -1] ^ 1),
         lambda w: w[KEY].copy_(w[KEY].flip(0)),
-        lambda w: w[KEY][[2, 5]].copy_(w[KEY][[5, 2]]) and w[KEY].__setitem__([2, 5], w[KEY][[5, 2]].clone()),
+        lambda w: w[KEY].__setitem__([2, 5], w[KEY][[5, 2]].clone()),
     ],
     ids=["a bit", "upside down", "two rows"],
 )
@@ -130,7 +128,7 @@ def test_a_mark_sees_the_configuration(settings, tiny_model, other):
 
 
 def test_a_mark_sees_no_names_and_no_versions(tiny_model, other):
-    configure(other, _name_or_path="/elsewhere", transformers_version="9.9", use_cache=False, dtype="bfloat16", pretraining_tp=None)
+    configure(other, _name_or_path="/elsewhere", transformers_version="9.9", use_cache=False, dtype="bfloat16", something_new=None)
     assert base_mark(str(other)) == base_mark(tiny_model)
 
 
@@ -274,14 +272,14 @@ def test_a_run_of_which_the_base_model_changes_ends(what, quick, chats):
     class Writes(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             part = model.get_base_model().model
-            if what == "rows" and state.global_step == 2:
+            if what == "rows" and state.global_step == 3:
                 part.layers[1].mlp.down_proj.weight.data[:2] = part.layers[1].mlp.down_proj.weight.data[:2].flip(0)
             elif what == "frequencies":
                 part.rotary_emb.inv_freq.mul_(1.5)
 
     named = "down_proj.weight" if what == "rows" else "rotary_emb.inv_freq"
-    config = replace(quick, max_steps=4, eval_strategy="no", save_strategy="steps", save_steps=3) if hasattr(quick, "save_strategy") else replace(quick, max_steps=4, eval_strategy="steps", eval_steps=3)
-    with pytest.raises(ChangedBaseError, match=f"By step 3 the weights of the base model had changed: .*{named}"):
+    config, at = replace(quick, max_steps=6, eval_strategy="steps", eval_steps=3), 3 if what == "rows" else 2  # a checkpoint; the first step with a learning rate
+    with pytest.raises(ChangedBaseError, match=f"By step {at} the weights of the base model had changed: .*{named}"):
         train(config, Splits(chats[:24], chats[24:32], []), [Writes()], say=quiet)
 
 
@@ -304,4 +302,3 @@ def test_a_converted_model_that_is_not_as_it_was_written_is_made_anew(tiny_model
     assert convert_gguf(file) == folder and len(made) == 4
     monkeypatch.setattr(models, "version", lambda name: "another")
     assert convert_gguf(file) != folder and len(made) == 5
-    assert issubclass(ModelError, FinetuneError) and re.fullmatch(r"m-[0-9a-f]{12}", folder.name)
