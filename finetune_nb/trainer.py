@@ -208,8 +208,12 @@ class FinetuneTrainer(CrashSafeTrainer):
             sharing.num_processes, sharing.process_index, sharing.batch_size = 1, 0, None  # it has nothing left to share out
         return loader
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement &= self.args.device.type != "cpu"
+
     def _move_model_to_device(self, model, device):
-        "It is where it was loaded. With several processes the CPU is called cpu:0, and a move to there would copy every weight."
+        "It is where it was loaded. With several processes the CPU is called cpu:0, and a move to there, here or by `accelerate`, would copy every weight."
         if inner_model(model).device.type != device.type:
             super()._move_model_to_device(model, device)
 

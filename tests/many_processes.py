@@ -18,7 +18,7 @@ from finetune_nb.config import FinetuneConfig, FinetuneError
 from finetune_nb.data import Chat, Splits
 from finetune_nb.lora import add_lora
 from finetune_nb.losses import inner_model
-from finetune_nb.models import load_tokenizer
+from finetune_nb.models import load_model, load_tokenizer
 from finetune_nb.sharding import fill_from_first, outside_whole, shard
 from finetune_nb.stop import Stop
 from finetune_nb.training import load_base, resume, train
@@ -86,9 +86,10 @@ def asked(config):
     "What a model says that was put into parts unlike any run does it: with weights that the first process sent; and how many of its weights are still whole then."
     base, tokenizer = load_base(config, say=len, hollow=N > 1)
     torch.manual_seed(0)
+    fill = fill_from_first(base, lambda: load_model(config.model_name_or_path, torch.float32, use_cpu=True, say=len)[0]) if N > 1 else None
     weights, model = [weakref.ref(p) for p in base.parameters()], add_lora(base, config)
     if N > 1:
-        shard(model, fill=fill_from_first(base, lambda: load_base(config, say=len)[0]))
+        shard(model, fill=fill)
     ids = torch.tensor([tokenizer("What is two plus one?")["input_ids"]])
     with outside_whole(model), torch.no_grad():
         text = inner_model(model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0].tolist()
