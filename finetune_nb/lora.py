@@ -309,6 +309,8 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     try:
         saved = _known_settings(dict(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))))
         weights = load_file(folder / ADAPTER_FILES[1])
+        if not any("lora_" in name for name in weights):
+            raise AdapterError(f"{folder} does not fit this model: {ADAPTER_FILES[1]} holds no weights of LoRA. Take it from a copy, or train it again.")
         if faults := list(_faults_of_settings(saved, weights)):
             raise AdapterError(f"{folder}: {ADAPTER_FILES[0]} can't be right: {'; '.join(faults)}. Take it from a copy, or train it again.")
         return LoraConfig(**saved | {"init_lora_weights": True}), weights

@@ -322,25 +322,19 @@ def test_a_run_is_given_as_such_or_by_its_folder(tmp_path):
             ask(FinetuneConfig())
 
 
-@pytest.mark.parametrize("damage", ["missing", "surplus", "shape", "renamed", "empty"])
-def test_adapter_keys_that_do_not_match_raise(damage, quick, splits, tiny_model):
+def test_adapter_keys_that_do_not_match_raise(quick, splits, tiny_model):
     run = train(replace(quick, max_steps=1, eval_strategy="no"), splits)
     file = run.folder / "adapter/adapter_model.safetensors"
+    (file.parent / "MANIFEST.json").unlink()  # which knows that they are other ones
     weights = load_file(file)
     first = next(iter(weights))
-    if damage == "missing":
-        del weights[first]
-    elif damage == "surplus":
-        weights[first.replace("layers.0", "layers.9")] = weights[first].clone()
-    elif damage == "shape":
-        weights[first] = torch.zeros(3, 3)
-    elif damage == "renamed":
-        weights = {f"x.{k}": w for k, w in weights.items()}
-    else:
-        weights = {}
-    save_file(weights, file)
-    with pytest.raises(AdapterError, match="does not fit this model"):
-        load_run(run.folder).model  # noqa: B018
+    missing = {name: weight for name, weight in weights.items() if name != first}
+    surplus = weights | {first.replace("layers.0", "layers.9"): weights[first].clone()}
+    renamed = {f"x.{name}": weight for name, weight in weights.items()}
+    for damaged in (missing, surplus, weights | {first: torch.zeros(3, 3)}, renamed, {}):
+        save_file(damaged, file)
+        with pytest.raises(AdapterError, match="does not fit this model"):
+            load_run(run.folder).model  # noqa: B018
 
 
 def test_an_adapter_folder_without_weights(tmp_path, tiny_model):
