@@ -20,7 +20,7 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from .config import FinetuneError
-from .lora import ADAPTER_FILES, AdapterError, _read_adapter, set_adapter_weights
+from .lora import ADAPTER_FILES, BASE_FILE, AdapterError, _read_adapter, set_adapter_weights
 from .models import EMBEDDED_MODEL, EMBEDDED_TWIN, load_tokenizer
 from .planning import base_shape
 from .training import Run, as_run
@@ -132,7 +132,7 @@ def save_adapter(
     with whole_folder(target, {"kind": "adapter"}) as part:
         shutil.copyfile(source / ADAPTER_FILES[1], part.folder / ADAPTER_FILES[1])
         part.write(ADAPTER_FILES[0], _json(settings))
-        part.write("base.json", _json(base_facts(run)))
+        part.write(BASE_FILE, _json(base_facts(run)))
         save_tokenizer(load_tokenizer(run.config.model_name_or_path, run.config.revision), part.folder)
     return SavedAdapter(target, settings["base_model_name_or_path"], len(weights), size_on_disk(target), check_servers(settings))
 

@@ -20,6 +20,7 @@ from .packing import PackingCollator
 from .processes import anyone, said_by_all
 from .sharding import is_sharded, own_parts, take_apart
 from .stop import TrainingError
+from .weight_sums import computed_with, marks_of
 
 # %% ../nbs/07fa_sentinels.ipynb #f1a20d2b
 class SentinelError(TrainingError):
@@ -94,27 +95,14 @@ def are_finite(
     return bool(torch.nn.utils.get_total_norm(floating, math.inf).isfinite()) if floating else True
 
 # %% ../nbs/07fa_sentinels.ipynb #a938a1df
-def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
-    "Eight bytes at once, which costs a tenth of one number after the other."
-    bits = weight.contiguous().view(-1).view(torch.uint8)
-    bits = bits.clone() if bits.storage_offset() % 8 else bits  # a part of a larger tensor may begin anywhere
-    whole = bits.numel() // 8 * 8
-    return bits[:whole].view(torch.int64).sum() + bits[whole:].sum(dtype=torch.int64)
-
-
 @torch.no_grad()
 def base_sums(
     model: torch.nn.Module,  # with its adapter
-) -> dict[str, int]:
-    "For each frozen tensor the sum of its bits, taken as whole numbers of 64 bits, or of this process's part of it."
+) -> dict[str, str]:
+    "For each frozen tensor and each buffer the mark of its bits, or of this process's part of it."
     model = getattr(model, "module", model)  # the same names with and without a wrapper
     take_apart(model)
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
-    sums = {name: _sum_of_bits(own_parts([p])[0]) for name, p in frozen.items()}
-    by_device: dict[Any, list[str]] = {}
-    for name, n in sums.items():
-        by_device.setdefault(n.device, []).append(name)
-    return {name: n for names in by_device.values() for name, n in zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True)}
+    return marks_of({name: own_parts([t])[0] for name, t in computed_with(model).items() if not t.requires_grad})
 
 # %% ../nbs/07fa_sentinels.ipynb #dbcce409
 PATIENCE = 10  # such steps in a row, before it ends the run

@@ -220,6 +220,8 @@ class FinetuneTrainer(CrashSafeTrainer):
             self.sentinels.after_step(model, self.state.global_step, self.accelerator.optimizer_step_was_skipped)
             if self.control.should_save or self.control.should_evaluate:
                 self.sentinels.check_weights(model, self.state.global_step)
+            if self.control.should_save:
+                self.sentinels.check_base(model, self.state.global_step)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
     def _nothing(self):

@@ -37,17 +37,20 @@ from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
 from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, visible
-from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, trainable_parameters
+from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, save_base_mark, trainable_parameters
 from .losses import recompute_blocks
 from .memory import in_words_of_pieces, no_room
 from finetune_nb.models import (
     _weight_files,
+    base_difference,
     base_mark,
     cache_folder,
+    changed_weights,
     dtype_of,
     hardware,
     is_out_of_memory,
     load_model,
+    mark_of,
     origin_facts,
     release_memory,
     size_of,
@@ -190,12 +193,12 @@ class Run:
         clear_leftovers(self.folder)
 
     def _check_base(self) -> None:
-        "Raises `AdapterError` when the name stands for other weights than those that the adapter was trained on, as far as both are known."
+        "Raises `AdapterError` when the name stands for other weights or another configuration than those that the adapter was trained on, as far as both are known."
         was, now = self.facts.get("marks", {}).get("base"), base_mark(self.config.model_name_or_path, self.config.revision)
-        if was and now and was != now:
+        if different := base_difference(was, now):
             raise AdapterError(
-                f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now (mark {was}, now {now}): its answers would be "
-                "plausible nonsense. Bring the old weights back, or name their revision in config.yaml."
+                f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now ({different}): its answers would be "
+                "plausible nonsense. Bring the old model back, or name its revision in config.yaml; if the change is meant, load_adapter(model, folder, other_base=True)."
             )
 
     def _check_adapter(self) -> None:
@@ -572,6 +575,12 @@ def check_base(
         raise TrainingError("The base model that was handed over still has an adapter. Take it off with remove_lora(model).")
     if (model.dtype, packed) != (dtype_of(config), config.load_in_4bit) or sum(map(size_of, model.parameters())) != sum(map(size_of, shape.parameters())):
         raise TrainingError("The base model that was handed over is not the one that the configuration names. Load it with load_base(config).")
+    name, revision = config.model_name_or_path, config.revision
+    if different := base_difference(base_mark(name, revision), mark_of(model)):
+        raise TrainingError(f"The base model that was handed over is not {name}, which the configuration names ({different}). Load it with load_base(config).")
+    if changed := changed_weights(model, name, revision):
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise TrainingError(f"The base model that was handed over has other weights than the files of {name}: {changed[0]}{more}. Load it anew with load_base(config).")
     if config.init_lora_weights == "pissa" or config.bias != "none":
         setting = 'init_lora_weights="pissa"' if config.init_lora_weights == "pissa" else f'bias="{config.bias}"'
         raise TrainingError(f"{setting} changes the base weights, so that no other run could share them. Let this run load its own base model (base=None).")
@@ -606,7 +615,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
         "device": hardware(config.use_cpu).device,
         "processes": n_processes(),
         "origin": origin_facts(config.model_name_or_path, config.revision),
-        "marks": {"base": base_mark(config.model_name_or_path, config.revision)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
+        "marks": {"base": mark_of(ready.model)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
     }
 
 
@@ -693,6 +702,7 @@ def _save_adapter(model: PeftModel, folder: Path, keep_initial: bool = False, pa
 def _save_into(folder: Path, model: PeftModel, **more: Any) -> None:
     try:
         model.save_pretrained(folder, save_embedding_layers=False, **more)
+        save_base_mark(model, folder)
     except SafetensorError as error:
         raise OSError(f"{error}") from error
 

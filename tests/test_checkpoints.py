@@ -243,7 +243,7 @@ def test_other_versions_chats_template_and_base_are_refused(folder, splits, monk
         with pytest.raises(TrainingError, match="chat_template: .*now other\n  tokenizer: .*now other"):
             resume(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "base_mark", lambda *args: "other")
+        patch.setattr(training, "mark_of", lambda model: "other")
         with pytest.raises(TrainingError, match="base: .*now other"):
             resume(folder)
 

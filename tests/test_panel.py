@@ -1390,16 +1390,17 @@ def test_an_adapter_that_does_not_fit_leaves_the_shelf_as_it_was(two_runs, tmp_p
     config, _ = two_runs
     copytree(Path(config.output_dir) / "one", tmp_path / "run")
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text((Path(config.output_dir) / "two/adapter/adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter" / "MANIFEST.json").unlink()  # which knows that it is another one
     messages = [{"role": "user", "content": "What is 3 plus one?"}]
     fresh = Shelf(config, lambda line: None)
     base = fresh.ask(None, messages, max_new_tokens=8)
     for _ in range(2):
-        with pytest.raises(FinetuneError, match="does not fit"):
+        with pytest.raises(FinetuneError, match="does not fit|can't be right"):
             fresh.ask(tmp_path / "run", messages)
         assert fresh.ask(None, messages, max_new_tokens=8) == base
     two = fresh.ask(Path(config.output_dir) / "two", messages, max_new_tokens=8)
     for _ in range(2):
-        with pytest.raises(FinetuneError, match="does not fit"):
+        with pytest.raises(FinetuneError, match="does not fit|can't be right"):
             fresh.ask(tmp_path / "run", messages)
     assert fresh.ask(Path(config.output_dir) / "two", messages, max_new_tokens=8) == two and fresh.ask(None, messages, max_new_tokens=8) == base
 
