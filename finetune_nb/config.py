@@ -27,7 +27,7 @@ from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .display import md_cell
-from .private import is_private
+from .private import is_private, no_link
 from .redact import holds_key, redacted
 
 # %% ../nbs/00_config.ipynb #f26a3ec2
@@ -353,7 +353,7 @@ def replacing(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link) as file:
             yield file
             file.flush()
             wait_for_disk(file.fileno())
