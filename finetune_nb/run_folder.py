@@ -38,7 +38,7 @@ def read_lines(
     path: Path,  # of a file of JSON lines, to which a run appends
 ) -> list[dict[str, Any]]:
     "Its whole lines; the last one may be half written. None when there is no file. Raises `DamageError`."
-    return _read(path, lambda text: [json.loads(line) for line in text.split("\n") if line.rstrip().endswith("}")]) or []
+    return _read(path, lambda text: [json.loads(line) for line in text.split("\n") if line.rstrip().endswith("}")], [])
 
 
 def read_facts(
@@ -47,16 +47,16 @@ def read_facts(
 ) -> dict[str, Any]:
     "What a run wrote about itself; empty as long as it has not. Raises `DamageError` for what are no facts."
     path = Path(folder) / name
-    facts = _read(path, json.loads)
-    if not isinstance(facts, dict | None):
+    facts = _read(path, json.loads, {})
+    if not isinstance(facts, dict):
         raise damage(path, "it does not hold the facts of a run")
-    return facts or {}
+    return facts
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
-    "What `parse` makes of a file of a run; None when there is none."
+def _read(path: Path, parse: Callable[[str], Any], nothing: Any) -> Any:
+    "What `parse` makes of a file of a run; `nothing` when there is none."
     if not path.exists():
-        return None
+        return nothing
     try:
         return parse(path.read_text(encoding="utf-8"))
     except RecursionError:
