@@ -132,8 +132,7 @@ def unwritten(
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename and Path(str(error.filename)).parent != place else ""
-        raise TrainingError(f"{place}: nothing can be written there: {error.strerror or error}{where}. Make room, make it yours, or choose another output_dir.") from error
+        raise TrainingError(f"{place}: nothing can be written there: {error.strerror or error}. Make room, make it yours, or choose another output_dir.") from error
 
 
 def _next_free(parent: Path) -> Path:
