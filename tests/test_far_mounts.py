@@ -1,8 +1,10 @@
 """Checkpoints on a mount that is no disk: what is written there is compared, and what can't be trusted is not gone on from."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -142,8 +144,9 @@ def test_what_was_there_stays_until_the_new_one_is(drive, lying, losing, tmp_pat
     (drive / "b.txt").write_text("old")
     copies, before = {drive / name: tmp_path / name for name in ("a.txt", "b.txt", "c.txt")}, sorted(tmp_path.rglob("*"))
     losing.add("c.txt")
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="reads back otherwise") as caught:
         one_file.save_copies(copies)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(drive / "c.txt"))
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_file, "wait_for_disk", lambda handle: os.pwrite(handle, b"N", 0))
@@ -152,6 +155,15 @@ def test_what_was_there_stays_until_the_new_one_is(drive, lying, losing, tmp_pat
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     one_file.save_copies(copies)
     assert {path.name: path.read_text() for path in drive.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new " * 9)
+
+
+def test_a_mount_that_goes_away_is_an_error_of_the_disk(drive, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("new")
+    (drive / "a.txt").write_text("old")
+    monkeypatch.setattr(os, "replace", lambda source, target: shutil.rmtree(drive))
+    with pytest.raises(FileNotFoundError):
+        one_file.save_copies({drive / "a.txt": tmp_path / "a.txt"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
 
 
 def test_a_folder_there_has_the_files_of_the_last_one_alone(drive):
