@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'to_plain', 'from_plain', 'save_state', 'load_state', 'random_state', 'set_random_state', 'check_checkpoint',
-           'opened', 'newest_checkpoint', 'rotate', 'check_unchanged', 'check_room']
+           'opened', 'newest_checkpoint', 'rotate', 'check_unchanged', 'how_computed', 'check_computed', 'check_room']
 
 # %% ../nbs/07f_checkpoints.ipynb #2742f9d4
 import json
@@ -22,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
+from .attention import WAYS
 from .mounts import why_it_may_lie
 from .one_file import SUFFIX, load_one_file, scratch_of
-from .run_folder import checkpoints, step_of
+from .packing import MODES
+from .run_folder import checkpoints, damage, step_of
 from .stop import TrainingError
 from .whole_folder import DamageError, Part, check_whole, read_about, remove_whole
 
@@ -207,6 +209,39 @@ def check_unchanged(
 def _short(value: Any) -> str:
     text = "not there" if value is None else str(value)
     return text if len(text) < 60 else text[:57] + "…"
+
+# %% ../nbs/07f_checkpoints.ipynb #8ab9ebb7
+_COMPUTED: dict[str, Callable[[Any], bool]] = {
+    "packing": MODES.__contains__,
+    "attention": lambda way: way in list(WAYS),
+    "max_tokens_at_once": lambda n: type(n) is int and n > 0,
+    "recomputed_blocks": lambda n: type(n) is int and n >= 0,
+}
+
+
+def how_computed(
+    started: dict[str, Any],  # what a run says of itself before its first step
+) -> dict[str, Any]:
+    "How its steps are computed; empty where that was not planned yet."
+    return {name: started[name] for name in _COMPUTED if name in started}
+
+
+def check_computed(
+    started: dict[str, Any],  # of started.json
+    kept: dict[str, Any],  # of `how_computed`, as a checkpoint has it; empty where there is none
+    path: Path,  # of started.json
+) -> None:
+    "Raises `DamageError` where what a run says of how it is computed can't be, or is not what its checkpoint says."
+    how, less = how_computed(started), started.get("out_of_memory", [])
+    if not how and not (kept and started):
+        return
+    fewer = [one.get("max_tokens_at_once") for one in less if isinstance(one, dict)] if isinstance(less, list) else []
+    for name, sound in _COMPUTED.items():
+        value = how.get(name)
+        if isinstance(value, (dict, list)) or not sound(value):
+            raise damage(path, f"{name} can't be {_short(value)}")
+        if kept and value != kept.get(name) and not (name == "max_tokens_at_once" and value in fewer):
+            raise damage(path, f"{name} is {_short(value)}, and the checkpoint was computed with {_short(kept.get(name))}")
 
 # %% ../nbs/07f_checkpoints.ipynb #2775d973
 def check_room(

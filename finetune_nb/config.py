@@ -27,7 +27,7 @@ from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .display import md_cell, visible
-from .private import is_private
+from .private import is_private, no_link
 from .redact import holds_key, redacted
 
 # %% ../nbs/00_config.ipynb #f26a3ec2
@@ -268,7 +268,7 @@ class FinetuneConfig:
     per_device_train_batch_size: int = setting(4, 1, 4096)  # chats per device in a batch; times gradient_accumulation_steps it is what one step learns from, however much is computed at once
     gradient_accumulation_steps: int = setting(4, 1, 4096)  # batches added up before each step: a larger effective batch
     packing: str = setting("shared", choices=("shared", "packed", "padded", "single"))  # how the chats of a step are computed, with the same result: in one row with common beginnings once (fastest), without sharing, filled up, one by one; a model that can't do one gets the next
-    max_tokens_at_once: int | None = setting(None, 16, 100_000_000)  # tokens computed at once: more is faster until memory is full; empty: found from the memory
+    max_tokens_at_once: int | None = setting(None, 16, 100_000_000)  # tokens computed at once: more is faster until memory is full; empty: as many as are of use, or fewer where the memory does not hold them; a number repeats a run to the bit whatever memory is free
     learning_rate: float = setting(2e-4, 1e-8, 1)  # size of a step: too high diverges, too low learns nothing; LoRA wants about ten times that of full fine-tuning
     warmup_ratio: float = setting(0.1, 0, 1)  # share of the steps in which the learning rate rises from zero: steadies the start
     lr_scheduler_type: str = setting("cosine", choices=("cosine", "linear", "constant_with_warmup", "constant"))  # how the learning rate falls after the warm-up; cosine ends gently
@@ -356,7 +356,7 @@ def replacing(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link) as file:
             yield file
             file.flush()
             wait_for_disk(file.fileno())

@@ -22,10 +22,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .checkpoints import load_state, random_state, rotate, save_state, set_random_state
+from .locks import LockError, validate_held
 from .lora import set_adapter_weights
 from .losses import part_like
 from .one_file import SUFFIX, save_one_file, scratch_of
 from .private import make_private
+from .processes import said_by_all
 from .run_folder import checkpoints
 from .sharding import take_apart, whole
 from .stop import TrainingError
@@ -83,6 +85,7 @@ class CrashSafeTrainer(Trainer):
         "Whole or not at all; DeepSpeed, and FSDP other than by the setting `fsdp`, write as transformers does, and can't be gone on from."
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._save_checkpoint(model, trial)
+        self._validate_lock()
         at_hand = self._weights(), whole(self.optimizer.state_dict())
         place = scratch_of(self.args.output_dir) if self.far else Path(self.args.output_dir)
         target, main = place / f"checkpoint-{self.state.global_step}", self.args.should_save
@@ -98,6 +101,17 @@ class CrashSafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if main:
             self._finish(part, problem)
+
+    def _validate_lock(self) -> None:
+        "Raises `TrainingError` in all processes where another one may have taken the folder."
+        problem = ""
+        if self.args.should_save:
+            try:
+                validate_held(self.args.output_dir)
+            except LockError as error:
+                problem = str(error)
+        if said := said_by_all(problem)[0]:
+            raise TrainingError(said)
 
     def _write_parts(self, part: Part, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> Exception | None:
         "Each process writes where its random numbers stand, the main one all else; returns what went wrong."

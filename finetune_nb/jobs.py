@@ -30,7 +30,7 @@ from .locks import held_elsewhere
 from .losses import inner_model
 from .models import load_tokenizer, release_memory
 from .progress import progress_to
-from .run_folder import how_it_ended, read_facts, read_history, read_lines, why_not_on
+from .run_folder import append_line, how_it_ended, read_facts, read_history, read_lines, why_not_on
 from .stop import Stop, StoppedEarly, before_the_end
 from .tasks import ACTIVE, Task, in_words
 from .training import Run, is_training, kept_sets, load_splits, resume, train
@@ -211,8 +211,10 @@ class Job(Task):
             return
         new = [Sample(step, question(chat), chat.answer, answer.text) for chat, answer in zip(chats, answers, strict=True)]
         self.samples += new
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in new)
+        try:
+            append_line(self.folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in new))
+        except OSError as error:  # a full disk ends no run
+            self.say(f"The answers after step {step} could not be written into {self.folder}: {error.strerror or error}. They are shown as long as this kernel lives, and the run goes on.")
         self._changed()
 
 # %% ../nbs/09a_jobs.ipynb #698a5e49

@@ -12,7 +12,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from .config import replacing, wait_for_disk
@@ -65,7 +65,7 @@ def _hidden(path: Path, kind: str) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as file, open(target, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as copy:
+    with source.open("rb") as file, open(target, "wb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)) as copy:
         shutil.copyfileobj(file, copy, 2**20)
         copy.flush()
         wait_for_disk(copy.fileno())
@@ -155,17 +155,19 @@ def folder_there(
 def file_there(
     target: str | Path,  # a file; one that is there is replaced
 ) -> Iterator[Path]:
-    "Where to write it; on a mount that lies, it is copied there when the block has ended, and compared."
+    "Where to write it; it is put there whole when the block has ended, and takes the place of a link. On a mount that lies, it is copied there and compared."
     target = Path(target)
-    if not why_it_may_lie(target.parent):
-        yield target
-        return
-    made = scratch_of(target.parent) / target.name
+    far = bool(why_it_may_lie(target.parent))
+    place = scratch_of(target.parent) if far else target.with_name(f".{target.name}.part")
+    if not far:
+        shutil.rmtree(place, ignore_errors=True)  # of a process that died
+        place.mkdir(mode=0o700)
+    made = place / target.name
     try:
         yield made
-        save_copies({target: made})
+        save_copies({target: made}) if far else os.replace(made, target)
     finally:
-        made.unlink(missing_ok=True)
+        made.unlink(missing_ok=True) if far else shutil.rmtree(place, ignore_errors=True)
 
 
 def save_there(
@@ -173,9 +175,10 @@ def save_there(
     target: str | Path,  # a file; one that holds just that is left alone
 ) -> None:
     "Writes a file whole or not at all, on a mount that lies as `file_there`. Raises `OSError`."
+    target = Path(target)
     with suppress(OSError):
-        _drop_cache(Path(target))
-        if Path(target).read_bytes() == text.encode():
+        _drop_cache(target)
+        if not target.is_symlink() and target.read_bytes() == text.encode():
             return
-    with file_there(target) as path, replacing(path) as file:
+    with file_there(target) if why_it_may_lie(target.parent) else nullcontext(target) as path, replacing(path) as file:
         file.write(text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_SHARING', 'Tokens', 'MODES', 'IN_ROWS', 'common_prefix', 'pack', 'pad', 'Chats', 'PackingCollator',
-           'fastest_ways', 'ordered', 'PackingReport', 'check_packing']
+           'fastest_ways', 'measured_ways', 'ordered', 'PackingReport', 'check_packing']
 
 # %% ../nbs/06_packing.ipynb #f639bf54
 import hashlib
@@ -246,16 +246,33 @@ def fastest_ways(
     batch: Batch,  # a row as it will be computed
     rows: int = 100,  # how many such rows will be computed
 ) -> list[str]:
-    "The ways of `attention.WAYS` that run on the device of `model`, the fastest first."
+    "The ways of `attention.WAYS` that run on the device of `model`, the fastest first; on a CPU always in the same order."
+    heads, key_heads = _heads_of(model)
+    if inner_model(model).device.type == "cpu" and batch.layout is not None and heads % key_heads == 0:
+        return [way for way in WAYS if way != "flex"]  # which has no backward pass there
+    return measured_ways(model, batch, rows)
+
+
+def measured_ways(
+    model: torch.nn.Module,  # a causal language model of transformers, in any wrapper
+    batch: Batch,  # a row as it will be computed
+    rows: int = 100,  # how many such rows will be computed
+) -> list[str]:
+    "The ways that run on the device of `model`, the fastest first, by the clock."
     inner = inner_model(model)
-    shape = inner.config.get_text_config()
-    heads = getattr(shape, "num_attention_heads", 1)
+    shape, (heads, key_heads) = inner.config.get_text_config(), _heads_of(model)
     size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    key_heads = getattr(shape, "num_key_value_heads", None) or heads
     if batch.layout is None or heads % key_heads:
         return ["tree"]
     asked = heads, key_heads, size, batch.layout, inner.device, inner.dtype, rows * shape.num_hidden_layers
     return _kept_ways(asked) or ["tree"]
+
+
+def _heads_of(model: torch.nn.Module) -> tuple[int, int]:
+    "The heads of the queries, and those of keys and values."
+    shape = inner_model(model).config.get_text_config()
+    heads = getattr(shape, "num_attention_heads", 1)
+    return heads, getattr(shape, "num_key_value_heads", None) or heads
 
 
 def _kept_ways(asked: tuple[Any, ...]) -> list[str]:

@@ -62,7 +62,7 @@ def refused(record: RunRecord) -> Found | None:
     ours = re.search(r"(Template|Chat|Config|Model|Adapter|Training|ChangedBase|SkippedSteps|NoRoom)Error$", kind)
     remedy = "Do what the message says, and start again." if ours else "This is none of the errors that we know. Its words, and the traceback where it was shown, say where it came from."
     if "no space left" in words.lower():
-        remedy = "Make room on the disk, or choose another output_dir; then go on with resume(folder) from the last whole checkpoint."
+        remedy = "Make room on the disk, or choose another output_dir; then go on with resume(folder) from the last whole checkpoint, or train anew where there is none."
     return Found(f"{'The run was refused' if record.state == 'refused' else 'An error ended the run'}: {words[:600]}", remedy, {"kind": kind, "at step": record.failure.get("step", "0")})
 
 

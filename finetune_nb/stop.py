@@ -9,6 +9,7 @@ __all__ = ['TrainingError', 'StoppedEarly', 'Stop', 'before_the_end']
 import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,19 @@ class Stop(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        "What ends inside after the system wanted the process to end (SIGTERM) ends the process, also where a script catches errors of ours."
+        try:
+            yield
+        except Exception as error:
+            if not self.terminated:
+                raise
+            print(f"{error}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM) from error
+        if self.terminated:
+            raise SystemExit(128 + signal.SIGTERM)
 
 # %% ../nbs/07d_stop.ipynb #ecab9ab7
 def before_the_end(

@@ -125,7 +125,7 @@ def in_words(
 REMEDIES = (
     ("out of memory", "The memory of this device is full. Lower max_tokens_at_once, set gradient_checkpointing or load_in_4bit to true, or close what else uses it."),
     ("memoryerror", "The memory of this machine is full. Lower max_tokens_at_once, or close what else uses it."),
-    ("no space left", "The disk is full. Make room, or choose another output_dir; the last whole checkpoint is kept."),
+    ("no space left", "The disk is full. Make room, or choose another output_dir; a checkpoint that was written before is kept."),
     ("permission denied", "A file can't be written. Choose an output_dir that is yours."),
     ("couldn't connect", "The model hub can't be reached. Check the network, or name a local folder or a .gguf file in model_name_or_path."),
     ("modulenotfounderror", "A package is missing. Install it with pip and start the run again."),

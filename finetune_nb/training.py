@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
 import threading
 import time
@@ -33,10 +32,11 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .chat_template import NO_LOSS, check_template, end_of_turn_id, tokenize_chats
-from .checkpoints import FREE, check_room, check_unchanged, newest_checkpoint
+from .checkpoints import FREE, check_computed, check_room, check_unchanged, how_computed, newest_checkpoint
 from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, visible
+from .locks import LockError, hold, is_mine, validate_held
 from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, save_base_mark, trainable_parameters
 from .losses import recompute_blocks
 from .memory import in_words_of_pieces, no_room
@@ -75,25 +75,31 @@ from finetune_nb.planning import (
     share_out,
     token_budget,
     total_steps,
+    usual_budget,
     why_whole,
 )
 from .preflight import preflight
 from .processes import anyone, from_first, idle_gpus, is_first, n_processes, said_by_all, together
 from .progress import Progress, clock_time, progress_to
-from .qlora import nf4_config
+from .qlora import nf4_config, optimizer_of
 from .redact import no_key_raised
 from finetune_nb.run_folder import (
     append_line,
     checkpoints,
+    damage,
     failure_kept,
     forget_after,
     hold_run,
+    how_it_ended,
+    read_answers,
     read_facts,
     read_history,
     run_folder,
     runs_inside,
     save_lines,
     step_of,
+    unwritten,
+    validate_output_dir,
     validate_run_name,
     why_not_on,
     write_facts,
@@ -102,7 +108,7 @@ from .sentinels import ChangedBaseError, SentinelError, are_finite
 from .sharding import Fill, fill_from_files, fill_from_first, is_sharded, own_parts, shard, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
-from .whole_folder import MANIFEST, check_whole, clear_leftovers, read_about, remove_whole
+from .whole_folder import MANIFEST, DamageError, check_whole, clear_leftovers, read_about, remove_whole
 
 # %% ../nbs/08_training.ipynb #59901afa
 def load_base(
@@ -184,13 +190,15 @@ class Run:
 
     def save(self) -> None:
         "Writes the adapter, the loss curves and `run.json`; `train` and `resume` have done so, unless the disk was full or gone."
-        _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user", parts=self.trained)
-        save_lines(self.history, self.folder / "history.jsonl")  # a line could not be written, perhaps
-        with file_there(self.folder / "loss.png") as path:
-            self.plot().savefig(path, dpi=120)
-        write_facts(self.facts, self.folder / "run.json")
-        (self.folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
-        clear_leftovers(self.folder)
+        validate_held(self.folder)
+        with nullcontext() if is_mine(self.folder) else hold(self.folder):
+            _save_adapter(self.model, self.folder, keep_initial=self.facts["ended_by"] == "the user", parts=self.trained)
+            save_lines(self.history, self.folder / "history.jsonl")  # a line could not be written, perhaps
+            with file_there(self.folder / "loss.png") as path:
+                self.plot().savefig(path, dpi=120)
+            write_facts(self.facts, self.folder / "run.json")
+            (self.folder / "failed.json").unlink(missing_ok=True)  # of an earlier try
+            clear_leftovers(self.folder)
 
     def _check_base(self) -> None:
         "Raises `AdapterError` when the name stands for other weights or another configuration than those that the adapter was trained on, as far as both are known."
@@ -209,8 +217,15 @@ class Run:
 
     @property
     def test(self) -> list[Chat]:
-        "The held-out chats of this run."
-        return load_chats(self.folder / "test.jsonl") if (self.folder / "test.jsonl").exists() else []
+        "The held-out chats of this run; raises `DamageError` where they are not those that it put aside, on which a verdict would be worth nothing."
+        path, said = self.folder / "test.jsonl", self.facts.get("data", {}).get("test", {})
+        chats = load_chats(path) if path.exists() else []
+        if said.get("sha256", "") not in ("", fingerprint(chats)):
+            raise DamageError(
+                f"{path} does not hold the {said.get('chats', 'same')} chats that the run put aside for its test{'' if path.exists() else ': it is missing'}. "
+                "Bring it back; or judge on others, by name: evaluate_run(run, chats=load_chats(file))."
+            )
+        return chats
 
     def plot(self) -> Picture:
         "The loss curves."
@@ -242,12 +257,21 @@ class Run:
 # %% ../nbs/08_training.ipynb #de30294d
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("finetune_nb", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+    names = ("finetune_nb", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+    return found | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _version_of_bits(config: FinetuneConfig) -> dict[str, str]:
+    "That of bitsandbytes, where the run computes with it."
+    used = config.load_in_4bit or optimizer_of(config, hardware(config.use_cpu).device) == "paged_adamw_8bit"
+    return {"bitsandbytes": _version("bitsandbytes")} if used else {}
 
 
 def _data_facts(chats: list[Chat], rows: Dataset | None, ends: set[int], mark: str) -> dict[str, Any]:
@@ -304,8 +328,9 @@ def train(
     "Trains an adapter and returns the run; raises `ChatError`, `TemplateError`, `ModelError`, `AdapterError` or `TrainingError` before anything is written."
     config = FinetuneConfig() if config is None else config
     check_kinds(config, splits)
-    with _alone():
-        return _train(config, splits, callbacks or [], stop or Stop(), say, base)
+    stop = stop or Stop()
+    with stop.ending(), _alone():
+        return _train(config, splits, callbacks or [], stop, say, base)
 
 
 def check_kinds(
@@ -326,6 +351,7 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
     with together():
         if is_first():
             validate_run_name(config)
+            validate_output_dir(config)
         _tell_processes(config, say)
         _check_parts(config)
         given, splits = splits is not None, splits or load_splits(config)
@@ -336,13 +362,13 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         stop.check()
     with run_folder(config) as folder:
         if is_first():
-            for name, chats in splits._asdict().items():
-                if chats and (given or name == "test"):
-                    with file_there(folder / f"{name}.jsonl") as path:
-                        save_chats(chats, path)
-            _keep_template(folder, ready.tokenizer)
-            with file_there(folder / "config.yaml") as path:
-                save_config(config, path)  # comes last: with it, the run can be begun anew
+            with unwritten(folder):
+                for name, chats in splits._asdict().items():
+                    if chats and (given or name == "test"):
+                        _keep_chats(folder, name, chats)
+                _keep_template(folder, ready.tokenizer)
+                with file_there(folder / "config.yaml") as path:
+                    save_config(config, path)  # comes last: with it, the run can be begun anew
         return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
 
 
@@ -393,8 +419,9 @@ def resume(
     if not (folder / "config.yaml").is_file():
         raise TrainingError(f"{folder} is not the folder of a run that began training: config.yaml is missing.{runs_inside(folder)}")
     config = _join(load_config(folder / "config.yaml"))
-    with _alone(), hold_run(folder):
-        return _go_on(config, folder, splits, callbacks or [], stop or Stop(), say if is_first() else _say_nothing, base, allow_change)
+    stop = stop or Stop()
+    with stop.ending(), _alone(), hold_run(folder):
+        return _go_on(config, folder, splits, callbacks or [], stop, say if is_first() else _say_nothing, base, allow_change)
 
 
 def _go_on(
@@ -402,39 +429,85 @@ def _go_on(
     allow_change: Sequence[str],
 ) -> Run:  # fmt: skip
     with together():
-        if (ended := read_facts(folder)) and ended["ended_by"] != "the user":
+        from_first(lambda: clear_leftovers(folder))
+        if how_it_ended(ended := read_facts(folder)) == "finished":
             raise TrainingError(why_not_on(folder, ended))
-        started = read_facts(folder, "started.json")
-        found = from_first(lambda: clear_leftovers(folder) or str(newest_checkpoint(folder, partial(_tell, say)) or ""))
+        started, _ = read_facts(folder, "started.json"), read_answers(folder)
+        found = from_first(lambda: str(newest_checkpoint(folder, partial(_tell, say)) or ""))
         checkpoint = Path(found) if found else None
         if checkpoint is None and checkpoints(folder):
             raise TrainingError(f"{folder}: none of its checkpoints is whole, so there is nothing to go on from. Start the run again with train(load_config('{folder / 'config.yaml'}')).")
         splits = splits or kept_sets(folder, config)
-        before = read_about(checkpoint) if checkpoint else made_of(config, started) if started else {}
+        before = read_about(checkpoint) if checkpoint else _began_with(folder, config, started)
+        before.pop("step", None)
+        kept = before.pop("computed", {})
+        check_computed(started, {} if _REPLANNED & set(allow_change) else kept, folder / "started.json")
         marks = _fingerprints(splits)
         _check_chats(folder, before, {f"{name}_chats": mark for name, mark in marks.items()}, allow_change)
         ready = _prepare(config, splits, say, partial(stop.check, goes_on=True), base)
         facts = _starting_facts(config, splits, ready, marks)
         if not started:
-            started = facts
-        before.pop("step", None)
+            started = _started_anew(folder, facts, kept, checkpoint, say)
         _check_step_size(before, config)
         try:
             changed = check_unchanged(before, made_of(config, facts), allow_change, str(checkpoint or folder)) if before else []
         except TrainingError as error:
             different = _other_template(folder, ready.tokenizer)
             raise TrainingError(f"{error}\nThe chat template:\n{different}") if different else error from None
-        if {"packing", "max_tokens_at_once", "gradient_checkpointing"} & set(changed):
+        if _REPLANNED & set(changed):
             started.pop("packing", None)  # it is planned anew
+        _note_machine(folder, started, facts["machine"], checkpoint, say)
         if changed:
             _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
-            if "chat_template" in changed and PartialState().is_main_process:
-                _keep_template(folder, ready.tokenizer)
+            if PartialState().is_main_process:
+                _keep_changed(folder, changed, splits, ready.tokenizer)
             same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
             started |= same | {"changed": [*started.get("changed", []), {"step": step_of(checkpoint) if checkpoint else 0, "names": changed}]}
         if checkpoint is None:
             _tell(say, f"{folder} had not reached its first checkpoint.")
     return _run(config, folder, ready, started, callbacks, stop, say, checkpoint, changed)
+
+
+_REPLANNED = {"packing", "max_tokens_at_once", "gradient_checkpointing"}  # settings of which another one makes another plan
+
+
+def _began_with(folder: Path, config: FinetuneConfig, started: dict[str, Any]) -> dict[str, Any]:
+    "What a run without a checkpoint was made of, as far as it has said; raises `DamageError`."
+    try:
+        return made_of(config, started) | {"processes": started["processes"] + 0} if started else {}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise damage(folder / "started.json", "it does not say what the run began with") from None
+
+
+def _started_anew(folder: Path, facts: dict[str, Any], kept: dict[str, Any], checkpoint: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    "What stands in started.json when that is missing: how the steps are computed is taken from the checkpoint."
+    if checkpoint is None:
+        return facts
+    if not kept:
+        raise TrainingError(f"{folder / 'started.json'} is missing, and {checkpoint.name} does not say how its steps were computed. Bring the file back from where it is whole.")
+    _tell(say, f"{folder / 'started.json'} is missing: how the steps are computed is taken from {checkpoint.name}.")
+    write_facts(facts | kept, folder / "started.json")
+    return facts | kept
+
+
+def _note_machine(folder: Path, started: dict[str, Any], now: dict[str, Any], checkpoint: Path | None, say: Callable[[str], None]) -> None:
+    "Tells and records that a run goes on where the last bits may be others."
+    went_on = started.get("went_on", [])
+    before = went_on[-1]["machine"] if went_on else started.get("machine", now)
+    if before != now:
+        was, is_now = (f"{machine['name']} with {machine['threads']} threads" for machine in (before, now))
+        _tell(say, f"The run was computed on {was}, and goes on on {is_now}: the last bits may be others than if it had never stopped. torch.set_num_threads, or OMP_NUM_THREADS, makes the threads the same.")
+        started["went_on"] = [*went_on, {"step": step_of(checkpoint) if checkpoint else 0, "machine": now}]
+        write_facts(started, folder / "started.json")
+
+
+def _keep_changed(folder: Path, changed: Sequence[str], splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
+    "Chats and template of a run, where they were changed as allowed."
+    for name, chats in splits._asdict().items():
+        if f"{name}_chats" in changed and (name == "test" or (folder / f"{name}.jsonl").is_file()):
+            _keep_chats(folder, name, chats)
+    if "chat_template" in changed:
+        _keep_template(folder, tokenizer)
 
 
 def _check_step_size(before: dict[str, Any], config: FinetuneConfig) -> None:
@@ -448,6 +521,11 @@ def _check_step_size(before: dict[str, Any], config: FinetuneConfig) -> None:
             f"A step had {was} chats in {before['processes']} processes, and would have {is_now} in {now['processes']}: the place in the data would be another. "
             f"Set gradient_accumulation_steps in config.yaml of the run so that their product with per_device_train_batch_size is {was} again, and allow both changes by name."
         )
+
+
+def _keep_chats(folder: Path, name: str, chats: list[Chat]) -> None:
+    with file_there(folder / f"{name}.jsonl") as path:
+        save_chats(chats, path)
 
 
 def _keep_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -605,7 +683,8 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "parameters": ready.parameters,
         "hardware": str(hardware(config.use_cpu)),
-        "versions": _versions(),
+        "versions": _versions() | _version_of_bits(config),
+        "machine": {"name": hardware(config.use_cpu).name, "threads": torch.get_num_threads()},
         "seed": config.seed,
         "data": {name: _data_facts(chats, ready.rows.get(name), ends, marks[name]) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
@@ -642,14 +721,12 @@ def _run(
     if is_first():
         try:
             run.save()
-        except OSError as error:
+        except (OSError, LockError) as error:
             parts = False  # so it stays in memory
-            _tell(say, f"The run could not be written into {folder}: {error.strerror or error}. It is still in memory: make room, or bring the folder back, and call save() of the run.")
+            _tell(say, f"The run could not be written into {folder}: {getattr(error, 'strerror', None) or error}. It is still in memory: make room, or bring the folder back, and call save() of the run.")
     said_by_all()  # all is written
     if parts:
         run.release()  # no process can use it alone; it is loaded whole when it is asked for
-    if stop.terminated:
-        raise SystemExit(128 + signal.SIGTERM)
     if config.init_lora_weights == "pissa":
         run.release()  # a part of the base weights is in this adapter, and switching it off would not bring the base model back; in the saved one it is not
     return run
@@ -755,7 +832,8 @@ def _fit(
         with together():
             collator, planned = _plan_batches(config, ready, say, stop.check)
             started |= planned
-            write_facts(started, folder / "started.json")
+            with unwritten(folder):
+                write_facts(started, folder / "started.json")
             check_room(folder, trainable_parameters(model).trainable, config.save_total_limit)
     forget_after(folder, checkpoint)
     stop.check(goes_on=checkpoint is not None)
@@ -767,11 +845,11 @@ def _fit(
         callbacks = [Watch(progress, folder / "history.jsonl"), stop, *callbacks]
         if look and config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-        about = made_of(config, started)
+        about = made_of(config, started) | {"computed": how_computed(started)}
         trainer = make_trainer(config, model, collator, rows, folder, callbacks, checkpoint is not None, about, changed, partial(_tell, say))
         if trainer.far:
             _tell(say, f"{trainer.far}, which may not hold what was written: each checkpoint, and what comes of the run, is made on a disk of this machine, copied there, read back and compared.")
-        trainer.on_less = partial(_note_less, started, folder, say, model)
+        trainer.on_less = partial(_note_less, started, about, folder, say, model)
         trainer.sentinels.counts = _counts_so_far(folder)
         with collator.attention(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -802,9 +880,10 @@ def _counts_so_far(folder: Path) -> dict[str, int]:
     return {name: last[name] for name in names if name in last}
 
 
-def _note_less(started: dict[str, Any], folder: Path, say: Callable[[str], None], model: torch.nn.Module, collator: PackingCollator, step: int, what: str) -> None:
+def _note_less(started: dict[str, Any], about: dict[str, Any], folder: Path, say: Callable[[str], None], model: torch.nn.Module, collator: PackingCollator, step: int, what: str) -> None:
     "Tells and records that something did not fit, so that the run also goes on with what did."
     before, started["max_tokens_at_once"] = started["max_tokens_at_once"], collator.max_tokens
+    about["computed"] = how_computed(started)
     started.setdefault("out_of_memory", []).append({"step": step, "max_tokens_at_once": collator.max_tokens})
     write_facts(started, folder / "started.json")
     _tell(say, f"{what} did not fit into the memory; it was computed again with at most {collator.max_tokens:,} tokens at once in place of {before:,}, as all that follows. {in_words_of_pieces(model)}")
@@ -857,8 +936,10 @@ def choose_packing(
         ways = said_by_all(ways)[0]
     report = _compared(config, model, tokenizer, rows, ways)
     _tell(say, str(report))
-    if report.mode != config.packing:
-        budget = token_budget(replace(config, packing=report.mode), rows, shape)
+    config = replace(config, packing=report.mode)
+    budget = token_budget(config, rows, shape)
+    if budget < (usual := usual_budget(config, rows)):
+        _tell(say, f"At most {budget:,} tokens are computed at once, and not {usual:,}: the memory that is free now does not hold more. max_tokens_at_once={budget} repeats the run to the bit wherever more is free.")
     return PackingCollator(report.mode, budget, tokenizer.pad_token_id, report.way)
 
 # %% ../nbs/08_training.ipynb #f1d94fac
@@ -928,7 +1009,12 @@ def load_run(
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise TrainingError(f"{folder} is not the folder of a finished run: run.json is missing.{runs_inside(folder)}")
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if any(folder.glob(".*.gone")):  # a process died while it put something in its place
+        with suppress(LockError, OSError), hold(folder):
+            clear_leftovers(folder)
+    facts = read_facts(folder)
+    if missing := [name for name in ("data", "ended_by", "steps", "seconds", "parameters", "hardware") if name not in facts]:
+        raise damage(folder / "run.json", f"it does not say {missing[0]!r}")
     return Run(folder, load_config(folder / "config.yaml"), facts, read_history(folder))
 
 

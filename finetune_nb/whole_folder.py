@@ -26,7 +26,7 @@ def write_file(
     data: bytes,  # all of it
 ) -> None:
     "Writes a file, readable for its owner alone, and waits until it is on the disk; raises `OSError` when it can't be."
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o600)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         rest = memoryview(data)
         while rest:

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy with tests of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-SHARING = {f"test_{name}.py" for name in ("checkpoints", "gradient_parity", "many", "project", "report", "secrets", "several", "site", "thirty_modes")}
+SHARING = {f"test_{name}.py" for name in ("checkpoints", "damage", "gradient_parity", "many", "project", "report", "secrets", "several", "site", "thirty_modes")}
 
 
 @pytest.hookimpl(optionalhook=True)

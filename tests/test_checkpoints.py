@@ -61,13 +61,13 @@ def test_an_undisturbed_run_is_the_same_again(tiny_model, splits, tmp_path, undi
 
 
 def test_two_fresh_processes_end_the_same_to_the_bit(tiny_model, tmp_path):
-    "With all that a run measures and chooses by itself; only the cache is shared."
+    "With all that a run measures and chooses by itself; nothing is shared."
     script = "import sys, crashing, conftest; from finetune_nb.training import train; from pathlib import Path; "
     script += "train(crashing.config_of(sys.argv[1], Path(sys.argv[2]), max_steps=6), conftest.some_splits()); print(crashing.Outcome.of(Path(sys.argv[2], 'run')))"
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     said = []
     for seed in ("1", "2"):
-        here = os.environ | {"PYTHONHASHSEED": seed, "FINETUNE_NB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(places)}
+        here = os.environ | {"PYTHONHASHSEED": seed, "FINETUNE_NB_CACHE": str(tmp_path / f"cache {seed}"), "PYTHONPATH": os.pathsep.join(places)}
         done = subprocess.run([sys.executable, "-c", script, tiny_model, str(tmp_path / seed)], env=here, capture_output=True, text=True, check=True, cwd=tmp_path)
         said.append(done.stdout.splitlines()[-1])
     assert said[0] == said[1] and said[0].startswith("Outcome(adapter=")
