@@ -359,6 +359,25 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token  # only fills; what is padded is masked by position, never by this id
     return tokenizer
 
+# %% ../nbs/03_models.ipynb #8ec1a943
+def _weight_files(name: str, revision: str | None = None) -> list[Path]:
+    "The safetensors files behind a name, as far as they are on this machine; asks no hub."
+    path = Path(name).expanduser()
+    gguf = _embedded_gguf() if name == EMBEDDED_MODEL else path if name.endswith(".gguf") else None
+    if gguf:
+        folder = convert_gguf(gguf)
+    else:
+        found = None if path.is_dir() else try_to_load_from_cache(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, "config.json", revision=revision)
+        folder = Path(found).parent if isinstance(found, str) else path
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _seen(name: str, revision: str | None) -> list[tuple[int, ...]]:
+    "By what it would be noticed that the files behind a name are replaced."
+    files = _weight_files(name, revision)
+    settings = [path for path in (files[0].with_name("config.json"),) if path.exists()] if files else []
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in [*settings, *files])]
+
 # %% ../nbs/03_models.ipynb #f95a02e5
 def load_model(
     name: str = EMBEDDED_MODEL,  # the embedded default, a hub name, a folder, or a .gguf file
@@ -509,18 +528,6 @@ def base_difference(
     return f"mark {was}, now {now}"
 
 
-def _weight_files(name: str, revision: str | None = None) -> list[Path]:
-    "The safetensors files behind a name, as far as they are on this machine; asks no hub."
-    path = Path(name).expanduser()
-    gguf = _embedded_gguf() if name == EMBEDDED_MODEL else path if name.endswith(".gguf") else None
-    if gguf:
-        folder = convert_gguf(gguf)
-    else:
-        found = None if path.is_dir() else try_to_load_from_cache(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, "config.json", revision=revision)
-        folder = Path(found).parent if isinstance(found, str) else path
-    return sorted(folder.glob("*.safetensors"))
-
-
 def mark_of(
     model: PreTrainedModel,  # loaded, with or without an adapter
 ) -> str | None:
@@ -533,13 +540,6 @@ def mark_of(
         return base._mark
     name = getattr(base.config, "_name_or_path", "")  # transformers keeps it
     return base_mark(name, getattr(base.config, "_commit_hash", None)) if name else None
-
-
-def _seen(name: str, revision: str | None) -> list[tuple[int, ...]]:
-    "By what it would be noticed that the files behind a name are replaced."
-    files = _weight_files(name, revision)
-    settings = [path for path in (files[0].with_name("config.json"),) if path.exists()] if files else []
-    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in [*settings, *files])]
 
 
 def changed_weights(
