@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import save_tiny
 
 from finetune_nb import models
 from finetune_nb.config import FinetuneConfig
@@ -161,3 +163,16 @@ def test_torch_uses_no_more_threads_than_the_container_has_cores(monkeypatch):
         assert suit_machine(use_cpu=True) == []
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(("width", "wrong"), [(32, True), (64, False)])
+def test_weights_that_bitsandbytes_unpacks_wrongly_are_told(width, wrong, tmp_path):
+    "What is told is so: the error of the layer is that of four bits, or more."
+    from finetune_nb.qlora import nf4_config
+
+    said, folder = [], save_tiny(tmp_path / "tiny", hidden_size=width, intermediate_size=64)
+    plain, _ = load_model(str(folder), torch.float32, use_cpu=True, say=lambda line: None)
+    packed, _ = load_model(str(folder), torch.float32, use_cpu=True, quantization_config=nf4_config(torch.float32), say=said.append)
+    one, other = (model.get_submodule("model.layers.0.mlp.up_proj")(torch.eye(width)) for model in (plain, packed))
+    assert ((one - other).norm() / one.norm() > 0.13) == wrong == any("wrongly on a CPU" in line for line in said)
