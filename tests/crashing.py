@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -108,9 +109,7 @@ def begin(config: FinetuneConfig, splits: Splits, log: Path, callbacks: Sequence
             resume(folder, callbacks=watch)
             return
         if folder.is_dir():  # it died before anything was written
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder)
         train(config, splits, watch)
 
     return work

@@ -23,7 +23,7 @@ import site_pages  # noqa: E402
 PAGES = site_pages.pages(NBS)
 PROSE = [page for page in PAGES if page.startswith(("howto/", "explain/")) or page in ("index", "ten_minutes", "comparison", "reference")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-NOT_OURS = set("llama_cpp q8_0 q4_k_m q4_0 num_ctx repeat_penalty too_few near_duplicates input_ids input_text".split())
+NOT_OURS = set("llama_cpp q8_0 q4_k_m q4_0 num_ctx repeat_penalty too_few near_duplicates input_ids input_text base_url".split())
 
 
 def settings():
