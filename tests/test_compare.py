@@ -330,9 +330,9 @@ def test_there_is_never_more_than_one_model(runs, monkeypatch):
     config, splits = runs
     loaded, at_once = [], []
 
-    def load(config, say=print, made=load_base):
+    def load(config, say=print, *more, made=load_base):
         at_once.append(sum(alive(*loaded)))
-        base, tokenizer = made(config, say)
+        base, tokenizer = made(config, say, *more)
         loaded.append(weakref.ref(base))
         return base, tokenizer
 

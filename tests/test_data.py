@@ -31,7 +31,7 @@ def line(*messages, **extra):
 def test_all_faults_are_told_at_once(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\n".join([line(USER, BOT), *[line(USER)] * 30, b"{"]))
-    with pytest.raises(ChatError, match=r"31 problems(?s:.*)and 25 more of this kind: line 7, line 8") as caught:
+    with pytest.raises(ChatError, match=r"31 problems(?s:.*)and 29 more of this kind: line 3, line 4") as caught:
         load_chats(path)
     assert len(caught.value.problems) == 31
 
