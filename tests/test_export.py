@@ -21,8 +21,10 @@ from finetune_nb.training import load_run, train
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def trained(config, **more):
-    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, **more), some_splits(), say=lambda line: None)
+def trained(config, n_test=8, **more):
+    splits = some_splits()
+    splits = splits._replace(test=splits.test[:n_test])
+    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, **more), splits, say=lambda line: None)
     run.release()
     return load_run(run.folder)
 
@@ -134,6 +136,10 @@ def test_what_can_not_be_merged_is_refused_and_leaves_nothing(quick, tiny_model,
     run = trained(quick)
     settings, weights = (run.folder / "adapter" / name for name in ADAPTER_FILES)
     said, kept = json.loads(settings.read_text()), load_file(weights)
+    settings.write_text(json.dumps(said | {"r": 4}))
+    with pytest.raises(AdapterError, match="is not as it was written"):
+        merge_adapter(run)
+    (settings.parent / "MANIFEST.json").unlink()
     with pytest.raises(ExportError, match="bfloat16, or as its base"):
         merge_adapter(run, dtype="int4")
     settings.write_text(json.dumps(said | {"trainable_token_indices": [3]}))
@@ -398,8 +404,7 @@ def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick
     from finetune_nb.cli import main
     from finetune_nb.upload import upload_export
 
-    run = trained(quick, learning_rate=2e-2)
-    (run.folder / "test.jsonl").write_text("".join((run.folder / "test.jsonl").read_text().splitlines(True)[:2]))
+    run = trained(quick, 2, learning_rate=2e-2)
     assert main(["export", str(run.folder), "--formats", "merged", "--upload", "me/coder", "--data-license", "cc0-1.0"]) == 0
     shown = capsys.readouterr().out
     assert "ship" in shown and "Would go to me/coder (private)" in shown and "model.safetensors" in shown

@@ -179,8 +179,11 @@ def test_columns_that_hold_something_else(row, code):
 
 
 def test_many_problems_of_a_kind_are_named_by_place():
-    several = [Problem(f"c, line {n}", "a.", "b.", "D001") for n in range(27)]
-    assert grouped(several[:5]) == [f"c, line {n}: a. b. [D001]" for n in range(5)]
+    same = [Problem(f"c, line {n}", "a.", "b.", "D001") for n in range(22)]
+    assert grouped(same[:1]) == ["c, line 0: a. b. [D001]"] and grouped(same[:3]) == ["c, line 0: a. b. [D001]", "    … and 2 more of this kind: line 1, line 2"]
+    assert grouped(same)[1].endswith("line 20, …") and grouped(same[:21])[1].endswith("line 20")
+    several = [Problem(f"c, line {n}", f"a{n}.", "b.", "D001") for n in range(27)]
+    assert grouped(several[:5]) == [f"c, line {n}: a{n}. b. [D001]" for n in range(5)]
     assert grouped(several[:6])[5:] == ["    … and 1 more of this kind: line 5"]
     assert grouped(several[:25])[5] == "    … and 20 more of this kind: " + ", ".join(f"line {n}" for n in range(5, 25))
     assert grouped(several[:26])[5].endswith("line 24, …") and grouped(several[:26])[5].startswith("    … and 21 more")
@@ -189,7 +192,7 @@ def test_many_problems_of_a_kind_are_named_by_place():
     for problem in (*several[:3], Problem("z", "a.", "b.", "D002")):
         found.add(problem)
     assert [p.where for p in found.kept] == ["c, line 0", "c, line 1", "z"] and found.error().total == 4
-    assert str(found.error()).startswith("4 problems were found:\n") and str(ChatError(several[:1])) == "c, line 0: a. b. [D001]"
+    assert str(found.error()).startswith("4 problems were found:\n") and str(ChatError(several[:1])) == "c, line 0: a0. b. [D001]"
 
 
 @pytest.mark.parametrize(("text", "depth", "deep"), [("[[[1]]]", 3, False), ("[[[1]]]", 2, True), ('{"a": [{}]}', 3, False), ('{"a": [{}]}', 2, True), ('["[[[["]', 1, False), ("1", 0, False), ("[]", 1, False)])
