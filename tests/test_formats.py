@@ -187,7 +187,7 @@ def test_many_problems_of_a_kind_are_named_by_place():
     assert grouped(several[:6])[5:] == ["    … and 1 more of this kind: line 5"]
     assert grouped(several[:25])[5] == "    … and 20 more of this kind: " + ", ".join(f"line {n}" for n in range(5, 25))
     assert grouped(several[:26])[5].endswith("line 24, …") and grouped(several[:26])[5].startswith("    … and 21 more")
-    assert grouped([Problem("x", "a.", "b."), Problem("y", "a.", "c."), Problem("z", "a.", "b.")]) == ["x: a. b.", "z: a. b.", "y: a. c."]
+    assert grouped([Problem("x", "a.", "b."), Problem("y", "a.", "c."), Problem("z", "d.", "b.")]) == ["x: a. b.", "z: d. b.", "y: a. c."]
     found = Findings(limit=2)
     for problem in (*several[:3], Problem("z", "a.", "b.", "D002")):
         found.add(problem)
