@@ -59,7 +59,7 @@ VARIANTS = {
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name if name in ("plain", "dora", "pissa", "trained embedding") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_merged_is_what_peft_merges(quick, name):
     run = trained(quick, **VARIANTS[name])
     merged = merge_adapter(run)

@@ -37,6 +37,7 @@ def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started
     assert f"Adapter: {run.relative_to(tmp_path) / 'adapter'}" in said
 
 
+@pytest.mark.slow
 def test_tutorial_on_few_questions(tmp_path, forked):
     few = {"n_questions": 2, "n_train": 8, "n_general": 3, "n_museum": 2, "n_lookup": 2}
     run_notebook(ROOT / "nbs/tutorials/should_you_finetune.ipynb", tmp_path / "should_you.ipynb", few)
@@ -51,6 +52,7 @@ def test_tutorial_on_what_went_wrong(tmp_path, forked, capsys):
         assert found in seen
 
 
+@pytest.mark.slow
 def test_tutorial_on_two_processes(tmp_path, forked, tiny_model, capsys):
     few = {"model": tiny_model, "gpus": [1, 8], "tokens": [2048], "ranks": [16]}
     run_notebook(ROOT / "nbs/tutorials/many_gpus.ipynb", tmp_path / "many_gpus.ipynb", few)
