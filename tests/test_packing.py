@@ -430,4 +430,4 @@ def test_experts_are_known_by_their_names(monkeypatch):
     kinds = [type(name, (torch.nn.Module,), {}) for name in ("MyMoEBlock", "Experts", "Dense")]
     assert [packing._has_experts(torch.nn.Sequential(torch.nn.Linear(1, 1), kind())) for kind in kinds] == [True, True, False]
     monkeypatch.setattr(packing, "_kept_ways", lambda asked: [])
-    assert packing.fastest_ways(tuned_model(LlamaConfig(**COMMON)), pack(example_chats(), 10**6)[0]) == ["tree"], "where none could be measured"
+    assert packing.measured_ways(tuned_model(LlamaConfig(**COMMON)), pack(example_chats(), 10**6)[0]) == ["tree"], "where none could be measured"
