@@ -7,8 +7,9 @@ ours, more than five seconds of the processor (or a minute) for one input, more 
 printed with the input's seed, and the input is kept in the folder that --keep names. Prints, for each target, how many were
 read, how many refused, and the slowest.
 
-Seen on two busy cores (2026-11-26): files of chats, configurations and adapters 40,000 mutations each, run folders about 13,000, templates 4,000: nothing
-uncaught after adapters and facts had been mended (a damaged adapter_config.json or safetensors header, JSON nested too deep).
+Seen on two busy hardware threads (2026-11-26): adapters 349,999 mutations and configurations 350,000, files of chats 40,000, run
+folders about 13,000, templates 4,000: nothing uncaught after adapters and facts had been mended (a damaged adapter_config.json or
+safetensors header, JSON nested too deep). One child took more than 100 s to start on the crowded machine; its inputs were read again.
 """
 
 # ruff: noqa: E501

@@ -13,25 +13,17 @@ mutant that never ends counts as killed, and is shown apart. Equivalent mutants,
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
 functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
 
-Seen on 2026-11-26 with mutmut 3.8.1, Python 3.11, on a machine busy with twenty other things; --seed 1, the first draw after
-most tests of the pieces were written. Killed of those that compute (of all), and what the survivors were:
+Seen on 2026-11-26 with mutmut 3.8.1, Python 3.11, on a busy machine: draws of 40 of each module that were made after the tests for
+what an earlier draw had shown were written. Killed of those that compute:
 
-    formats   36 of 38, 95 % (36 of 40)    one equivalent, one hole, which is tested since
-    rows      29 of 39, 74 % (30 of 40)    three equivalent or of speed; three holes, tested since;
-                                           three in parquet, whose tests were left out; one open
-    reading   28 of 35, 80 % (32 of 40)    not judged yet
-    masks     40 of 44, 91 % (41 of 45)    four timeouts among the killed, three of them by the load;
-                                           three equivalent, one open
-    losses    38 of 45, 84 % (38 of 45)    four equivalent; three holes, tested since
-    packing   35 of 43, 81 % (36 of 45)    two timeouts among the killed; five equivalent or of a GPU;
-                                           three holes, tested since
+    checkpoints    whole_folder 43 of 45, checkpoints 40 of 43, sentinels 35 of 38, one_file 33 of 40     151 of 166, 91 %
+    mask           masks 36 of 40, turns 30 of 40                                                          66 of 80, 83 %
+    loss           losses 36 of 40, packing 35 of 40                                                       71 of 80, 89 %
+    data           formats 36 of 38, rows 34 of 38, reading 31 of 36                                      101 of 112, 90 %
 
-No draw was made after the holes were closed, and none of turns, chats and the modules of checkpoints.
-
-Checkpoint code, samples of seed 1, "that compute", before the survivors below got tests of their own (no fresh sample was drawn
-after that): whole_folder 62 of 70, of the survivors one equivalent; one_file 58 of 69, of the survivors seven equivalent;
-sentinels 45 of 53, of the survivors three seen with several processes or a GPU alone; checkpoints 66 of 68, the two left show on a
-GPU or where text is not UTF-8.
+About a third of the survivors change nothing that could be seen (the shape of a placeholder, a cache that is not used); they count.
+What `turns` does with templates is held by tests that are too slow for this and are left out here. `crash_safe`, `data` and
+`chats` have not been drawn.
 """
 
 import argparse

@@ -10,7 +10,8 @@ from jupyter_client.provisioning import local_provisioner
 
 from finetune_nb.cli import run_notebook
 
-CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+SLOW = {"09p_serve.ipynb"}  # starts a server that nothing else needs
+CHAPTERS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))]
 PAGES = sorted(str(p.relative_to(ROOT / "nbs")) for folder in ("howto", "explain") for p in (ROOT / "nbs" / folder).glob("*.ipynb") if '"outputs": [\n' in p.read_text(encoding="utf-8"))
 
 
