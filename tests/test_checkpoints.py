@@ -19,7 +19,7 @@ import torch
 from conftest import some_splits
 from transformers import TrainerCallback
 
-from finetune_nb import training
+from finetune_nb import sandbox, training
 from finetune_nb.checkpoints import check_checkpoint, newest_checkpoint
 from finetune_nb.cli import main
 from finetune_nb.config import load_config, save_config
@@ -340,6 +340,7 @@ def opened(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_interrupt_at_any_event_ends_in_a_good_checkpoint(event, tiny_model, splits, tmp_path, undisturbed, opened):
+    sandbox._renderer()  # one that was ended, as it may be on a busy machine, would open its pipes anew
     handles, threads = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
     run = train(crashing.config_of(tiny_model, tmp_path), splits, [SignalAt(event, signal.SIGINT)])
     gc.collect()
