@@ -340,7 +340,7 @@ def opened(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_interrupt_at_any_event_ends_in_a_good_checkpoint(event, tiny_model, splits, tmp_path, undisturbed, opened):
-    sandbox._renderer()  # one that was ended, as it may be on a busy machine, would open its pipes anew
+    sandbox._renderer().started()  # an interrupt may have ended it, and then it would open its pipes anew
     handles, threads = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
     run = train(crashing.config_of(tiny_model, tmp_path), splits, [SignalAt(event, signal.SIGINT)])
     gc.collect()
