@@ -23,7 +23,7 @@ from torch import nn
 
 from .adapter import ExportError, export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
 from .chat_template import end_of_turn_id
-from .lora import _read_adapter
+from .lora import read_adapter
 from .models import EMBEDDED_MODEL, find_model, load_tokenizer
 from .planning import base_shape
 from .training import Run
@@ -230,7 +230,7 @@ def merge_adapter(
         validate_base(run)
     name, revision = (base, None) if base else (run.config.model_name_or_path, run.config.revision)
     files = base_files(name, revision)
-    settings, weights = _read_adapter(run.folder / "adapter")
+    settings, weights = read_adapter(run.folder / "adapter")
     _validate_settings(settings)
     shape = base_shape(replace(run.config, model_name_or_path=name, revision=revision))
     plan, kind = _plan(files, weights, shape), _kind(dtype, files)
