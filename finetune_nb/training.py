@@ -1005,6 +1005,7 @@ def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrai
         most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
+@no_key_raised()
 def load_run(
     folder: str | Path,  # a folder that `train` made
 ) -> Run:

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import quick_config, some_splits
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from finetune_nb import locks, training
@@ -21,7 +23,7 @@ from finetune_nb.jobs import start_job
 from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, validate_held
 from finetune_nb.one_file import file_there, save_there
 from finetune_nb.planning import WIDTHS, token_budget, usual_budget
-from finetune_nb.run_folder import append_line, read_facts, save_lines, write_facts
+from finetune_nb.run_folder import append_line, checkpoints, read_facts, save_lines, write_facts
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_run, resume, train
 from finetune_nb.whole_folder import DamageError
@@ -286,3 +288,15 @@ def test_other_test_chats_are_not_judged_on_in_silence(change, ended):
     change(ended / "test.jsonl")
     with pytest.raises(FinetuneError, match=r"test\.jsonl does not hold the 8 chats that the run put aside"):
         _ = load_run(ended).test
+
+
+def test_a_file_that_was_laid_into_a_checkpoint_is_not_taken(stopped, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    newest = checkpoints(folder)[-1]
+    best = next((path for path in (newest / "best.safetensors",) if not path.exists()), None)
+    assert best, "the best look is that of the checkpoint"
+    save_file({name: torch.full_like(weight, 0.123) for name, weight in load_file(newest / "adapter_model.safetensors").items()}, best)
+    resume(folder, say=quietly).release()
+    adapters = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (folder, finished)]
+    assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
