@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from finetune_nb import locks, training
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneError
+from finetune_nb.crash_safe import CrashSafeTrainer
 from finetune_nb.jobs import start_job
 from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, validate_held
 from finetune_nb.one_file import file_there, save_there
@@ -26,7 +27,7 @@ from finetune_nb.planning import WIDTHS, token_budget, usual_budget
 from finetune_nb.run_folder import append_line, checkpoints, read_facts, save_lines, write_facts
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_run, resume, train
-from finetune_nb.whole_folder import DamageError
+from finetune_nb.whole_folder import DamageError, files_of
 
 pytestmark = [pytest.mark.usefixtures("one_way"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -290,13 +291,14 @@ def test_other_test_chats_are_not_judged_on_in_silence(change, ended):
         _ = load_run(ended).test
 
 
-def test_a_file_that_was_laid_into_a_checkpoint_is_not_taken(stopped, finished, tmp_path):
+def test_a_file_that_was_laid_into_a_checkpoint_is_not_taken(stopped, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
-    newest = checkpoints(folder)[-1]
-    best = next((path for path in (newest / "best.safetensors",) if not path.exists()), None)
-    assert best, "the best look is that of the checkpoint"
-    save_file({name: torch.full_like(weight, 0.123) for name, weight in load_file(newest / "adapter_model.safetensors").items()}, best)
+    newest, taken, load = checkpoints(folder)[-1], [], CrashSafeTrainer._load_from_checkpoint
+    monkeypatch.setattr(CrashSafeTrainer, "_load_from_checkpoint", lambda self, *args, **kwargs: (load(self, *args, **kwargs), taken.append(self.best_weights)))
+    weights = load_file(newest / "adapter_model.safetensors")
+    for name in {"best.safetensors"} - files_of(newest):  # which it has only where the best look is an earlier one
+        save_file({name: torch.full_like(weight, 0.123) for name, weight in weights.items()}, newest / name)
     resume(folder, say=quietly).release()
-    adapters = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (folder, finished)]
-    assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
+    assert len(taken) == 1
+    assert all(torch.equal(weight, weights[name]) for name, weight in taken[0].items()), "the best weights are those of the checkpoint itself"
