@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'ONE_AT_A_TIME', 'SIGNS', 'FORM', 'Hardware', 'hardware', 'container_limits',
-           'suit_machine', 'cache_folder', 'convert_gguf', 'find_model', 'origin_facts', 'load_tokenizer', 'load_model',
-           'with_attention', 'size_of', 'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark',
+           'suit_machine', 'cache_folder', 'convert_gguf', 'by_itself', 'find_model', 'origin_facts', 'load_tokenizer',
+           'load_model', 'with_attention', 'size_of', 'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark',
            'base_difference', 'mark_of', 'changed_weights', 'tokenizer_mark', 'template_difference', 'ModelError',
            'Origin']
 
@@ -56,6 +56,7 @@ from finetune_nb.origin import (
     is_hub_name,
     may_run_code,
     read_settings,
+    weight_files,
     with_an_adapter,
 )
 from .redact import redacted
@@ -221,7 +222,7 @@ def _save_unquantised(file: Path, folder: Path) -> None:
     "Saves the model and the tokenizer of a GGUF file as an ordinary transformers folder."
     try:
         with _quiet(), redirect_stderr(io.StringIO()):  # where the reader draws a bar of its own
-            with _by_itself(file) as alone:
+            with by_itself(file) as alone:
                 AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
                 source = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
             config, generation_config = source.config, source.generation_config
@@ -237,7 +238,9 @@ def _save_unquantised(file: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _by_itself(file: Path) -> Iterator[Path]:
+def by_itself(
+    file: Path,  # a .gguf file
+) -> Iterator[Path]:
     "A folder with the file alone: transformers would take a tokenizer, an adapter or code from beside it."
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         place = Path(folder) / file.name
@@ -386,7 +389,10 @@ def _weight_files(name: str, revision: str | None = None) -> list[Path]:
     else:
         found = None if path.is_dir() else try_to_load_from_cache(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, "config.json", revision=revision)
         folder = Path(found).parent if isinstance(found, str) else path
-    return sorted(folder.glob("*.safetensors"))
+    try:
+        return [folder / file for file in weight_files(folder, name)]
+    except (ModelError, OSError):  # not here yet, or nothing to load
+        return []
 
 
 def _seen(name: str, revision: str | None) -> list[tuple[int, ...]]:
