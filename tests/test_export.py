@@ -258,7 +258,7 @@ def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     other = run.tokenizer.chat_template + "{# another #}"
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # of another model, in a folder of downloads
         (written.path.parent / name).write_text(json.dumps({"chat_template": other, "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}))
-    assert load_tokenizer(convert_gguf(written.path)).chat_template == run.tokenizer.chat_template
+    assert load_tokenizer(str(convert_gguf(written.path))).chat_template == run.tokenizer.chat_template
     assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
 
 
