@@ -1,8 +1,11 @@
-"""A tiny model with the real tokenizer, so that whole runs take seconds."""
+"""A tiny model with a tokenizer cut short, so that whole runs take a second."""
 
 import gc
+import json
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import browser
 import pytest
@@ -12,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy with tests of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 4096  # tokens of the tiny models
 SHARING = {f"test_{name}.py" for name in ("checkpoints", "damage", "gradient_parity", "many", "project", "report", "secrets", "several", "site", "thirty_modes")}
 
 
@@ -30,7 +34,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."
+    "A folder with a Llama of two layers, random weights, and the small tokenizer."
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
@@ -40,13 +44,27 @@ def biased_model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased"), attention_bias=True)
 
 
+@cache
+def small_tokenizer():
+    "That of the embedded model with the first of its merges: the same control tokens and template, and a run with the tiny model takes half of the time."
+    from finetune_nb.models import load_tokenizer
+
+    with TemporaryDirectory() as folder:
+        load_tokenizer().save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        kept = {piece: i for piece, i in told["model"]["vocab"].items() if i < VOCABULARY}
+        told["model"] |= {"vocab": kept, "merges": [pair for pair in told["model"]["merges"] if "".join(pair) in kept]}
+        file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
+        return load_tokenizer(folder)
+
+
 def save_tiny(folder, **more):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune_nb.models import load_tokenizer
-
-    tokenizer = load_tokenizer()
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
     config = LlamaConfig(vocab_size=len(tokenizer), **shape | more)
