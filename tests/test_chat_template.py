@@ -8,6 +8,7 @@ from datetime import date
 
 import pytest
 from chat_templates import QWEN25
+from conftest import small_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -29,7 +30,6 @@ from finetune_nb.chat_template import (
 )
 from finetune_nb.data import Chat
 from finetune_nb.masks import Controls, token_rows
-from finetune_nb.models import load_tokenizer
 from finetune_nb.turns import rows_of
 
 # With the special tokens that the embedded tokenizer has; the real families are in test_chat_templates.py.
@@ -67,7 +67,7 @@ CHATS = {
 
 @pytest.fixture(scope="module")
 def embedded():
-    return load_tokenizer()
+    return small_tokenizer()
 
 
 @pytest.fixture

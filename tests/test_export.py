@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny, some_splits
+from conftest import VOCABULARY, save_tiny, some_splits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -235,7 +235,7 @@ def wide_model(tmp_path_factory):
 
     folder = save_tiny(tmp_path_factory.mktemp("wide"), tie_word_embeddings=True)
     torch.manual_seed(1)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=VOCABULARY + 64, head_dim=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -254,7 +254,7 @@ def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     assert check.format == kind and check.same_prompts == 3 and abs(check.loss_exported - check.loss_evaluated) < 0.02, check
     facts = gguf_facts(written.path)
     assert facts["tokenizer.chat_template"] == run.tokenizer.chat_template and facts["tokenizer.ggml.eot_token_id"] == 2 and facts["tokenizer.ggml.padding_token_id"] == 2
-    assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
+    assert len(facts["tokenizer.ggml.tokens"]) == VOCABULARY + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
 
 
 SHAPES = {

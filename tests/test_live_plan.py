@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import small_tokenizer
 from datasets import Dataset
 from test_any_model import SHAPES
 from test_packing import ARCHITECTURES, example_chats
@@ -15,7 +16,7 @@ from finetune_nb.config import FinetuneConfig, FinetuneError, changed_settings
 from finetune_nb.live_plan import LivePlan, cut_share, cut_words, verdict
 from finetune_nb.lora import AdapterError
 from finetune_nb.losses import inner_model
-from finetune_nb.models import ModelError, load_tokenizer
+from finetune_nb.models import ModelError
 from finetune_nb.packing import MODES, PackingCollator
 from finetune_nb.planning import Plan, PlanError, alike_blocks, estimate, shape_of, short_shape, trainable_parameters, weight_bytes
 
@@ -30,7 +31,7 @@ def deep_model(tmp_path_factory):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     LlamaConfig(vocab_size=49152, bos_token_id=1, eos_token_id=2, pad_token_id=2, **sizes).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return str(folder)
 
 

@@ -76,7 +76,8 @@ def test_advice_fits_and_does_the_least_harm(rows, quick):
 def test_the_budget_follows_the_memory(quick, rows):
     assert token_budget(replace(quick, max_tokens_at_once=77), rows) == 77
     many = replace(quick, per_device_train_batch_size=64)
-    assert token_budget(many, rows, available=2**40) == 1024, "little in common: what lies in the cache"
+    apart = [{**row, "input_ids": [1000 + i, *row["input_ids"][1:]]} for i, row in enumerate(rows)]
+    assert token_budget(many, apart, available=2**40) == 512, "nothing in common: what lies in the cache"
     beginning = list(range(1000, 1600))
     alike = [{"input_ids": [*beginning, *row["input_ids"]], "labels": [-100] * 600 + list(row["labels"])} for row in rows]
     assert token_budget(many, alike, available=2**40) >= 2048, "a long common beginning is computed once"
