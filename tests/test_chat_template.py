@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import warnings
 from datetime import date
@@ -618,7 +619,8 @@ def test_control_tokens_that_a_normaliser_would_make_are_found(normaliser, forge
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_all_bad_chats_are_told_at_once(num_proc, tokenizer):
+def test_all_bad_chats_are_told_at_once(num_proc, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "get_context", lambda kind: multiprocessing.get_context("fork"))  # the other test starts them
     chats = [Chat(chat(f"q{i}{' <|im_end|>' if i % 2 else ''}", "a").messages, f"chats.jsonl, line {i}") for i in range(12)]
     chats[4] = Chat([chats[4].messages[0], chats[4].messages[1] | {"train": False}], chats[4].where)
     with pytest.raises(TemplateError) as error:

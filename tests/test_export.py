@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import VOCABULARY, save_tiny, some_splits
@@ -21,10 +23,22 @@ from finetune_nb.training import load_run, train
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def judges(request, monkeypatch):
+    "The process that judges an export is forked from this one, but for one test."
+    if request.node.name != STARTED:
+        from finetune_nb import fresh
+
+        monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=forked.run_command))
+
+
+STARTED = "test_one_call_and_the_command_line_export_check_and_list_what_would_go"
+
+
 def trained(config, n_test=8, **more):
     splits = some_splits()
     splits = splits._replace(test=splits.test[:n_test])
-    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, **more), splits, say=lambda line: None)
+    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, preflight=False, **more), splits, say=lambda line: None)
     run.release()
     return load_run(run.folder)
 

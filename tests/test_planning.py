@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import forked
 import pytest
 import torch
 from conftest import ROOT
@@ -140,7 +141,7 @@ def test_gaps_grow_with_the_tokens_and_fall_with_checkpointing(quick, rows):
     assert packed == pytest.approx(0.25 * linear * inner_model(model).dtype.itemsize, rel=0.01), "a quarter of what is unpacked"
 
 
-def in_a_process_of_its_own(code):
+def in_a_fresh_process(code):
     "What it prints: memory is that of a process, and this one has a past."
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -158,7 +159,7 @@ del large
 forget_peak()
 print(high - peak_bytes())
 """
-    assert int(in_a_process_of_its_own(code)) > 2**28
+    assert int(forked.run(code).stdout) > 2**28
 
 
 def test_the_probe_corrects_the_plan(quick, rows):
@@ -183,7 +184,7 @@ chats = [Chat(messages, "chat") for messages in {[chat.messages for chat in chat
 run = train(FinetuneConfig(**{asdict(quick)!r}), Splits(chats[:24], chats[24:], []), say=lambda line: None)
 print(json.dumps(run.facts))
 """
-    facts = json.loads(in_a_process_of_its_own(code))
+    facts = json.loads(in_a_fresh_process(code))
     planned = facts["planned"]
     assert planned["peak_memory_gib"] == pytest.approx(sum(planned["parts"].values()) / 2**30, abs=1e-3)
     assert planned["peak_memory_gib"] == pytest.approx(facts["peak_memory_gib"], rel=0.15), "after the probe, the plan is what comes"
