@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy wit
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 4096  # tokens of the tiny models
-SHARING = {f"test_{name}.py" for name in ("checkpoints", "damage", "gradient_parity", "many", "project", "report", "secrets", "several", "site", "thirty_modes")}
+SHARING = {f"test_{name}.py" for name in ("checkpoints", "compare", "damage", "diagnosis", "evaluation", "gradient_parity", "jobs", "live_plan", "many", "panel", "preflight", "project", "report", "secrets", "several", "site", "sweep", "thirty_modes")}
 
 
 @pytest.hookimpl(optionalhook=True)

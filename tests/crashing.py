@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forked import fork, wait
 from transformers import TrainerCallback
 
 from finetune_nb.checkpoints import check_checkpoint
@@ -68,7 +69,7 @@ class Saves(TrainerCallback):
 
 def start(work: Callable[[], Any], log: Path) -> int:
     "A child process that does the work and ends; its number."
-    if child := os.fork():
+    if child := fork():
         return child
     try:
         os.setsid()
@@ -80,10 +81,6 @@ def start(work: Callable[[], Any], log: Path) -> int:
         code = 1
     sys.stdout.flush()
     os._exit(code)
-
-
-def wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_after(child: int, seconds: float) -> int:

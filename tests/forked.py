@@ -9,6 +9,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune_nb import sandbox
+
+
+def fork() -> int:
+    "As `os.fork`; the process that renders templates serves the child too, while its parent waits: to start another takes a second."
+    renderer = sandbox._renderer()
+    process = renderer.started()
+    child = os.fork()
+    if not child:
+        renderer.owner, process.poll = os.getpid(), lambda: None
+    return child
+
+
+def wait(child: int) -> int:
+    "How it ended; one that was killed may have left an answer to it behind."
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        sandbox._renderer().end()
+    return code
+
 
 class Forked:
     "Runs a program; a part of `subprocess.Popen`. What it says can be read from `stdout` meanwhile."
@@ -16,7 +36,7 @@ class Forked:
     def __init__(self, code: str, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         read, write = os.pipe()
         self.stdout, self.errors, self.returncode = os.fdopen(read, encoding="utf-8"), tempfile.TemporaryFile(), None
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid:
             os.close(write)
             return
@@ -42,7 +62,7 @@ class Forked:
 
     def wait(self) -> int:
         if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.returncode = wait(self.pid)
         return self.returncode
 
     def kill(self) -> None:

@@ -97,7 +97,7 @@ def test_two_blocks_say_what_all_keep(kind, monkeypatch):
     "On every architecture, in rows and filled up, for adapters of several kinds; where blocks differ, all are looked at."
     shape = ALL_SHAPES[kind]
     values = {name: value for name, value in shape.to_dict().items() if name not in ("layer_types", "model_type", "transformers_version")}
-    values[shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 5
+    values[shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 4
     with torch.device("meta"):
         base = planning.with_attention(lambda **kw: AutoModelForCausalLM.from_config(type(shape)(**values), dtype=torch.float32, **kw))
     monkeypatch.setattr(planning, "base_shape", lambda config: copy.deepcopy(base))
@@ -112,7 +112,7 @@ def test_two_blocks_say_what_all_keep(kind, monkeypatch):
         assert sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in plain.parameters()) or not alike
         assert planning._parameters(short) == trainable_parameters(plain)
         assert all(weight_bytes(short, packed) == weight_bytes(plain, packed) for packed in (False, True))
-        for batch in batches:
+        for batch in batches if not change else batches[:1]:
             for way in ("tree", "flex") if not change and batch.layout else ("tree",):
                 kept = [planning.activation_bytes(one, batch, 0, way) for one in (model, plain, short)]
                 assert kept[0] == kept[1] == kept[2], (change, way)
@@ -198,7 +198,7 @@ def test_a_training_in_another_thread_draws_what_it_would_have_drawn(deep, rows,
     for name in ("manual_seed", "set_rng_state"):
         monkeypatch.setattr(torch, name, never)
         monkeypatch.setattr(torch.random, name, never)
-    for change in CHANGES:
+    for change in CHANGES[::3]:
         live.plan(replace(deep, **change))
         assert torch.equal(torch.get_rng_state(), state), change
 

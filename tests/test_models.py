@@ -24,12 +24,16 @@ from finetune_nb.models import (
 from finetune_nb.planning import shape_of
 
 
-def test_the_embedded_model_is_converted_once_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path))
-    folder = convert_gguf(models._embedded_gguf())
+def test_a_gguf_is_converted_once_and_whole(tiny_model, tmp_path, monkeypatch):
+    from finetune_nb.gguf_file import write_gguf
+
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny-f32.gguf"
+    write_gguf(tiny_model, file, "f32")
+    folder = convert_gguf(file)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert convert_gguf(models._embedded_gguf()) == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert [p.name for p in tmp_path.iterdir()] == [folder.name], "nothing half-made is left"
+    assert convert_gguf(file) == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name], "nothing half-made is left"
 
 
 def test_conversion_keeps_every_weight(tmp_path):
