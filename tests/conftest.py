@@ -54,7 +54,7 @@ def small_tokenizer():
         file = Path(folder) / "tokenizer.json"
         told = json.loads(file.read_text(encoding="utf-8"))
         kept = {piece: i for piece, i in told["model"]["vocab"].items() if i < VOCABULARY}
-        told["model"] |= {"vocab": kept, "merges": [pair for pair in told["model"]["merges"] if "".join(pair) in kept]}
+        told["model"] |= {"vocab": kept, "merges": [pair for pair in told["model"]["merges"] if "".join(pair).replace(" ", "") in kept]}
         file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
         return load_tokenizer(folder)
