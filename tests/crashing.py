@@ -33,7 +33,7 @@ def config_of(model: str, folder: Path, **more: Any) -> FinetuneConfig:
     "Twelve steps with dropout, looks and checkpoints in the middle of an epoch."
     return FinetuneConfig(
         model_name_or_path=model, bf16=False, use_cpu=True, num_train_epochs=2, learning_rate=5e-3, gradient_accumulation_steps=1, logging_steps=3,
-        eval_strategy="steps", eval_steps=4, early_stopping_patience=0, lora_dropout=0.1, output_dir=str(folder), run_name="run", max_new_tokens=8, **more,
+        eval_strategy="steps", eval_steps=4, early_stopping_patience=0, lora_dropout=0.1, output_dir=str(folder), run_name="run", max_new_tokens=8, **{"preflight": False} | more,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_an_undisturbed_run_is_the_same_again(tiny_model, splits, tmp_path, undi
 def test_a_fresh_process_ends_the_same_to_the_bit(tiny_model, tmp_path, alone):
     "As one with a past, with all that a run measures and chooses by itself; nothing is shared."
     script = "import sys, crashing, conftest; from finetune_nb import packing, training; from pathlib import Path; training.fastest_ways = packing.fastest_ways; "
-    script += "training.train(crashing.config_of(sys.argv[1], Path(sys.argv[2]), max_steps=6), conftest.some_splits()); print(crashing.Outcome.of(Path(sys.argv[2], 'run')))"
+    script += "training.train(crashing.config_of(sys.argv[1], Path(sys.argv[2]), max_steps=6, preflight=True), conftest.some_splits()); print(crashing.Outcome.of(Path(sys.argv[2], 'run')))"
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     here = os.environ | {"PYTHONHASHSEED": "1", "FINETUNE_NB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(places)}
     fresh = subprocess.run([sys.executable, "-c", script, tiny_model, str(tmp_path / "fresh")], env=here, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -37,6 +37,11 @@ def quiet(line):
 
 
 @pytest.fixture
+def quick(quick):
+    return replace(quick, preflight=False)
+
+
+@pytest.fixture
 def splits(chats):
     return Splits(chats[:24], chats[24:40], [])
 
