@@ -44,17 +44,28 @@ def biased_model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased"), attention_bias=True)
 
 
+WORDS = "system\nuser\nassistant\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\nWhat is two plus one?\nIt is 4. Really.\nYes.\nNo, no.\nSure?\nThe zebra\nThat makes 5, no doubt.\nAnd after 6?\nHow many"
+
+
 @cache
 def small_tokenizer():
-    "That of the embedded model with the first of its merges: the same control tokens and template, and a run with the tiny model takes half of the time."
+    "That of the embedded model with its first merges and those of some words: the same control tokens and template, and a run with the tiny model takes half of the time."
     from finetune_nb.models import load_tokenizer
 
     with TemporaryDirectory() as folder:
-        load_tokenizer().save_pretrained(folder)
+        whole = load_tokenizer()
+        whole.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
         told = json.loads(file.read_text(encoding="utf-8"))
-        kept = {piece: i for piece, i in told["model"]["vocab"].items() if i < VOCABULARY}
-        told["model"] |= {"vocab": kept, "merges": [pair for pair in told["model"]["merges"] if "".join(pair).replace(" ", "") in kept]}
+        vocabulary, merges = told["model"]["vocab"], [pair if isinstance(pair, list) else pair.split(" ") for pair in told["model"]["merges"]]
+        made_of, needed, open_ = {"".join(pair): pair for pair in merges}, set(), whole.tokenize(WORDS)
+        while open_:
+            piece = open_.pop()
+            needed.add(piece)
+            open_ += made_of.get(piece, [])
+        others = [piece for piece in sorted(vocabulary, key=vocabulary.get) if piece not in needed]
+        kept = {piece: i for i, piece in enumerate(sorted({*others[: VOCABULARY - len(needed)], *needed}, key=vocabulary.get))}
+        told["model"] |= {"vocab": kept, "merges": [pair for pair in merges if {*pair, "".join(pair)} <= kept.keys()]}
         file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
         return load_tokenizer(folder)

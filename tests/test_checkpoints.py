@@ -197,7 +197,7 @@ def test_a_state_that_is_missing_is_an_error(folder):
 
 CHANGES = {
     "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 3.0, "lora_dropout": 0.0, "seed": 1,
-    "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 128, "packing": "padded", "lora_alpha": 4.0,
+    "weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "linear", "max_length": 64, "packing": "padded", "lora_alpha": 4.0,
 }  # fmt: skip
 
 

@@ -278,7 +278,7 @@ def test_a_run_says_what_is_odd_about_the_template(quick, splits, capsys):
 def test_choices_of_the_mask_reach_the_run(choice, quick, splits):
     short = replace(quick, max_steps=1, eval_strategy="no")
     if choice == "train_on":
-        longer = [Chat([*c.messages, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "The."}], c.where) for c in splits.train]
+        longer = [Chat([*c.messages, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}], c.where) for c in splits.train]
         tokens = [train(replace(short, train_on=on), splits._replace(train=longer)).facts["data"]["train"]["supervised_tokens"] for on in ("all", "last")]
         assert tokens[1] == 3 * len(longer) < tokens[0]
     else:
