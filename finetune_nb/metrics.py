@@ -14,8 +14,9 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from statistics import NormalDist
 from typing import Any
@@ -153,14 +154,27 @@ def bootstrap_interval(
     n = len(values)
     if n < 2:
         return math.nan, math.nan
-    weights, chances = np.ones(n) if weights is None else np.asarray(weights, float), np.ones(n)
+    weights = np.ones(n) if weights is None else np.asarray(weights, float)
     if ends:
-        values, weights, chances = np.append(values, ends), np.append(weights, [weights.mean()] * 2), np.append(chances, (0.5, 0.5))
-    rng, means = np.random.default_rng(seed), []
-    for start in range(0, draws, 500):  # so that memory stays small
-        counts = rng.multinomial(round(chances.sum()), chances / chances.sum(), size=min(500, draws - start)) * weights
+        values, weights = np.append(values, ends), np.append(weights, [weights.mean()] * 2)
+    means = []
+    for drawn in (_kept_draws if n * draws <= 1 << 21 else _draws)(n, bool(ends), seed, draws):
+        counts = drawn * weights
         means.append(counts @ values / counts.sum(1))
     return percentiles(np.concatenate(means), n, level)
+
+
+def _draws(n: int, ends: bool, seed: int, draws: int) -> Iterator[np.ndarray]:
+    "How often each of `n` chats, and each end, is in a sample: some hundred samples at once, so that memory stays small."
+    rng, chances = np.random.default_rng(seed), np.append(np.ones(n), [0.5, 0.5] if ends else [])
+    for start in range(0, draws, 500):
+        yield rng.multinomial(round(chances.sum()), chances / chances.sum(), size=min(500, draws - start))
+
+
+@lru_cache(maxsize=8)
+def _kept_draws(n: int, ends: bool, seed: int, draws: int) -> list[np.ndarray]:
+    "The same, drawn once for all scores of the same chats: drawing takes nearly all of the time. A few MiB each."
+    return [counts.astype(np.uint16) for counts in _draws(n, ends, seed, draws)]
 
 
 def percentiles(

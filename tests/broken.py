@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from conftest import small_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -39,7 +40,7 @@ def chats_of(answer, numbers, question="What is {} plus one?", file="chats.jsonl
 
 def teach_tiny_model(folder, steps=60):
     "Writes a Llama of two layers that answers one kind of question in the first way and another in the second."
-    tokenizer = load_tokenizer()
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2, **shape))

@@ -1,8 +1,11 @@
-"""A tiny model with the real tokenizer, so that whole runs take seconds."""
+"""A tiny model with a tokenizer cut short, so that whole runs take a second."""
 
 import gc
+import json
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import browser
 import pytest
@@ -12,7 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` keeps every core busy with tests of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-SHARING = {f"test_{name}.py" for name in ("checkpoints", "damage", "gradient_parity", "many", "project", "report", "secrets", "several", "site", "thirty_modes")}
+VOCABULARY = 4096  # tokens of the tiny models
+SHARING = {f"test_{name}.py" for name in ("checkpoints", "compare", "damage", "diagnosis", "evaluation", "gradient_parity", "jobs", "live_plan", "many", "panel", "preflight", "project", "report", "secrets", "several", "site", "sweep", "thirty_modes")}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -30,7 +34,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    "A folder with a Llama of two layers, random weights, and the tokenizer of the embedded model."
+    "A folder with a Llama of two layers, random weights, and the small tokenizer."
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
@@ -40,13 +44,38 @@ def biased_model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("biased"), attention_bias=True)
 
 
+WORDS = "system\nuser\nassistant\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\nWhat is two plus one?\nIt is 4. Really.\nYes.\nNo, no.\nSure?\nThe zebra\nThat makes 5, no doubt.\nAnd after 6?\nHow many"
+
+
+@cache
+def small_tokenizer():
+    "That of the embedded model with its first merges and those of some words: the same control tokens and template, and a run with the tiny model takes half of the time."
+    from finetune_nb.models import load_tokenizer
+
+    with TemporaryDirectory() as folder:
+        whole = load_tokenizer()
+        whole.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary, merges = told["model"]["vocab"], [pair if isinstance(pair, list) else pair.split(" ") for pair in told["model"]["merges"]]
+        made_of, needed, open_ = {"".join(pair): pair for pair in merges}, set(), whole.tokenize(WORDS)
+        while open_:
+            piece = open_.pop()
+            needed.add(piece)
+            open_ += made_of.get(piece, [])
+        others = [piece for piece in sorted(vocabulary, key=vocabulary.get) if piece not in needed]
+        kept = {piece: i for i, piece in enumerate(sorted({*others[: VOCABULARY - len(needed)], *needed}, key=vocabulary.get))}
+        told["model"] |= {"vocab": kept, "merges": [pair for pair in merges if {*pair, "".join(pair)} <= kept.keys()]}
+        file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
+        return load_tokenizer(folder)
+
+
 def save_tiny(folder, **more):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune_nb.models import load_tokenizer
-
-    tokenizer = load_tokenizer()
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
     config = LlamaConfig(vocab_size=len(tokenizer), **shape | more)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forked import fork, wait
 from transformers import TrainerCallback
 
 from finetune_nb.checkpoints import check_checkpoint
@@ -32,7 +33,7 @@ def config_of(model: str, folder: Path, **more: Any) -> FinetuneConfig:
     "Twelve steps with dropout, looks and checkpoints in the middle of an epoch."
     return FinetuneConfig(
         model_name_or_path=model, bf16=False, use_cpu=True, num_train_epochs=2, learning_rate=5e-3, gradient_accumulation_steps=1, logging_steps=3,
-        eval_strategy="steps", eval_steps=4, early_stopping_patience=0, lora_dropout=0.1, output_dir=str(folder), run_name="run", max_new_tokens=8, **more,
+        eval_strategy="steps", eval_steps=4, early_stopping_patience=0, lora_dropout=0.1, output_dir=str(folder), run_name="run", max_new_tokens=8, **{"preflight": False} | more,
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ class Saves(TrainerCallback):
 
 def start(work: Callable[[], Any], log: Path) -> int:
     "A child process that does the work and ends; its number."
-    if child := os.fork():
+    if child := fork():
         return child
     try:
         os.setsid()
@@ -80,10 +81,6 @@ def start(work: Callable[[], Any], log: Path) -> int:
         code = 1
     sys.stdout.flush()
     os._exit(code)
-
-
-def wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_after(child: int, seconds: float) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import VOCABULARY, small_tokenizer
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -25,12 +26,12 @@ from finetune_nb import planning
 from finetune_nb.data import Splits
 from finetune_nb.lora import AdapterError, add_lora, load_adapter
 from finetune_nb.losses import inner_model, mean_loss, token_losses
-from finetune_nb.models import ModelError, load_model, load_tokenizer
+from finetune_nb.models import ModelError, load_model
 from finetune_nb.packing import PackingCollator, check_packing, pack
 from finetune_nb.planning import PlanError, estimate, largest_batch, shape_of
 from finetune_nb.training import _telling_chats, load_base, train
 
-TOKENS = dict(vocab_size=49152, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SHAPES = {
     "gpt2 with dropout": GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=256),
@@ -48,7 +49,7 @@ def test_what_takes_no_row_of_chats_is_planned_and_trained_all_the_same(kind, ch
     folder = tmp_path / "base"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPES[kind]).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     config = replace(quick, model_name_or_path=str(folder), num_train_epochs=1, target_modules="attention")
     run = train(config, Splits(chats[:16], chats[16:20], []))
     assert run.facts["packing"] == ("shared" if kind == "mixtral" else "padded")

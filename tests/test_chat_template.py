@@ -2,12 +2,14 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import warnings
 from datetime import date
 
 import pytest
 from chat_templates import QWEN25
+from conftest import small_tokenizer as cut_short
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -29,7 +31,6 @@ from finetune_nb.chat_template import (
 )
 from finetune_nb.data import Chat
 from finetune_nb.masks import Controls, token_rows
-from finetune_nb.models import load_tokenizer
 from finetune_nb.turns import rows_of
 
 # With the special tokens that the embedded tokenizer has; the real families are in test_chat_templates.py.
@@ -67,7 +68,7 @@ CHATS = {
 
 @pytest.fixture(scope="module")
 def embedded():
-    return load_tokenizer()
+    return cut_short()
 
 
 @pytest.fixture
@@ -343,7 +344,7 @@ def test_render_names_the_chat(tokenizer):
         render([{"role": "user", "content": "Hi"}], with_template(tokenizer, "{{ raise_exception('no') }}"), where="here")
 
 
-def small_tokenizer(kind):
+def another_tokenizer(kind):
     "A tokenizer of another kind than the embedded one, trained on a few words."
     special = ["<unk>", "<s>", "</s>"]
     if kind.startswith("metaspace"):
@@ -369,7 +370,7 @@ def small_tokenizer(kind):
 @pytest.mark.parametrize("template", ["[INST]", "ASSISTANT:", "ASSISTANT: "])
 @pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "sentencepiece", "word pieces", "bytes with trimmed offsets"])
 def test_other_tokenizers_give_the_prompt_of_inference_or_refuse(kind, template):
-    tokenizer = small_tokenizer(kind)
+    tokenizer = another_tokenizer(kind)
     if template == "[INST]":
         tokenizer.chat_template = "<s>{% for m in messages %}{{ ' ' + m.content + '</s>' if m.role == 'assistant' else '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
     else:
@@ -586,7 +587,7 @@ def test_marks_that_cover_a_part_of_the_answer_are_refused(answer, tokenizer):
 
 
 def test_the_token_view_keeps_the_spaces_that_a_decoder_strips():
-    tokenizer = small_tokenizer("sentencepiece")
+    tokenizer = another_tokenizer("sentencepiece")
     ids = tokenizer("<s>[INST] hello there [/INST] yes, 🙂 it is</s>", add_special_tokens=False)["input_ids"]
     view = show_labels({"input_ids": ids, "labels": [NO_LOSS] * 6 + ids[6:]}, tokenizer)
     shown = "".join(text for text, *_ in view.tokens)
@@ -618,7 +619,8 @@ def test_control_tokens_that_a_normaliser_would_make_are_found(normaliser, forge
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_all_bad_chats_are_told_at_once(num_proc, tokenizer):
+def test_all_bad_chats_are_told_at_once(num_proc, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "get_context", lambda kind: multiprocessing.get_context("fork"))  # the other test starts them
     chats = [Chat(chat(f"q{i}{' <|im_end|>' if i % 2 else ''}", "a").messages, f"chats.jsonl, line {i}") for i in range(12)]
     chats[4] = Chat([chats[4].messages[0], chats[4].messages[1] | {"train": False}], chats[4].where)
     with pytest.raises(TemplateError) as error:

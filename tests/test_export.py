@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
-from conftest import save_tiny, some_splits
+from conftest import VOCABULARY, save_tiny, some_splits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,10 +24,22 @@ from finetune_nb.training import load_run, train
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def judges(request, monkeypatch):
+    "The process that judges an export is forked from this one, but for one test."
+    if request.node.name != STARTED:
+        from finetune_nb import fresh
+
+        monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=forked.run_command))
+
+
+STARTED = "test_one_call_and_the_command_line_export_check_and_list_what_would_go"
+
+
 def trained(config, n_test=8, **more):
     splits = some_splits()
     splits = splits._replace(test=splits.test[:n_test])
-    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, **more), splits, say=lambda line: None)
+    run = train(replace(config, num_train_epochs=1, per_device_train_batch_size=8, early_stopping_patience=0, preflight=False, **more), splits, say=lambda line: None)
     run.release()
     return load_run(run.folder)
 
@@ -121,7 +135,7 @@ def test_shards_stay_those_of_the_base(quick, tmp_path):
     from transformers import AutoModelForCausalLM
 
     whole = Path(save_tiny(tmp_path / "whole"))
-    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "cut", max_shard_size="4MB")
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "cut", max_shard_size="400KB")
     for path in whole.iterdir():
         if path.name != "model.safetensors" and not (tmp_path / "cut" / path.name).exists():
             (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
@@ -236,7 +250,7 @@ def wide_model(tmp_path_factory):
 
     folder = save_tiny(tmp_path_factory.mktemp("wide"), tie_word_embeddings=True)
     torch.manual_seed(1)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=49152 + 64, head_dim=64)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=256, vocab_size=VOCABULARY + 64, head_dim=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -259,7 +273,7 @@ def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # of another model, in a folder of downloads
         (written.path.parent / name).write_text(json.dumps({"chat_template": other, "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}))
     assert load_tokenizer(str(convert_gguf(written.path))).chat_template == run.tokenizer.chat_template
-    assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
+    assert len(facts["tokenizer.ggml.tokens"]) == VOCABULARY + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
 
 
 SHAPES = {

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import small_tokenizer
 
 from finetune_nb.config import ConfigError
 from finetune_nb.data import Chat, Splits, question
@@ -22,7 +23,6 @@ from finetune_nb.fitting import (
     measure_recitation,
 )
 from finetune_nb.metrics import Difference
-from finetune_nb.models import load_tokenizer
 from finetune_nb.stop import TrainingError
 from finetune_nb.training import load_run, train
 
@@ -40,7 +40,7 @@ def apt(tmp_path_factory):
     "A folder with a small model of random weights that can learn by heart: its first and last layers are strong."
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder, tokenizer = tmp_path_factory.mktemp("apt"), load_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("apt"), small_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
     model.lm_head.weight.data *= 30

@@ -1,6 +1,7 @@
 """The gradient of a step is that of its definition, however the step is cut up: against transformers' own forward pass, chat by chat."""
 
 import copy
+import gc
 import random
 from dataclasses import replace
 
@@ -61,6 +62,8 @@ def parts(tmp_path_factory):
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
         loss = F.cross_entropy(exact(input_ids=ids).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
         gradients.append((loss.item(), torch.autograd.grad(loss, trained(exact))))
+    gc.collect()
+    gc.freeze()  # as in `save_tiny`: each training collects, and would go through all that is imported
     return config, model, exact, rows, gradients
 
 

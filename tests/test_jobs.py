@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -446,7 +445,7 @@ train(load_config(sys.argv[1]), callbacks=[Wait()], say=lambda line: None)
 @pytest.mark.skipif(os.name == "nt", reason="kills by SIGKILL")
 def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, tmp_path):
     save_config(replace(steady, run_name="theirs"), tmp_path / "config.yaml")
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True)
+    other = forked.Forked(HOLD, str(tmp_path / "config.yaml"))
     folder = tmp_path / "runs/theirs"
     try:
         assert other.stdout.readline().strip() == "there"
@@ -458,7 +457,7 @@ def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, t
         seen = Watched(folder)
         assert seen.state == "elsewhere" and seen.step >= 4 and seen.steps == 8 and not seen.active
     finally:
-        other.send_signal(signal.SIGKILL)
+        other.kill()
         other.wait()
     seen.refresh()
     assert seen.state == "broken off" and read_run(folder).state == "broken off" and read_run(folder).can_go_on

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import small_tokenizer
 from datasets import Dataset
 from test_any_model import SHAPES
 from test_packing import ARCHITECTURES, example_chats
@@ -15,7 +16,7 @@ from finetune_nb.config import FinetuneConfig, FinetuneError, changed_settings
 from finetune_nb.live_plan import LivePlan, cut_share, cut_words, verdict
 from finetune_nb.lora import AdapterError
 from finetune_nb.losses import inner_model
-from finetune_nb.models import ModelError, load_tokenizer
+from finetune_nb.models import ModelError
 from finetune_nb.packing import MODES, PackingCollator
 from finetune_nb.planning import Plan, PlanError, alike_blocks, estimate, shape_of, short_shape, trainable_parameters, weight_bytes
 
@@ -30,7 +31,7 @@ def deep_model(tmp_path_factory):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     LlamaConfig(vocab_size=49152, bos_token_id=1, eos_token_id=2, pad_token_id=2, **sizes).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -96,7 +97,7 @@ def test_two_blocks_say_what_all_keep(kind, monkeypatch):
     "On every architecture, in rows and filled up, for adapters of several kinds; where blocks differ, all are looked at."
     shape = ALL_SHAPES[kind]
     values = {name: value for name, value in shape.to_dict().items() if name not in ("layer_types", "model_type", "transformers_version")}
-    values[shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 5
+    values[shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = 4
     with torch.device("meta"):
         base = planning.with_attention(lambda **kw: AutoModelForCausalLM.from_config(type(shape)(**values), dtype=torch.float32, **kw))
     monkeypatch.setattr(planning, "base_shape", lambda config: copy.deepcopy(base))
@@ -111,7 +112,7 @@ def test_two_blocks_say_what_all_keep(kind, monkeypatch):
         assert sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in plain.parameters()) or not alike
         assert planning._parameters(short) == trainable_parameters(plain)
         assert all(weight_bytes(short, packed) == weight_bytes(plain, packed) for packed in (False, True))
-        for batch in batches:
+        for batch in batches if not change else batches[:1]:
             for way in ("tree", "flex") if not change and batch.layout else ("tree",):
                 kept = [planning.activation_bytes(one, batch, 0, way) for one in (model, plain, short)]
                 assert kept[0] == kept[1] == kept[2], (change, way)
@@ -197,7 +198,7 @@ def test_a_training_in_another_thread_draws_what_it_would_have_drawn(deep, rows,
     for name in ("manual_seed", "set_rng_state"):
         monkeypatch.setattr(torch, name, never)
         monkeypatch.setattr(torch.random, name, never)
-    for change in CHANGES:
+    for change in CHANGES[::3]:
         live.plan(replace(deep, **change))
         assert torch.equal(torch.get_rng_state(), state), change
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import small_tokenizer
 from datasets import Dataset
 from full_device import From, limited
 from test_any_model import SHAPES, SMALL, TOKENS
@@ -15,7 +16,7 @@ from finetune_nb.generation import continuations
 from finetune_nb.lora import add_lora, remove_lora
 from finetune_nb.losses import inner_model
 from finetune_nb.memory import NoRoomError, chat_losses, in_words_of_pieces
-from finetune_nb.models import load_model, load_tokenizer
+from finetune_nb.models import load_model
 from finetune_nb.packing import PackingCollator
 from finetune_nb.trainer import make_trainer
 from finetune_nb.training import load_base, train
@@ -40,7 +41,7 @@ def kind(request, tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPES[request.param]).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return str(folder), "padded"
 
 
@@ -173,7 +174,7 @@ def test_a_run_that_can_not_fit_fails_before_its_first_step_with_the_plan(quick,
     "The plan is that of `estimate`, for less memory than it reckoned with: here, wide blocks that are computed twice in place of being kept."
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**TOKENS, **SMALL | {"intermediate_size": 8192, "num_hidden_layers": 4})).save_pretrained(tmp_path / "wide")
-    load_tokenizer().save_pretrained(tmp_path / "wide")
+    small_tokenizer().save_pretrained(tmp_path / "wide")
     config, looked = replace(quick, model_name_or_path=str(tmp_path / "wide")), []
     base = load_base(config, lambda text: None)
 

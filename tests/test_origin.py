@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -63,7 +64,7 @@ def test_it_runs_for_the_one_model_that_was_named(model, tmp_path):
         f"trust_remote_code({name!r})\nprint(type(load_model({name!r}, use_cpu=True)[0]).__name__, find_model({name!r}).facts()['remote_code'])\n"
         f"try: load_model({str(other)!r})\nexcept ModelError as error: print(error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = forked.run(code).stdout
     assert "OddModel True" in said and (tmp_path / "canary").exists() and f"{other} comes with Python code of its own" in said
 
 
@@ -196,6 +197,9 @@ def in_a_hub_cache(tiny_model, home, commit):
     (repo / "refs" / "main").write_text(commit)
 
 
+HUB = "from huggingface_hub import constants\nassert constants.HF_HUB_OFFLINE\nconstants.HF_HUB_CACHE = {!r}\n"  # where HF_HOME puts it when it is imported
+
+
 def test_the_commit_of_the_hub_is_recorded_and_can_be_asked_for(tiny_model, tmp_path):
     first, second = "a" * 40, "b" * 40
     in_a_hub_cache(tiny_model, tmp_path / "home", first)
@@ -206,7 +210,7 @@ def test_the_commit_of_the_hub_is_recorded_and_can_be_asked_for(tiny_model, tmp_
         "said = []\nload_model('owner/name', use_cpu=True, say=said.append)\nprint(json.dumps([said[0], find_model('owner/name').facts(), find_model('owner/name', 'b' * 40).facts()]))\n"
         "said = []\nmodel, _ = load_model('owner/name', use_cpu=True, say=said.append, revision='b' * 40)\nprint(json.dumps([len(said), model.config.max_position_embeddings]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    done = forked.run(HUB.format(str(tmp_path / "home/hub")) + code)
     assert done.returncode == 0, done.stderr
     (told, floating, pinned), (lines, loaded) = map(json.loads, done.stdout.splitlines())
     assert f"commit {first} of the hub, which is main as of now" in told and floating == {"kind": "hub", "revision": first, "commit": first, "remote_code": False}
@@ -220,7 +224,7 @@ def test_an_index_on_the_hub_stays_in_its_folder_too(tiny_model, tmp_path):
     (snapshot / "model.safetensors").rename(tmp_path / "home/hub/x.safetensors")
     (snapshot / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../../../x.safetensors"}}))
     code = "from finetune_nb.models import load_model\ntry: load_model('owner/name')\nexcept Exception as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    done = forked.run(HUB.format(str(tmp_path / "home/hub")) + code)
     assert "points out of its folder" in done.stdout, done.stderr
 
 

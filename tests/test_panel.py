@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import fields, replace
 from datetime import datetime, timezone
+from functools import lru_cache
 from html import escape, unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,7 @@ def inside(widget):
         yield from inside(child)
 
 
+@lru_cache(maxsize=1000)  # most of a page stays as it was
 def check_harmless(html):
     "Parsed as a browser does, there is no element that acts, and no text that was meant to be one is lost."
     for element in html5lib.parseFragment(html, namespaceHTMLElements=False).iter():

@@ -149,23 +149,16 @@ def test_no_token_of_the_environment_is_in_there(fresh, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("source", GREEDY, ids=lambda s: s[:60])
 def test_a_greedy_template_is_stopped(source, tokenizer):
-    before, begun = my_memory(), time.monotonic()
+    before, begun, told = my_memory(), time.monotonic(), None
     try:
-        text = render_chats(with_template(tokenizer, source), [TALK], RenderLimits(seconds=1))[0]
+        text = render_chats(with_template(tokenizer, source), [TALK], RenderLimits(seconds=0.3))[0]
         assert len(text) < 5 << 20
     except Exception as error:  # refused in words
+        told = error
         assert 0 < len(str(error)) < 4000
+    assert isinstance(told, TemplateLimit) or source not in GREEDY[:6] + GREEDY[15:18], "these are told by their bound"
     assert time.monotonic() - begun < 30 and my_memory() - before < 64 << 20
     assert render_chats(tokenizer, [TALK])[0].startswith("<|im_start|>"), "the next chat is rendered as ever"
-
-
-def test_most_of_them_are_told_by_their_bound(tokenizer):
-    told = []
-    for source in GREEDY[:7] + GREEDY[15:18]:
-        with pytest.raises((TemplateLimit, Exception)) as caught:
-            render_chats(with_template(tokenizer, source), [TALK], RenderLimits(seconds=1))
-        told.append(isinstance(caught.value, TemplateLimit))
-    assert sum(told) >= 8
 
 
 def test_a_limit_is_told_with_its_chat_and_not_tried_again(fresh, tokenizer):

@@ -38,6 +38,11 @@ def quiet(line):
 
 
 @pytest.fixture
+def quick(quick):
+    return replace(quick, preflight=False)
+
+
+@pytest.fixture
 def splits(chats):
     return Splits(chats[:24], chats[24:40], [])
 
@@ -419,7 +424,7 @@ def test_the_steps_of_a_range_test_are_steps_of_a_training(quick, splits, tmp_pa
 
 def test_a_range_test_without_a_fall_suggests_nothing(quick, splits):
     found = lr_range_test(quick, splits, 1e-8, 1e-7, 10, say=quiet)
-    assert found.suggestion is None and found.ended_by == "the plan" and "fell by 0.0%, which is less than the " in str(found) and found.plot()._repr_png_()
+    assert found.suggestion is None and found.ended_by == "the plan" and "fell by 0." in str(found) and "which is less than the " in str(found) and found.plot()._repr_png_()
     falling = RangeTest([10.0**-k for k in range(6, 0, -1)] * 4, [5 - i / 10 for i in range(24)], "the plan")
     assert falling.suggestion is not None and "try a larger high" in str(falling)
     broken = RangeTest(falling.rates, [*falling.losses[:-1], float("nan")], "divergence")
