@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from finetune_nb import locks, training
 from finetune_nb.cli import main
-from finetune_nb.config import FinetuneError
+from finetune_nb.config import FinetuneError, load_config, save_config
 from finetune_nb.jobs import start_job
 from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, validate_held
 from finetune_nb.one_file import file_there, save_there
@@ -144,6 +144,16 @@ def test_what_is_missing_comes_from_the_checkpoint_and_another_machine_is_told(f
     assert [run.facts[name] for name in names] == [started[name] for name in names] and read_facts(folder, "started.json")["seen"]
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_another_way_to_compute_that_is_allowed_is_planned_anew(folder):
+    "The plan of the run would go on else, and nothing of the change would be seen."
+    before, said, stop = read_facts(folder, "started.json"), [], Stop()
+    save_config(replace(load_config(folder / "config.yaml"), packing="padded", max_tokens_at_once=77), folder / "config.yaml")
+    stops = At("on_step_end", 6, lambda place: setattr(stop, "wanted", True))
+    run = resume(folder, say=said.append, stop=stop, callbacks=[stops], allow_change=["packing", "max_tokens_at_once"])
+    assert [before[name] for name in ("packing", "max_tokens_at_once")] != [run.facts[name] for name in ("packing", "max_tokens_at_once")] == ["padded", 77]
+    assert "Different from here on, as allowed: max_tokens_at_once, packing." in said
 
 
 def test_going_on_with_other_threads_is_told_and_recorded(folder):

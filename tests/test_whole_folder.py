@@ -186,6 +186,28 @@ def test_a_rename_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert tree(made(tmp_path / "one", a=b"new"))["a"] == b"new" and [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("renames", "found"), [(1, b"first"), (2, b"new")])
+def test_killed_between_the_renames(renames, found, tmp_path):
+    "There is a time in which no folder has the name; what was there is put back by whoever looks next."
+    made(tmp_path / "one")
+    if not (child := os.fork()):
+        rename, done = os.rename, []
+
+        def dies(source, target):
+            rename(source, target)
+            done.append(target)
+            if len(done) == renames:
+                os._exit(9)
+
+        os.rename = dies
+        made(tmp_path / "one", a=b"new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and (tmp_path / "one").exists() == (renames == 2)
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and check_whole(tmp_path / "one") == [] and (tmp_path / "one" / "a").read_bytes() == found
+
+
 def test_each_bit_of_a_manifest_counts(tmp_path):
     path = made(tmp_path / "one") / MANIFEST
     data = path.read_bytes()
