@@ -227,7 +227,7 @@ def _with_probes(message: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[st
         if not (core := text.strip()):
             return text
         parts.append((name, core))
-        return text.replace(core, _probe(len(parts) - 1), 1)
+        return text.replace(core, _probe(len(parts) - 1))
 
     probed = dict(message)
     for key in (k for k in ("content", *REASONING) if isinstance(message.get(k), str)):
