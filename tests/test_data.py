@@ -2,13 +2,19 @@
 
 import json
 import random
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from finetune_nb.config import ConfigError
+from finetune_nb import data
+from finetune_nb.config import ConfigError, FinetuneError
 from finetune_nb.data import (
     Chat,
     ChatError,
+    Icd10Entry,
+    Leak,
     Splits,
     check_leaks,
     fingerprint,
@@ -199,7 +205,9 @@ def test_a_question_asked_thousands_of_times_makes_one_leak_each():
     assert len(leaks) == 3000 and leaks[0].twin is other[0]
 
 
-def test_demo_data_is_the_same_for_the_same_seed():
+def test_demo_data_is_the_same_for_the_same_seed(monkeypatch):
+    entries = data.icd10_entries()  # two seconds, for the package reads its files anew each time
+    monkeypatch.setattr(data, "icd10_entries", lambda: entries)
     one = icd10_chats(seed=7)
     assert fingerprint(one.train) == fingerprint(icd10_chats(seed=7).train) != fingerprint(icd10_chats(seed=8).train)
     assert len(one.train) >= 1000 and {c.extra["code"][0] for c in one.test} == {"J"}
@@ -209,3 +217,203 @@ def test_demo_data_is_the_same_for_the_same_seed():
         for chat in part:
             entries = [row for row in chat.messages[1]["content"].splitlines() if row.startswith("- ")]
             assert len(entries) == 3 and sum(f": {chat.extra['code']} (" in row for row in entries) == 1
+
+
+def entry(code, *names):
+    return Icd10Entry(code, names[0], names[1:])
+
+
+ENTRIES = [  # of two and three to a category, with names that are too long, shared or outside
+    *(entry(f"{letter}{n:02}.{d}", f"{word} of kind {n}{d}", f"{word} {n}{d}") for letter, word in zip("ABCJ", ("Fever", "Rash", "Cough", "Asthma"), strict=True) for n in range(10, 19) for d in range(2)),
+    entry("A20.0", "A description of more than the forty-five characters that a term may have", "a short one"), entry("V10.0", "Bitten by a duck"), entry("W10.0", "Fall"), entry("D10.0", "x" * 37),
+]  # fmt: skip
+
+
+@pytest.fixture
+def few(monkeypatch):
+    "The demo data out of few codes."
+    monkeypatch.setattr(data, "icd10_entries", lambda: ENTRIES)
+    return lambda *given, **more: data.icd10_chats(*given, **{"n_train": 20, "n_validation": 5} | more)
+
+
+def test_the_demo_data_asks_for_one_of_three_entries(few):
+    one = few(seed=7)
+    assert [fingerprint(part) for part in one] == [fingerprint(part) for part in few(seed=7)] != [fingerprint(part) for part in few(seed=8)] and list(map(len, one)) == [20, 5, 18]
+    by_code = {e.code: e for e in ENTRIES}
+    taught = [{chat.extra["code"][:3] for chat in part} for part in one]
+    assert not taught[0] & taught[1] and taught[2] == {f"J{n}" for n in range(10, 19)} and not {"D10", "V10", "W10", "A20"} & (taught[0] | taught[1])
+    shown = [set(), set(), set()]
+    for kind, split, part in zip(data.QUESTIONS, shown, one, strict=True):
+        for chat in part:
+            system, asked, answer = chat.messages
+            right, (rows, question) = by_code[chat.extra["code"]], asked["content"].split("\n\n")
+            codes = [row.partition(": ")[2].partition(" (")[0] for row in rows.splitlines()]
+            split |= {code[:3] for code in codes}
+            assert chat.where == f"icd10 {kind} {right.code}" and chat.extra == {"code": right.code, "split": kind} and system == {"role": "system", "content": data.SYSTEM}
+            assert sorted(map(codes.count, codes)) == [1, 1, 1] and right.code in codes and all(row.endswith(f"({by_code[code].description})") for row, code in zip(rows.splitlines(), codes, strict=True))
+            [term] = [row[2:].partition(":")[0] for row in rows.splitlines() if f": {right.code} (" in row]
+            assert answer == {"role": "assistant", "content": f"The ICD-10 code for {term} is {right.code} ({right.description})."} and re.fullmatch(data.ANSWER_PATTERN, answer["content"])
+            assert question in {form.format(term=term) for form in data.QUESTIONS[kind]} and term in {data._in_sentence(name) for name in (right.description, *right.terms)}
+            assert sum(code[:3] == right.category for code in codes) == 2 and sum(code[0] == right.code[0] for code in codes) >= 2, "one of the wrong ones is a sibling"
+    assert not shown[0] & shown[1] and shown[2] == taught[2], "the wrong entries of a set come from it too"
+    assert {row.startswith("- ") for part in one for chat in part for row in chat.messages[1]["content"].split("\n\n")[0].splitlines()} == {True}
+    places = {rows.splitlines().index(row) for chat in one.train for rows in [chat.messages[1]["content"]] for row in rows.splitlines() if f": {chat.extra['code']} (" in row}
+    assert places == {0, 1, 2}, "the right one stands anywhere"
+    assert [len(chat.messages[1]["content"].split("\n\n")[0].splitlines()) for chat in few(n_entries=5).train] == [5] * 20
+    assert few(n_train=22, n_validation=5).train and "D10" in {c.extra["code"][:3] for part in few(n_train=23, n_validation=5, max_chars=37) for c in part}
+    with pytest.raises(ValueError, match=r"n_train \+ n_validation may be 27 at most \(one chat for each category\), got 28"):
+        few(n_train=23)
+    with pytest.raises(ValueError, match="kind must be 'reference' or 'bare', got 'other'"):
+        few("other")
+
+
+def test_the_bare_demo_data_asks_the_same_few_codes_again(few):
+    one = few("bare", seed=1)
+    codes = [[chat.extra["code"] for chat in part] for part in one]
+    assert list(map(len, codes)) == [20, 5, 5] and codes[0] == codes[2] * 4 and codes[1] == codes[2] and len(set(codes[2])) == 5 and not {"V10.0", "W10.0", "A20.0"} & {*codes[2]}
+    assert [{chat.extra["split"] for chat in part} for part in one] == [{"train"}, {"validation"}, {"test"}] and len({chat.messages[1]["content"] for chat in one.train}) > 10
+    assert {"\n" in chat.messages[1]["content"] for part in one for chat in part} == {False}
+    assert list(map(len, few("bare", n_train=5, n_validation=7))) == [5, 7, 7] and list(map(len, few("bare", n_train=50))) == [50, 5, 10]
+    assert codes != [[chat.extra["code"] for chat in part] for part in few("bare", seed=2)]
+
+
+def test_a_term_that_means_two_codes_is_not_asked_for():
+    rng = random.Random(0)
+    one, other = entry("A10.0", "First", "Both", "x" * 46, "Third", "Fourth"), entry("A10.1", "BOTH")
+    assert {data._icd10_chat(one, [other], "train", rng).messages[2]["content"].partition(" is ")[0].rpartition("for ")[2] for _ in range(30)} == {"first", "third"}
+    assert {data._icd10_chat(one, [], "train", rng).messages[2]["content"].partition(" is ")[0].rpartition("for ")[2] for _ in range(40)} == {"first", "both", "third"}, "of the description and three names, and none that is too long"
+    assert "y" * 45 in {data._icd10_chat(entry("A10.0", "A", "y" * 45), [], "train", rng).messages[2]["content"].split()[5] for _ in range(30)}
+    lone = entry("A10.0", "z" * 50)
+    assert data._icd10_chat(lone, [entry("B10.0", "w" * 31, "v" * 30)], "test", rng).messages[1]["content"].count("z" * 50) >= 2
+    lines = {data._icd10_chat(lone, [entry("B10.0", "w" * 31, "v" * 30)], "test", rng).messages[1]["content"].count("- " + "v" * 30) for _ in range(20)}
+    assert lines == {1}, "of another entry a short name is shown"
+    assert "- " + "w" * 31 in data._icd10_chat(lone, [entry("B10.0", "w" * 31)], "test", rng).messages[1]["content"]
+
+
+def test_wrong_entries_are_half_siblings():
+    rng, by_category = random.Random(0), {f"A{n}": [entry(f"A{n}.{d}", "a") for d in range(4)] for n in range(10, 16)}
+    asked = by_category["A10"][0]
+    for n, siblings in ((0, 0), (1, 1), (2, 1), (3, 2), (5, 3)):
+        found = data._distractors(asked, by_category, n, rng)
+        assert len(found) == n and asked not in found and sum(e.category == "A10" for e in found) == siblings
+        assert len({e.category for e in found if e.category != "A10"}) == n - siblings
+    assert len(data._distractors(asked, by_category | {"A10": [asked]}, 3, rng)) == 3, "strangers take their place"
+
+
+def test_terms_inside_a_sentence():
+    said = {"Acute bronchitis": "acute bronchitis", "HIV disease": "HIV disease", "Crohn's disease": "Crohn's disease", "X": "X", "Fall": "fall", "A fall": "A fall"}
+    assert {term: data._in_sentence(term) for term in said} == said
+    one = entry("J20.9", "Acute bronchitis, unspecified", "Chest cold")
+    assert one.category == "J20" and one.line("Chest cold") == "- chest cold: J20.9 (Acute bronchitis, unspecified)"
+    assert data.icd10_answer("Chest cold", one) == "The ICD-10 code for chest cold is J20.9 (Acute bronchitis, unspecified)."
+
+
+def test_the_codes_come_from_a_package(monkeypatch):
+    leaves = {"A00-B99": False, "A00": False, "A00.0": True, "T80-T88": True, "M80.051A": True, "Z99.89": True}
+    fake = SimpleNamespace(get_all_codes=lambda with_dots: list(leaves) if with_dots else [], is_leaf=leaves.get, get_description=lambda code: f"what {code} is", get_inclusion_term=lambda code: [f"also {code}"])
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", fake)
+    assert data.icd10_entries() == [entry(code, f"what {code} is", f"also {code}") for code in ("A00.0", "Z99.89")], "no blocks, and none of seven characters"
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
+    with pytest.raises(FinetuneError, match="^The demo data needs the package simple-icd-10-cm: pip install simple-icd-10-cm$"):
+        data.icd10_entries()
+
+
+def test_splits_say_what_they_hold():
+    splits = Splits([asked("a")] * 1200, [talk("a", "four", "b", "sixsix")], [])
+    assert repr(splits) == "Splits of 1,200 train, 1 validation and 0 test chats"
+    assert splits._repr_markdown_().splitlines() == [
+        "| split | chats | messages | mean answer (characters) |", "| --- | --- | --- | --- |", "| train | 1,200 | 2,400 | 4 |", "| validation | 1 | 4 | 6 |", "| test | 0 | 0 | 0 |",
+    ]  # fmt: skip
+
+
+def test_a_leak_is_told_in_a_sentence():
+    one, same, other, none = asked("Is it safe? " + "x" * 60, 1), asked("is it SAFE? " + "x" * 60, 2), talk("Is it safe?", "No.", where="c"), talk("Is it safe?", None)
+    quoted = repr(("Is it safe? " + "x" * 60)[:60])
+    assert str(Leak("normalised", one, same)) == f"row 1 asks what row 2 asks (normalised, with the same answer): {quoted}"
+    assert str(Leak("exact", one, other)) == f"row 1 asks what c asks (exact, with another answer): {quoted}" and str(Leak("near", none, none)) == "a chat asks what a chat asks (near, with the same answer): 'Is it safe?'"
+    assert str(Leak("near", one, other, False)) == f"row 1 begins with what c begins with (near, one goes on or both do): {quoted}"
+    assert question(Chat([{"role": "system", "content": "s"}, {"role": "user", "content": None}, *other.messages])) == "\nIs it safe?"
+
+
+def test_a_report_of_leaks_counts_kinds_and_names_the_first():
+    train = [asked(f"Is {s} safe for a patient of eighty years with a failing kidney?", i) for i, s in enumerate(SUBJECTS)]
+    twin, near = asked(question(train[0]), "t"), asked(misspelled(question(train[1])), "n")
+    said = leak_report(Splits(train, [asked("Why?"), twin], [twin, near]))
+    assert [s.partition(" (")[0] for s in said] == ["2 of 2 test chats ask what a train chat asks", "1 of 2 validation chats ask what a train chat asks", "1 of 2 test chats ask what a validation chat asks"]
+    assert "(1 exact, 1 near): they test memory. First: row t asks what row 0 asks" in said[0] and "Look at the near ones first" in said[0] and "let split_chats make the test set." in said[0]
+    assert "Look at the near ones first" not in said[1] and "(1 exact): they test memory" in said[1] and said[1].endswith("let split_chats make the validation set.")
+
+
+def test_values_by_which_chats_are_grouped():
+    chats = [asked("a", 0, p=[1], q="x"), asked("b", 1, p=[1]), asked("c", 2, p={"k": 1}), asked("d", 3, p="[1]")]
+    assert data._by_value(chats, "p") == {"[1]": [0, 1, 3], "{'k': 1}": [2]} and data._by_value(chats, question) == {"a": [0], "b": [1], "c": [2], "d": [3]}
+    assert data._by_value([asked("a", p=1), asked("b", p="1")], "p") == {1: [0], "1": [1]}
+    with pytest.raises(ConfigError, match=r"^row 1: this row has no column 'q'; it has 'p'\.$"):
+        data._by_value(chats, "q")
+    with pytest.raises(ConfigError, match=r"^chat 2: this row has no column 'p'; it has none but its messages\.$"):
+        data._by_value([chats[0], talk("a", "b")], "p")
+
+
+def test_sizes_that_are_far_from_what_was_asked_are_told():
+    def check(got, share, sizes, n=100):
+        data._check_size("test", got, share, [[0] * size for size in sizes], n)
+
+    check(10, 0.1, [1] * 100), check(7, 0.1, [1]), check(13, 0.1, [1]), check(0, 0, [1]), check(2, 0, [1])
+    for got, share, wanted in ((6, 0.1, "10"), (14, 0.1, "10"), (3, 0, "0")):
+        with pytest.warns(UserWarning, match=f"^the test set has {got} chats where {share:.0%} would be {wanted}: groups stay whole, and the largest has 9 of 100 chats. .* give a test file.$") as told:
+            data._check_size("test", got, share, [[0], [0] * 9], 100)
+        assert told[0].filename.endswith("test_data.py") or "runpy" not in told[0].filename
+    for sizes, n, said in (
+        ([1, 1], 2, "2 chats in 2 groups of the same question are too few for a test set of 10%. Add chats, give a test file, or set test_size to 0."), ([1], 1, "1 chat in 1 group of"),
+        ([30, 30, 40], 100, "100 chats in 3 groups of the same question are too few for a test set of 10%. The smallest group has 30 of them: set test_size to 0.30 or more, give a test file"), ([12, 44, 44], 100, "100 chats in 3 groups .* Add chats"), ([13, 43, 44], 100, ".*The smallest group has 13 of them"), ([50, 50], 100, ".* Add chats,"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{said}"):
+            check(0, 0.1, sizes, n)
+    assert [data._wanted(share, n) for share, n in ((0.1, 14), (0.1, 15), (0.25, 2), (0, 9))] == [1, 2, 1, 0] and [data._slack(n) for n in (0, 4, 10)] == [1, 1, 2.5]
+
+
+def test_what_is_taken_from_strata():
+    def take(strata, share, n=None):
+        strata = [[[(k, i)] * size for i, size in enumerate(sizes)] for k, sizes in enumerate(strata)]
+        n_groups = sum(map(len, strata))
+        taken = data._take(strata, share, n or sum(len(g) for s in strata for g in s), n_groups)
+        return [sum(k == one for one, _ in taken) for k in range(len(strata))], [sum(map(len, s)) for s in strata]
+
+    assert take([[1] * 50, [1] * 50], 0.1) == ([5, 5], [45, 45]) and take([[1] * 15, [1] * 15], 0.1) == ([2, 1], [13, 14]), "what rounding owes is carried on"
+    assert take([[1] * 10], 0) == ([0], [10]) and take([[1, 1]], 0.9) == ([1], [1]), "one group stays"
+    assert take([[1] * 8 + [9]], 0.2) == ([3], [14]) and take([[1] * 20, [10] * 2], 0.2)[0] == [4, 0], "a group that is too large stays, and is there for the next set"
+    assert take([[2] * 10 + [1] * 80], 0.1) == ([10], [90]) and take([[1] * 10 + [10] * 9], 0.2)[0][0] <= 20
+    assert take([[], [1] * 10], 0.2) == ([0, 2], [0, 8]) and take([[]], 0.5, 1) == ([0], [0])
+
+
+def test_what_belongs_together():
+    assert data._joined(6, [[0, 1], [2, 3, 4], [4, 1], [5]]) == [[0, 1, 2, 3, 4], [5]] and data._joined(3, []) == [[0], [1], [2]] and data._joined(0, []) == []
+    chats = [asked("What of the lungs?", 0, p=1), asked("Why the knee?", 1, p=1), asked("what of the LUNGS", 2, p=2), asked("Which lamps are red?", 3, p=3), asked("Which lamps, are rde?", 4, p=4)]
+    assert data._groups(chats, None, False) == [[0, 2], [1], [3], [4]] and data._groups(chats, "p", False) == [[0, 1, 2], [3], [4]]
+
+
+def system(text, *turns):
+    return Chat([{"role": "system", "content": text}, *talk(*turns).messages])
+
+
+def test_what_is_asked_turn_by_turn():
+    assert data._turns([talk("a", "x", "b", None), talk(None, "x")], [talk("c", "y")]) == [[["a", "b"], [""]], [["c"]]]
+    shared = [system("s", "a", "x", "b")] * 5
+    assert data._turns(shared) == [[["a", "b"]] * 5] and data._turns([system(str(i), "a") for i in range(5)]) == [[[f"{i}\na"] for i in range(5)]]
+    assert data._turns(shared[:4], [talk("a", "x")]) == [[["a", "b"]] * 4, [["a"]]] and data._turns(shared[:3]) == [[["s\na", "b"]] * 3], "more than one of four chats has its own"
+    assert data._turns([*[system(str(i), "a", "x", "b") for i in range(5)], talk("a", "x", "b")])[0][-2:] == [["4\na", "b"], ["a", "b"]] and data._turns([Chat([])]) == [[[]]]
+    begins = data._beginnings(["What do the lamps of the harbour cost?", *"bcdefghijk"])
+    assert len(begins) == 8 and begins[0] == "What do the lamps of the harbour cost?" and begins[1] == begins[0] + "\nb" and data._beginnings(["Go on", "x"]) == [] == data._beginnings(["What do the lamps cost?"])
+
+
+def test_beginnings_that_many_chats_share_are_no_leak():
+    greeting, rest = "Could you look at an order of mine?", [f"Where is the parcel number {i} of the {s}?" for i, s in enumerate(SUBJECTS)]
+    chats = [talk(greeting, "Sure.", text, "There.") for text in rest]
+    texts, places = data._asked(chats[:11])[0]
+    assert texts[:11] == [f"{greeting}\n{text}" for text in rest[:11]] and len(texts) == 11 == len(places), "eleven begin with it: it says nothing, and nothing else begins them"
+    texts, places = data._asked(chats[:10])[0]
+    assert texts[10:] == [greeting] * 10 and places == [*range(10)] * 2
+    texts, places = data._asked([*chats, talk(greeting, "Sure.")])[0]
+    assert texts.count(greeting) == 19 and places[19:] == [*range(18)], "somebody asks just that"
+    many = [*chats[:11], *[talk(f"A question of its own, number {i}: why?", "x") for i in range(1189)]]
+    assert data._asked(many)[0][0].count(greeting) == 11, "one of a hundred"
