@@ -1,14 +1,17 @@
 """Reading, splitting and the demo data."""
 
+import gzip
 import json
 import random
 import re
 import sys
+from html import escape
 from types import SimpleNamespace
 
 import pytest
 
 from finetune_nb import data
+from finetune_nb.chats import ChatFile, Chats
 from finetune_nb.config import ConfigError, FinetuneError
 from finetune_nb.data import (
     Chat,
@@ -417,3 +420,115 @@ def test_beginnings_that_many_chats_share_are_no_leak():
     assert texts.count(greeting) == 19 and places[19:] == [*range(18)], "somebody asks just that"
     many = [*chats[:11], *[talk(f"A question of its own, number {i}: why?", "x") for i in range(1189)]]
     assert data._asked(many)[0][0].count(greeting) == 11, "one of a hundred"
+
+
+# --- chats as they are read, piece by piece
+
+
+def test_a_chat_says_what_it_asks_and_answers():
+    tools = [{"function": {"name": "f"}}]
+    one = Chat([USER, BOT | {"content": None, "tool_calls": [{"function": {"name": "f<", "arguments": '{"a": 1}'}}, {"function": {"name": "g", "arguments": {"é": 2}}}]}], "c & d, line 1", {"tools": json.dumps(tools)})
+    assert one.prompt == [USER] and one.answer == "" and one.tools == tools and Chat([USER, BOT]).answer == "Hello"
+    assert [Chat([USER], "", {"tools": given}).tools for given in ("", None, [], tools)] == [None, None, None, tools] and Chat([USER]).tools is None
+    page = one._repr_html_()
+    assert '<b>user</b>\nHi</div>' in page and '<b>assistant</b>\nf&lt;({&quot;a&quot;: 1})\ng({&quot;é&quot;: 2})</div>' in page and page.endswith("<small>c &amp; d, line 1</small>") and page.count("white-space:pre-wrap;border-left") == 2
+    assert "<b>assistant</b>\nHello\nf(1)</div>" in Chat([BOT | {"tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}])._repr_html_()
+
+
+def test_a_mark_of_chats_sees_messages_tools_and_their_order():
+    one, two, tooled = Chat([USER, BOT], "a", {"id": 1}), Chat([BOT, USER]), Chat([USER, BOT], "", {"tools": [{"name": "f"}]})
+    assert fingerprint([one]) == fingerprint([Chat([dict(reversed(m.items())) for m in one.messages], "b", {})]), "where it came from, other columns and the order of keys do not count"
+    marks = [fingerprint(chats) for chats in ([], [one], [two], [tooled], [one, two], [two, one], [Chat([USER, BOT | {"content": "\ud800"}])])]
+    assert len(set(marks)) == 7 and all(re.fullmatch("[0-9a-f]{64}", mark) for mark in marks)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_was_read_is_summed_up(lazy, tmp_path):
+    path = tmp_path / "c.jsonl"
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    path.write_bytes(b"\n".join([line(USER, BOT), line(parts, BOT), line(USER), b"{", line(USER, BOT)]))
+    with pytest.warns(UserWarning, match=r"^skipped rows: 2, written to c\.rejected\.jsonl:\nc\.jsonl, line 3: .*\nc\.jsonl, line 4: ") as told:
+        chats = load_chats(path, on_error="skip", lazy=lazy)
+    assert told[0].filename == __file__, "it points at who asked for them"
+    head, note, skipped, *reasons = chats.summary().splitlines()
+    assert head == "3 chats from c.jsonl, form: messages" and chats.form == "messages"
+    assert note.startswith("note: c.jsonl: contents that were lists of text parts: 1.") and skipped == "skipped rows: 2" and [r.split(":")[0].strip() for r in reasons] == ["c.jsonl, line 3", "c.jsonl, line 4"]
+    assert repr(chats) == chats.summary() and chats._repr_html_() == f"<pre style='white-space:pre-wrap'>{escape(chats.summary())}</pre>" and chats.skipped_rows == 2 and sum(chats.totals.values()) == 3
+    assert [c.where for c in chats] == [f"c.jsonl, line {n}" for n in (1, 2, 5)] and chats.source == "c.jsonl"
+    assert (tmp_path / "c.rejected.jsonl").read_bytes() == line(USER) + b"\n{\n" and not list(tmp_path.glob(".*"))
+    some = load_chats([GOOD, GOOD])
+    assert some.summary().startswith("2 chats from ") and load_chats([GOOD]).summary().startswith("1 chat from ") and Chats(some).summary() == "2 chats" and (some.skipped_rows, some.notes, some.skipped) == (0, [], [])
+
+
+def test_several_files_are_one_list(tmp_path):
+    for name, rows in (("a.jsonl", [line(USER, BOT)] * 2), ("b.jsonl", [line(USER, BOT), line(USER)]), ("c.jsonl", [json.dumps({"prompt": "q", "completion": "a"}).encode(), b"["])):
+        (tmp_path / name).write_bytes(b"\n".join(rows))
+    files = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    with pytest.warns(UserWarning, match=r"^skipped rows: 2, written to b\.rejected\.jsonl, c\.rejected\.jsonl:"):
+        chats = load_chats(files, on_error="skip")
+    assert chats.source == "3 files" and [c.where for c in chats] == ["a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1", "c.jsonl, line 1"] and chats.form == "messages and prompt and completion"
+    with pytest.raises(ConfigError, match="lazy: only a single JSONL file that is not packed can stay in the file; leave lazy out"):
+        load_chats(files, lazy=True)
+
+
+def test_a_file_that_has_changed_since_it_was_checked_is_not_read(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + line(USER, BOT, n=0), *[line(USER, BOT, n=n) for n in range(1, 5)]]))
+    chats = load_chats(path, lazy=True)
+    assert isinstance(chats, ChatFile) and [c.extra["n"] for c in chats] == [0, 1, 2, 3, 4] and [c.extra["n"] for c in chats[3:0:-1]] == [3, 2, 1] and chats[-1].where == "c.jsonl, line 5" and len(chats[1:3]) == 2
+    assert chats.take([4, 0]).summary().startswith("2 chats from c.jsonl") and (chats.skipped_rows, chats.skipped, chats.source) == (0, [], "c.jsonl")
+    assert [(note.where, note.found, note.remedy, note.code) for note in chats.notes] == [("c.jsonl", "the file begins with a byte-order mark.", "It was left out.", "N002")]
+    for change in (lambda: path.write_bytes(path.read_bytes() + b"\n"), path.unlink):
+        change()
+        with pytest.raises(ChatError, match=r"c\.jsonl: the file has changed since it was checked\. Load it again\.") as caught:
+            chats[0]
+        assert [problem.code for problem in caught.value.problems] == ["D016"]
+
+
+def test_a_row_without_a_column_says_which_there_are():
+    with pytest.raises(ChatError, match=r"row 2: no column 'completion' in this row, only \['b', 'prompt'\]\. ") as caught:
+        load_chats([{"prompt": "q", "completion": "a"}, {"prompt": "q", "b": 1}], format="prompt-completion")
+    assert [problem.code for problem in caught.value.problems] == ["D051"] and caught.value.problems[0].remedy
+    for options, said in (({"format": "x"}, "format: expected one of .*'messages'.*, got 'x'; leave it out to have it recognised"), ({"format": "alpaca", "columns": {"user": "q", "assistant": "a"}}, "format and columns can't both be given"), ({"on_error": "x"}, "on_error: expected 'raise' or 'skip', got 'x'")):
+        with pytest.raises(ConfigError, match=said):
+            load_chats([GOOD], **options)
+
+
+def test_rows_of_two_forms_are_one_problem(tmp_path):
+    rows = [GOOD, {"prompt": "q", "completion": "a"}, GOOD]
+    with pytest.raises(ChatError) as caught:
+        load_chats(rows, on_error="skip", rejected=tmp_path / "r.jsonl")
+    [problem] = [p for p in caught.value.problems if p.code == "D052"]
+    assert re.match(r"rows in 2 forms: row 1 is .*, with the columns messages; row 2 is .*, with the columns completion, prompt\.$", problem.found) and problem.remedy == "Separate them into two files, or take one form alone with format='messages'."
+    with pytest.warns(UserWarning, match="skipped rows: 1"):
+        assert len(load_chats(rows, format="messages", on_error="skip", rejected=tmp_path / "r.jsonl")) == 2
+
+
+def test_files_of_rejected_rows_replace_none(tmp_path, monkeypatch):
+    path, bad = tmp_path / "c.jsonl", line(USER)
+    path.write_bytes(line(USER, BOT) + b"\n" + bad)
+    for number, name in enumerate(("c.rejected", "c.rejected-2", "c.rejected-3"), 1):
+        with pytest.warns(UserWarning, match=f"written to {name}.jsonl"):
+            load_chats(path, on_error="skip")
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == bad + b"\n" and (tmp_path / f"{name}.txt").read_text().startswith("c.jsonl, line 2: ") and len(list(tmp_path.iterdir())) == 1 + 2 * number
+    with pytest.raises(ChatError):
+        load_chats([{"messages": []}], on_error="skip", rejected=tmp_path / "none.jsonl")
+    assert len(list(tmp_path.iterdir())) == 7, "where nothing is left, nothing is written"
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="written to chats.rejected.jsonl"):
+        load_chats([GOOD, {"messages": [{"role": "é"}]}], on_error="skip")
+    assert (tmp_path / "chats.rejected.jsonl").read_text(encoding="utf-8") == '{"messages": [{"role": "é"}]}\n'
+
+
+def test_what_json_can_not_hold_is_not_written(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("before")
+    for value in ({1}, float("nan"), "\ud800"):
+        for where, name in (("c, line 3", "c, line 3"), ("", "a chat")):
+            with pytest.raises(ChatError, match=rf"^(?s:.*){name}: this chat can't be written as JSON \(.+\)\. Convert that column to text or numbers, or remove it\.") as caught:
+                save_chats([Chat([USER, BOT], where, {"x": value})], path)
+            assert [problem.code for problem in caught.value.problems] == ["D090"]
+    assert path.read_text() == "before" and save_chats([Chat([USER, BOT | {"content": "é"}], "", {"x": 1})], str(path)) == path
+    assert path.read_text(encoding="utf-8") == '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}], "x": 1}\n'
+    packed = [save_chats([Chat([USER, BOT])], tmp_path / name).read_bytes() for name in ("a.jsonl.gz", "b.jsonl.GZ")]
+    assert packed[0] == packed[1] and gzip.decompress(packed[0]) == b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
