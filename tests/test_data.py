@@ -129,6 +129,8 @@ def test_strata_keep_their_share_and_rounding_loses_none():
     counts = [[sum(c.extra["w"] == w for c in part) for w in "abc"] for part in splits]
     assert [sum(c) for c in counts] == [80, 10, 10] and [sum(c) for c in zip(*counts, strict=True)] == [70, 23, 7]
     assert all(abs(c[k] - s) <= 1 for c in counts[1:] for k, s in enumerate((7, 2.3, 0.7)))
+    for seed in range(5):
+        assert [sum(c.extra["w"] == "a" for c in part) for part in split_chats(chats, 0.1, 0.1, seed, stratify="w", near_duplicates=False)] == [56, 7, 7]
     assert split_chats(chats, 0.1, 0, stratify=lambda c: c.extra["w"], near_duplicates=False).test == []
 
 
@@ -158,6 +160,8 @@ def test_a_system_message_of_its_own_belongs_to_the_question():
     own = [about(f"Leaflet of {s}: take it with water, twice a day.", i) for i, s in enumerate(SUBJECTS)]
     shared = [about("Answer from the leaflet.", i) for i in range(18)]
     assert check_leaks(own[9:], own[:9]) == [] and len(check_leaks(shared[9:], shared[:9])) == 9
+    twice = [asked("is it SAFE for the knee?", 1), asked("Is it safe for the knee, please?", 2), asked("Is it safe for the knee?", 3)]
+    assert [str(check_leaks([asked("Is it safe for the knee?", 0)], some)[0]).partition(":")[0] for some in (twice, twice[:2])] == ["row 0 asks what row 3 asks (exact, with the same answer)", "row 0 asks what row 1 asks (normalised, with the same answer)"]
     assert all(split_chats(own, 0.2, 0.2)) and check_leaks([own[0]], own[:9])[0].kind == "exact"
     with pytest.raises(ConfigError, match="18 chats in 1 group of the same question are too few"):
         split_chats(shared, 0.2, 0.2)
@@ -166,8 +170,9 @@ def test_a_system_message_of_its_own_belongs_to_the_question():
 def test_a_large_group_leaves_the_training_set_its_chats():
     one = [asked(f"What of item {i} in the {s} case?", i, g=0 if i < 90 else i) for i, s in enumerate([*SUBJECTS * 6][:100])]
     for seed in range(6):
-        with pytest.warns(UserWarning, match=r"the (validation|test) set has . chats where 10% would be 10.*the largest has 90 of 100"):
+        with pytest.warns(UserWarning, match=r"the (validation|test) set has . chats where 10% would be 10.*the largest has 90 of 100") as told:
             splits = split_chats(one, 0.1, 0.1, seed, group="g", near_duplicates=False)
+        assert {warning.filename for warning in told} == {__file__}
         assert len(splits.train) >= 94 and splits.validation and splits.test and len({c.extra["g"] for c in splits.train}) > 3
     mixed = [asked(f"What of item {i}?", i, g=i // 30 if i < 60 else 100 + i // 4) for i in range(100)]
     for seed in range(8):
@@ -249,6 +254,7 @@ def test_the_demo_data_asks_for_one_of_three_entries(few):
     for kind, split, part in zip(data.QUESTIONS, shown, one, strict=True):
         for chat in part:
             system, asked, answer = chat.messages
+            assert asked["role"] == "user"
             right, (rows, question) = by_code[chat.extra["code"]], asked["content"].split("\n\n")
             codes = [row.partition(": ")[2].partition(" (")[0] for row in rows.splitlines()]
             split |= {code[:3] for code in codes}
@@ -363,9 +369,8 @@ def test_sizes_that_are_far_from_what_was_asked_are_told():
 
     check(10, 0.1, [1] * 100), check(7, 0.1, [1]), check(13, 0.1, [1]), check(0, 0, [1]), check(2, 0, [1])
     for got, share, wanted in ((6, 0.1, "10"), (14, 0.1, "10"), (3, 0, "0")):
-        with pytest.warns(UserWarning, match=f"^the test set has {got} chats where {share:.0%} would be {wanted}: groups stay whole, and the largest has 9 of 100 chats. .* give a test file.$") as told:
+        with pytest.warns(UserWarning, match=f"^the test set has {got} chats where {share:.0%} would be {wanted}: groups stay whole, and the largest has 9 of 100 chats. .* give a test file.$"):
             data._check_size("test", got, share, [[0], [0] * 9], 100)
-        assert told[0].filename.endswith("test_data.py") or "runpy" not in told[0].filename
     for sizes, n, said in (
         ([1, 1], 2, "2 chats in 2 groups of the same question are too few for a test set of 10%. Add chats, give a test file, or set test_size to 0."), ([1], 1, "1 chat in 1 group of"),
         ([30, 30, 40], 100, "100 chats in 3 groups of the same question are too few for a test set of 10%. The smallest group has 30 of them: set test_size to 0.30 or more, give a test file"), ([12, 44, 44], 100, "100 chats in 3 groups .* Add chats"), ([13, 43, 44], 100, ".*The smallest group has 13 of them"), ([50, 50], 100, ".* Add chats,"),
