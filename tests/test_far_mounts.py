@@ -151,8 +151,9 @@ def test_what_was_there_stays_until_the_new_one_is(drive, lying, losing, tmp_pat
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_file, "wait_for_disk", lambda handle: os.pwrite(handle, b"N", 0))
-        with pytest.raises(OSError, match="reads back otherwise"):
+        with pytest.raises(OSError, match="reads back otherwise") as caught:
             one_file.save_copies(copies)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(drive / "a.txt"))
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     one_file.save_copies(copies)
     assert {path.name: path.read_text() for path in drive.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new " * 9)

@@ -323,6 +323,65 @@ def test_what_is_wrong_with_one_file_is_said(tmp_path):
         assert not (tmp_path / "opened").exists()
 
 
+def test_what_can_not_be_packed_leaves_nothing(tmp_path):
+    for name in ("checkpoint-9", "nowhere/checkpoint-9"):
+        with pytest.raises(FileNotFoundError, match="checkpoint-9"):
+            save_one_file(tmp_path / name, tmp_path / "one.tar")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_is_written_through_no_link(tmp_path):
+    (tmp_path / "source").write_text("new")
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/.file.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="it is a link to elsewhere"):
+        one_file.save_copies({tmp_path / "there/file": tmp_path / "source"})
+    assert (tmp_path / "precious").read_text() == "kept" and not list((tmp_path / "there").iterdir())
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_file_is_there_whole_or_not_at_all(far, tmp_path, monkeypatch):
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place.mkdir()
+    elsewhere.write_text("kept")
+    (place / "file").symlink_to(elsewhere)
+    if far:
+        monkeypatch.setattr(mounts, "mounts", lambda: [(str(place.resolve()), "fuse.drive")])
+    else:
+        (place / ".file.part").mkdir()
+        (place / ".file.part/file").write_text("of one that died")
+    with one_file.file_there(str(place / "file")) as path:
+        assert path.name == "file" and mode(path.parent) == 0o700 and not path.exists() and path.parent == (scratch_of(place) if far else place / ".file.part")
+        path.write_text("new")
+    with pytest.raises(ZeroDivisionError), one_file.file_there(place / "file") as path:
+        path.write_text("half")
+        1 / 0  # noqa: B018
+    with pytest.raises(FileNotFoundError), one_file.file_there(place / "file"):
+        pass
+    assert not (place / "file").is_symlink() and tree(place) == {"file": b"new"} and elsewhere.read_text() == "kept"
+    assert [path.name for path in place.iterdir()] == ["file"] and not list(scratch_of(place).iterdir())
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_folder_is_there_whole_or_not_at_all(far, tmp_path, monkeypatch):
+    if far:
+        monkeypatch.setattr(mounts, "mounts", lambda: [(str(tmp_path.resolve()), "fuse.drive")])
+    (tmp_path / "one/old").mkdir(parents=True)
+    (tmp_path / "one/old/x").write_text("of another")
+    with one_file.folder_there(str(tmp_path / "one")) as part:
+        part.write("a", b"new")
+        assert (part.folder.parent == scratch_of(tmp_path)) == far and part.target.name == "one"
+    with pytest.raises(ZeroDivisionError), one_file.folder_there(tmp_path / "one") as part:
+        part.write("a", b"half")
+        1 / 0  # noqa: B018
+    assert check_whole(tmp_path / "one") == [] and tree(tmp_path / "one").keys() == {"a", MANIFEST} and tree(tmp_path / "one")["a"] == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and not list(scratch_of(tmp_path).iterdir())
+    with one_file.folder_there(tmp_path / "two") as part:
+        part.write("b", b"x")
+    assert mode(tmp_path / "two") == 0o700 and {mode(path) for path in (tmp_path / "two").iterdir()} == {0o600}
+
+
 def test_each_run_has_a_place_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = scratch_of("run")
