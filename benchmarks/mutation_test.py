@@ -49,23 +49,22 @@ RUNS = ["test_checkpoints.py"]
 FOLDERS = ["test_whole_folder.py"]
 FAR = [f"test_far_mounts.py::test_{name}" for name in (
     "what_was_there_stays_until_the_new_one_is", "a_folder_there_has_the_files_of_the_last_one_alone",
-    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_mount_that_goes_away_is_an_error_of_the_disk",
+    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_small_file_becomes_no_large_one", "a_mount_that_goes_away_is_an_error_of_the_disk",
 )]  # fmt: skip
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
-    "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": DATA, "data": ["test_data.py"],
-    "turns": ["test_turns.py", "test_chat_templates.py"],
+    "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": [*DATA, "test_data.py"], "data": ["test_data.py"],
+    "turns": ["test_turns.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],
     "checkpoints": FOLDERS, "whole_folder": FOLDERS, "one_file": [*FOLDERS, *FAR], "sentinels": ["test_sentinels_alone.py"],
-    "crash_safe": RUNS, "run_folder": ["test_runs.py", *RUNS],
+    "crash_safe": ["test_crash_safe_alone.py"], "run_folder": ["test_runs.py", *RUNS],
 }  # fmt: skip
 LEFT_OUT = {  # tests of these files that take long; what they hold, quicker ones hold too
     "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems "
     "what_is_no_regular skip_without imports_nothing hub_names",
-    "test_data.py": "demo_data_is_the_same near_duplicates",
+    "test_data.py": "demo_data_is_the_same",
     "test_chat_template.py": "any_words_are_taught several_processes all_bad_chats_are_told checks_find_what_goes the_cache the_token_view",
-    "test_chat_templates.py": "checks_agree",
     "test_packing.py": "each_architecture dropout_and long_chats every_chat_is_in",
 }
 CHAPTER = '''

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_packing import COMMON, example_chats, tuned_model
 from transformers import LlamaConfig, TrainerCallback
@@ -18,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from finetune_nb import crash_safe
 from finetune_nb.checkpoints import check_checkpoint, load_state
 from finetune_nb.config import FinetuneConfig
+from finetune_nb.lora import AdapterError
 from finetune_nb.one_file import scratch_of
 from finetune_nb.packing import PackingCollator
 from finetune_nb.stop import TrainingError
@@ -94,8 +96,9 @@ def test_a_stop_between_two_looks_goes_on_too(tmp_path):
     assert outcome(trainer)[:3] == outcome(right)[:3]
 
 
-def test_what_a_checkpoint_holds(whole_run):
-    trainer, folder = whole_run
+def test_what_a_checkpoint_holds(tmp_path):
+    trainer, folder = trainer_of(tmp_path), tmp_path
+    trainer.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     best = trainer.state.best_global_step
     for step in (2, 4, 6):
@@ -103,6 +106,9 @@ def test_what_a_checkpoint_holds(whole_run):
         names = {path.name for path in place.iterdir()}
         weights, state, kept = load_file(place / "adapter_model.safetensors"), json.loads((place / "trainer_state.json").read_text()), load_state(place, "training")
         assert names == {"MANIFEST.json", "adapter_config.json", "adapter_model.safetensors", "random-0.json", "random-0.safetensors", "trainer_state.json", "training.json", "training.safetensors"} | ({"best.safetensors"} if state["best_global_step"] != step else set())
+        for name in names & {"adapter_model.safetensors", "best.safetensors"}:
+            with safe_open(place / name, "pt") as file:
+                assert file.metadata() == {"format": "pt"}, "other libraries ask for it"
         assert read_about(place) == {"chats": "some", "step": step} and {os.stat(path).st_mode & 0o777 for path in place.iterdir()} == {0o600} and check_checkpoint(place) == []
         assert kept.keys() == {"optimizer", "scheduler", "scaler", "losses", "rows_sha256"} and kept["scaler"] is None and kept["scheduler"]["last_epoch"] == step and kept["losses"]["logged_at"] == step
         assert state["global_step"] == step and state["best_model_checkpoint"] == str(place) and len(kept["optimizer"]["state"]) == len(weights) and "TrainerControl" in state["stateful_callbacks"]
@@ -208,6 +214,49 @@ def test_another_precision_is_told(folder):
     with pytest.raises(TrainingError, match=r"checkpoint-4 was written with another precision \(bf16, fp16 or fp32\) than the run has now. Go on as it was"):
         trainer._load_optimizer_and_scheduler(str(folder / "checkpoint-4"))
     assert trainer._load_optimizer_and_scheduler(None) is None and trainer._load_rng_state(None) is None
+
+
+def test_the_scale_of_float16_is_kept(tmp_path):
+    trainer, got = trainer_of(tmp_path), []
+    trainer.create_optimizer_and_scheduler(6)
+    trainer.accelerator.scaler = SimpleNamespace(state_dict=lambda: {"scale": 2.0}, load_state_dict=got.append)
+    trainer._tr_loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = torch.tensor(0.0), 0.0, 0
+    with whole_folder(tmp_path / "checkpoint-0") as part:
+        trainer._write_state(part, trainer._weights(), trainer.optimizer.state_dict())
+    trainer._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-0"))
+    assert got == [{"scale": 2.0}]
+    with pytest.raises(TrainingError, match="written with another precision"):
+        trainer_of(tmp_path)._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-0"))
+
+
+def test_each_weight_and_its_state_lie_as_those_of_the_model(folder, monkeypatch):
+    "Which may lie in parts; here the parts are twice what they were, so that they can be told."
+    trainer = trainer_of(folder, resumed=True)
+    trainer.create_optimizer_and_scheduler(6)
+    own, asked = {p.shape for p in trainer.optimizer.param_groups[0]["params"]}, []
+    monkeypatch.setattr(crash_safe, "part_like", lambda tensor, own: asked.append((tensor.shape, own.shape)) or tensor * 2)
+    trainer._load_from_checkpoint(str(folder / "checkpoint-4"))
+    read = load_file(folder / "checkpoint-4/adapter_model.safetensors")
+    assert {name: w.tolist() for name, w in trainer._weights().items()} == {name: (w * 2).tolist() for name, w in read.items()} and len(asked) == len(read) and all(one == other for one, other in asked)
+    kept = load_state(folder / "checkpoint-4", "training")["optimizer"]["state"]
+    trainer._load_optimizer_and_scheduler(str(folder / "checkpoint-4"))
+    states = [trainer.optimizer.state[p] for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert own and all(torch.equal(state["exp_avg"], kept[i]["exp_avg"] * 2) for i, state in enumerate(states)) and len(states) == len(kept)
+    trainer._set_weights(trainer.model, read, "somewhere")
+    with pytest.raises(AdapterError, match="^somewhere does not fit this model: 1 weights are missing"):
+        trainer._set_weights(trainer.model, dict(list(read.items())[1:]), "somewhere")
+    with pytest.raises(AdapterError, match="^somewhere does not fit this model: 1 weights have no place"):
+        trainer._set_weights(trainer.model, read | {"more": torch.ones(1)}, "somewhere")
+
+
+def test_another_process_writes_its_part_alone(tmp_path, monkeypatch):
+    trainer, place = trainer_of(tmp_path), Part(tmp_path / "checkpoint-0")
+    (place.folder / "of the main one").write_text("x")
+    trainer.create_optimizer_and_scheduler(6)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    monkeypatch.setattr(type(trainer.args), "process_index", 1)
+    trainer._save_checkpoint(trainer.model, None)
+    assert {path.name for path in place.folder.iterdir()} == {"of the main one", "random-1.json", "random-1.safetensors"} and [path.name for path in tmp_path.iterdir()] == [".checkpoint-0.part"]
 
 
 def test_a_change_that_was_allowed_counts_from_there_on(folder):

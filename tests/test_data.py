@@ -5,13 +5,14 @@ import json
 import random
 import re
 import sys
+from datetime import date
 from html import escape
 from types import SimpleNamespace
 
 import pytest
 
 from finetune_nb import data
-from finetune_nb.chats import ChatFile, Chats
+from finetune_nb.chats import ChatFile, Chats, Limits
 from finetune_nb.config import ConfigError, FinetuneError
 from finetune_nb.data import (
     Chat,
@@ -455,10 +456,12 @@ def test_what_was_read_is_summed_up(lazy, tmp_path):
         chats = load_chats(path, on_error="skip", lazy=lazy)
     head, note, skipped, *reasons = chats.summary().splitlines()
     assert head == "3 chats from c.jsonl, form: messages" and chats.form == "messages"
-    assert note.startswith("note: c.jsonl: contents that were lists of text parts: 1.") and skipped == "skipped rows: 2" and [r.split(":")[0].strip() for r in reasons] == ["c.jsonl, line 3", "c.jsonl, line 4"]
+    assert note == "note: c.jsonl: contents that were lists of text parts: 1. The parts were joined to one text. [N010]" and skipped == "skipped rows: 2" and [r.split(":")[0].strip() for r in reasons] == ["c.jsonl, line 3", "c.jsonl, line 4"]
     assert repr(chats) == chats.summary() and chats._repr_html_() == f"<pre style='white-space:pre-wrap'>{escape(chats.summary())}</pre>" and chats.skipped_rows == 2 and sum(chats.totals.values()) == 3
     assert [c.where for c in chats] == [f"c.jsonl, line {n}" for n in (1, 2, 5)] and chats.source == "c.jsonl"
     assert (tmp_path / "c.rejected.jsonl").read_bytes() == line(USER) + b"\n{\n" and not list(tmp_path.glob(".*"))
+    chats.totals["D071"] += 40  # of more than are kept
+    assert "and 40 more of this kind" in chats.summary()
     some = load_chats([GOOD, GOOD])
     assert some.summary().startswith("2 chats from ") and load_chats([GOOD]).summary().startswith("1 chat from ") and Chats(some).summary() == "2 chats" and (some.skipped_rows, some.notes, some.skipped) == (0, [], [])
 
@@ -521,6 +524,26 @@ def test_files_of_rejected_rows_replace_none(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="written to chats.rejected.jsonl"):
         load_chats([GOOD, {"messages": [{"role": "é"}]}], on_error="skip")
     assert (tmp_path / "chats.rejected.jsonl").read_text(encoding="utf-8") == '{"messages": [{"role": "é"}]}\n'
+
+
+def test_rejected_rows_keep_what_they_held_and_why(tmp_path):
+    rows = [GOOD, {"messages": [{"role": "user"}, {"role": "x", "content": "a"}], "when": date(2026, 1, 2)}]
+    with pytest.warns(UserWarning, match="skipped rows: 1, written to r.jsonl:\n"):
+        load_chats(rows, on_error="skip", rejected=tmp_path / "r.jsonl")
+    assert json.loads((tmp_path / "r.jsonl").read_text())["when"] == "2026-01-02" and re.fullmatch(r"row 2: message 1: .+\. \[D063\] message 2: .+\. \[D062\]\n", (tmp_path / "r.txt").read_text())
+    long = {"messages": [USER, BOT | {"content": "x" * 300}]}
+    for n, ending in ((5, "line 6"), (6, "line 6, …")):
+        (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, [GOOD, *[long] * n])))
+        with pytest.warns(UserWarning, match=rf"rejected(-2)?\.jsonl; too long to copy, so in the original only: l\.jsonl, line 2, (.*){ending}:\n"):
+            load_chats(tmp_path / "l.jsonl", on_error="skip", limits=Limits(line=200))
+    assert (tmp_path / "l.rejected.jsonl").read_bytes() == b"" and (tmp_path / "l.rejected.txt").read_text().count("(the row is too long to copy; it is in the original file only)") == 5
+
+
+def test_a_file_that_breaks_off_is_never_skipped(tmp_path):
+    "Nobody knows what is missing."
+    (tmp_path / "c.json").write_text(f"[{json.dumps(GOOD)},")
+    with pytest.raises(ChatError, match="c.json: in line 1, it breaks off before its end"):
+        load_chats(tmp_path / "c.json", on_error="skip")
 
 
 def test_what_json_can_not_hold_is_not_written(tmp_path):
