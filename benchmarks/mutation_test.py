@@ -49,7 +49,8 @@ RUNS = ["test_checkpoints.py"]
 FOLDERS = ["test_whole_folder.py"]
 FAR = [f"test_far_mounts.py::test_{name}" for name in (
     "what_was_there_stays_until_the_new_one_is", "a_folder_there_has_the_files_of_the_last_one_alone",
-    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_small_file_becomes_no_large_one", "a_mount_that_goes_away_is_an_error_of_the_disk",
+    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_small_file_becomes_no_large_one",
+    "a_mount_that_goes_away_is_an_error_of_the_disk",
 )]  # fmt: skip
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
