@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .config import FinetuneConfig, FinetuneError, save_config
 from .processes import PeerError
+from .redact import redacted
 
 if TYPE_CHECKING:
     from finetune_nb.training import Run  # brings transformers, which a launcher does without
@@ -113,8 +114,8 @@ def _sentence(failures: dict[int, ProcessFailure], said: dict[int, dict[str, Any
     if told := [rank for rank in sorted(cause) if cause[rank] in ("user", "bug")]:
         rank = min(told, key=lambda rank: ("user", "bug").index(cause[rank]))
         if cause[rank] == "bug":
-            print(said[rank]["extraInfo"]["py_callstack"], file=sys.stderr)
-        return f"Process {rank} of {n}: {said[rank]['message']}"
+            print(redacted(said[rank]["extraInfo"]["py_callstack"]), file=sys.stderr)
+        return f"Process {rank} of {n}: {redacted(said[rank]['message'])}"
     rank, failure = min(failures.items(), key=lambda pair: (pair[0] in said, pair[1].exitcode == -signal.SIGTERM, pair[0]))
     if failure.exitcode >= 0:
         return f"Process {rank} of {n} ended with exit code {failure.exitcode}; what it said about that stands above."

@@ -37,7 +37,16 @@ from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, visible
 from .locks import LockError, hold, is_mine, validate_held
-from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, save_base_mark, trainable_parameters
+from finetune_nb.lora import (
+    AdapterError,
+    adapter_norm,
+    add_lora,
+    begin_with_data,
+    load_adapter,
+    save_base_mark,
+    trainable_parameters,
+    validate_adapter,
+)
 from .losses import recompute_blocks
 from .memory import in_words_of_pieces, no_room
 from finetune_nb.models import (
@@ -108,7 +117,7 @@ from .sentinels import ChangedBaseError, SentinelError, are_finite
 from .sharding import Fill, fill_from_files, fill_from_first, is_sharded, own_parts, shard, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
-from .whole_folder import MANIFEST, DamageError, check_whole, clear_leftovers, read_about, remove_whole
+from .whole_folder import DamageError, clear_leftovers, read_about, remove_whole
 
 # %% ../nbs/08_training.ipynb #59901afa
 def load_base(
@@ -182,7 +191,7 @@ class Run:
         if self.loaded:
             return self.loaded
         self._check_base()
-        self._check_adapter()
+        validate_adapter(self.folder / "adapter")  # before the base model is loaded, which may take minutes
         base, tokenizer = load_base(self.config)
         if different := _other_template(self.folder, tokenizer):
             warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
@@ -208,12 +217,6 @@ class Run:
                 f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now ({different}): its answers would be "
                 "plausible nonsense. Bring the old model back, or name its revision in config.yaml; if the change is meant, load_adapter(model, folder, other_base=True)."
             )
-
-    def _check_adapter(self) -> None:
-        "Raises `AdapterError` when the adapter is not what the run wrote, as far as it has a manifest."
-        adapter = self.folder / "adapter"
-        if (adapter / MANIFEST).is_file() and (faults := check_whole(adapter, cached=False)):
-            raise AdapterError(f"{adapter} is not as it was written: {'; '.join(faults)}. Bring it back from where it is whole, or train again; if the change is meant, remove {MANIFEST} in it.")
 
     @property
     def test(self) -> list[Chat]:
@@ -1002,6 +1005,7 @@ def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrai
         most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
+@no_key_raised()
 def load_run(
     folder: str | Path,  # a folder that `train` made
 ) -> Run:

@@ -11,20 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import quick_config, some_splits
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from finetune_nb import locks, training
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneError, load_config, save_config
+from finetune_nb.crash_safe import CrashSafeTrainer
 from finetune_nb.jobs import start_job
 from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, validate_held
 from finetune_nb.one_file import file_there, save_there
 from finetune_nb.planning import WIDTHS, token_budget, usual_budget
-from finetune_nb.run_folder import append_line, read_facts, save_lines, write_facts
+from finetune_nb.run_folder import append_line, checkpoints, read_facts, save_lines, write_facts
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_run, resume, train
-from finetune_nb.whole_folder import DamageError
+from finetune_nb.whole_folder import DamageError, files_of
 
 pytestmark = [pytest.mark.usefixtures("one_way"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -296,3 +299,16 @@ def test_other_test_chats_are_not_judged_on_in_silence(change, ended):
     change(ended / "test.jsonl")
     with pytest.raises(FinetuneError, match=r"test\.jsonl does not hold the 8 chats that the run put aside"):
         _ = load_run(ended).test
+
+
+def test_a_file_that_was_laid_into_a_checkpoint_is_not_taken(stopped, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    newest, taken, load = checkpoints(folder)[-1], [], CrashSafeTrainer._load_from_checkpoint
+    monkeypatch.setattr(CrashSafeTrainer, "_load_from_checkpoint", lambda self, *args, **kwargs: (load(self, *args, **kwargs), taken.append(self.best_weights)))
+    weights = load_file(newest / "adapter_model.safetensors")
+    for name in {"best.safetensors"} - files_of(newest):  # which it has only where the best look is an earlier one
+        save_file({name: torch.full_like(weight, 0.123) for name, weight in weights.items()}, newest / name)
+    resume(folder, say=quietly).release()
+    assert len(taken) == 1
+    assert all(torch.equal(weight, weights[name]) for name, weight in taken[0].items()), "the best weights are those of the checkpoint itself"

@@ -423,6 +423,11 @@ def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick
     (folder / "export_check.json").write_text(json.dumps(check | {"agreement": 0.1}))
     with pytest.raises(ExportError, match="Do not ship it"):
         upload_export(folder, "me/coder")
+    for name in ("train.json", "answers.json", ".env.json", "id_rsa.model", "other.gguf", "notes.jinja"):
+        (folder / name).write_text("{}")
+        with pytest.raises(ExportError, match=f"{name} is no part of an export"):
+            upload_export(folder, "me/coder", unchecked=True)
+        (folder / name).unlink()
     (folder / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="not as it was exported"):
         upload_export(folder, "me/coder", unchecked=True)
