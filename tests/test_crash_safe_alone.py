@@ -130,6 +130,7 @@ def test_the_best_adapter_is_kept_though_its_checkpoint_is_gone(tmp_path):
     again = trainer_of(tmp_path, resumed=True, learning_rate=1.0, lr_scheduler_type="constant", save_total_limit=2)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert outcome(again) == outcome(trainer)
+    cannot_be_read(again, tmp_path / "checkpoint-6" / "best.safetensors")
 
 
 def test_a_full_disk_is_told_and_costs_one_checkpoint(tmp_path, monkeypatch, whole_run):
@@ -194,18 +195,15 @@ def test_a_mount_that_may_lie_gets_one_file(tmp_path, monkeypatch, whole_run):
     assert said[0].startswith("The checkpoint of step 2 could not be written: it reads back otherwise. There is none before it") and not list((tmp_path / "cache").glob("checkpoints/*/checkpoint*"))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "best.safetensors"])
-def test_an_adapter_that_can_not_be_read_is_told(name, folder):
-    path = folder / "checkpoint-4" / name
+def cannot_be_read(trainer, path):
     for damage in (lambda: path.write_bytes(b"x"), path.unlink):
         damage()
-        trainer = trainer_of(folder, resumed=True)
-        if name == "best.safetensors" and not path.exists():
-            trainer._load_from_checkpoint(str(folder / "checkpoint-4"))
-            assert trainer.best_weights is not None, "it is this one"
-            continue
         with pytest.raises(TrainingError, match=f"^{path} can't be read: .+ Go on from another checkpoint.$"):
-            trainer._load_from_checkpoint(str(folder / "checkpoint-4"))
+            trainer._load_from_checkpoint(str(path.parent))
+
+
+def test_an_adapter_that_can_not_be_read_is_told(folder):
+    cannot_be_read(trainer_of(folder, resumed=True), folder / "checkpoint-4" / "adapter_model.safetensors")
 
 
 def test_another_precision_is_told(folder):
