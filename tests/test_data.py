@@ -29,6 +29,7 @@ from finetune_nb.data import (
     save_chats,
     split_chats,
 )
+from finetune_nb.reading import Findings
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, BOT]}
@@ -436,7 +437,7 @@ def test_a_chat_says_what_it_asks_and_answers():
     assert one.prompt == [USER] and one.answer == "" and one.tools == tools and Chat([USER, BOT]).answer == "Hello"
     assert [Chat([USER], "", {"tools": given}).tools for given in ("", None, [], tools)] == [None, None, None, tools] and Chat([USER]).tools is None
     page = one._repr_html_()
-    assert '<b>user</b>\nHi</div>' in page and '<b>assistant</b>\nf&lt;({&quot;a&quot;: 1})\ng({&quot;é&quot;: 2})</div>' in page and page.endswith("<small>c &amp; d, line 1</small>") and page.count("white-space:pre-wrap;border-left") == 2
+    assert '<b>user</b>\nHi</div>' in page and '<b>assistant</b>\nf&lt;({&quot;a&quot;: 1})\ng({&quot;é&quot;: 2})</div>' in page and page.endswith("<small>c &amp; d, line 1</small>") and page.count('<div style="white-space:pre-wrap;border-left:3px solid #8886;padding-left:8px;margin:4px 0"><b>') == 2 == page.count("</div><")
     assert "<b>assistant</b>\nHello\nf(1)</div>" in Chat([BOT | {"tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}])._repr_html_()
 
 
@@ -537,6 +538,13 @@ def test_rejected_rows_keep_what_they_held_and_why(tmp_path):
         with pytest.warns(UserWarning, match=rf"rejected(-2)?\.jsonl; too long to copy, so in the original only: l\.jsonl, line 2, (.*){ending}:\n"):
             load_chats(tmp_path / "l.jsonl", on_error="skip", limits=Limits(line=200))
     assert (tmp_path / "l.rejected.jsonl").read_bytes() == b"" and (tmp_path / "l.rejected.txt").read_text().count("(the row is too long to copy; it is in the original file only)") == 5
+
+
+def test_of_many_bad_rows_a_few_are_kept_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_nb.chats.Findings", lambda: Findings(2))
+    with pytest.warns(UserWarning, match=r"(?s)^skipped rows: 7, .*and 6 more of this kind"):
+        chats = load_chats([GOOD, *[{"messages": [USER]}] * 7], on_error="skip", rejected=tmp_path / "r.jsonl")
+    assert len(chats.skipped) == 2 and chats.totals["D071"] == chats.skipped_rows == 7 and "and 6 more of this kind" in chats.summary()
 
 
 def test_a_file_that_breaks_off_is_never_skipped(tmp_path):
