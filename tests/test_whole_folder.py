@@ -8,6 +8,7 @@ import random
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from finetune_nb import checkpoints as module
 from finetune_nb import mounts, one_file, whole_folder
 from finetune_nb.checkpoints import (
     check_checkpoint,
+    check_computed,
     check_room,
     check_unchanged,
     from_plain,
+    how_computed,
     load_state,
     newest_checkpoint,
     random_state,
@@ -500,6 +503,11 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / "checkpoint-8.tar").write_bytes(b"x")
     assert check_checkpoint(tmp_path / "checkpoint-8.tar")[0].startswith("it can't be opened")
     assert newest_checkpoint(tmp_path / "nowhere", said.append) is None
+    kept(tmp_path, 200)
+    save_one_file(tmp_path / "checkpoint-200", tmp_path / "checkpoint-200.tar")
+    remove_whole(tmp_path / "checkpoint-200")
+    newest = newest_checkpoint(tmp_path, said.append)
+    assert newest == scratch_of(tmp_path) / "checkpoint-200" and check_whole(newest) == [], "it is opened, and stays so for whoever goes on from it"
 
 
 def test_the_last_ones_stay_and_a_good_one_always(tmp_path):
@@ -544,3 +552,36 @@ def test_the_room_for_checkpoints_is_asked_for(keep, copies, tmp_path):
     check_room(tmp_path, 1, 2)
     with pytest.raises(TrainingError, match="are free"):
         check_room(tmp_path, 2**60, 2)
+
+
+def test_room_is_asked_for_on_both_disks_of_a_mount_that_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(mounts, "mounts", lambda: [(str(tmp_path.resolve()), "fuse.drive")])
+    one = 16 * 10**6 + 2**20
+    for free, said in ((3 * one + 4 * 10**6, None), (3 * one - 1, str(tmp_path))):
+        asked = {Path(tmp_path): 10 * one, scratch_of(tmp_path): free}
+        monkeypatch.setattr("shutil.disk_usage", lambda place, asked=asked: SimpleNamespace(free=asked[Path(place)]))
+        if said is None:
+            check_room(tmp_path, 10**6, 2)
+            continue
+        with pytest.raises(TrainingError, match=rf"^{scratch_of(tmp_path)}: the checkpoints of this run need {3 * one / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free\. They are made there before they are copied"):
+            check_room(tmp_path, 10**6, 2)
+
+
+HOW = {"packing": "shared", "attention": "tree", "max_tokens_at_once": 512, "recomputed_blocks": 0}
+
+
+def test_how_a_run_is_computed_is_what_its_checkpoint_says(tmp_path):
+    path = tmp_path / "started.json"
+    assert how_computed({"seed": 1} | HOW) == HOW and how_computed({"seed": 1}) == {} and how_computed({"packing": "padded"}) == {"packing": "padded"}
+    less = {"max_tokens_at_once": 128, "out_of_memory": [{"step": 1, "max_tokens_at_once": 256}, "no row", {"step": 2, "max_tokens_at_once": 128}]}
+    for started, kept in (({}, {}), ({}, HOW), ({"seed": 1}, {}), (HOW, {}), (HOW, HOW), (HOW | less, HOW), (HOW | {"out_of_memory": "nothing"}, HOW), (HOW | {"attention": "masked", "recomputed_blocks": 2, "packing": "single"}, {})):
+        check_computed(started, kept, path)
+    for started, kept, said in (
+        ({"seed": 1}, HOW, "packing can't be not there"), ({"packing": "padded"}, {}, "attention can't be not there"), (HOW | {"packing": "odd"}, {}, "packing can't be odd"), (HOW | {"packing": ["shared"]}, {}, "packing can't be"),
+        (HOW | {"attention": {}}, {}, "attention can't be"), (HOW | {"attention": "odd"}, HOW, "attention can't be odd"), (HOW | {"max_tokens_at_once": 0}, {}, "max_tokens_at_once can't be 0"), (HOW | {"max_tokens_at_once": True}, {}, "max_tokens_at_once can't be True"),
+        (HOW | {"recomputed_blocks": -1}, {}, "recomputed_blocks can't be -1"), (HOW | {"recomputed_blocks": 1.0}, {}, "recomputed_blocks can't be 1.0"), (HOW | {"recomputed_blocks": 1}, HOW, "recomputed_blocks is 1, and the checkpoint was computed with 0"),
+        (HOW | less | {"max_tokens_at_once": 64}, HOW, "max_tokens_at_once is 64, and the checkpoint was computed with 512"), (HOW | {"packing": "padded", "out_of_memory": [{"max_tokens_at_once": "padded"}]}, HOW, "packing is padded, and the checkpoint was computed with shared"),
+        (HOW | {"max_tokens_at_once": 256, "out_of_memory": {"max_tokens_at_once": 256}}, HOW, "max_tokens_at_once is 256, and"), (HOW, HOW | {"attention": "masked"}, "attention is tree, and the checkpoint was computed with masked"),
+    ):  # fmt: skip
+        with pytest.raises(DamageError, match=f"started.json is not as a run writes it: {re.escape(said)}"):
+            check_computed(started, kept, path)
