@@ -335,7 +335,7 @@ def test_the_shape_of_an_answer(write, messages, shape):
     ],
 )  # fmt: skip
 def test_an_answer_without_a_shape_is_refused(write, content, said):
-    one = Chat([USER, BOT | {"content": content}], "c, line 2")
+    one = Chat([USER, BOT | {"content": content}, USER, BOT], "c, line 2")
     refused(f"c, line 2, message 2: {said}", turns._find_shape, Template(Own(write)), one, 1)
 
 
@@ -537,6 +537,9 @@ def test_loss_begins_where_the_marks_of_a_template_do(answer, message, starts, m
     found = [at.start() for at in re.finditer("BOT:", text)]
     row = Row(text, tuple(Turn(i, at, text.index("</s>", at) + 4, at) for i, at in zip((1, 3), found, strict=True)))
     marked = turns._by_marks(template, one, row)
+    if not message.keys() - {"content"}:
+        ((turn,),) = (found.turns for found in rows_of(Chat([USER, BOT]), made))
+        assert turn.start == turn.prompt_end + starts[0], "also where it is looked for"
     assert marked == Row(text, tuple(Turn(turn.message, turn.prompt_end + starts[0], turn.end, turn.prompt_end) for turn in row.turns))
 
 

@@ -40,6 +40,7 @@ from finetune_nb.whole_folder import (
     check_whole,
     clear_leftovers,
     file_sha256,
+    files_of,
     flush,
     read_about,
     remove_whole,
@@ -127,7 +128,7 @@ def test_a_folder_is_what_was_meant(tmp_path, waited):
     digest = {name: hashlib.sha256(data).hexdigest() for name, data in (("a", b"first"), ("sub/b", b"of another"))}
     assert body["files"] == {"a": {"bytes": 5, "sha256": digest["a"]}, "sub/b": {"bytes": 10, "sha256": digest["sub/b"]}} and body["about"] == {"step": 4}
     assert [*body] == ["about", "files", "sha256"] and (tmp_path / "one" / MANIFEST).read_text().endswith("}\n")
-    assert read_about(tmp_path / "one") == {"step": 4} and check_whole(tmp_path / "one") == [] and [p.name for p in tmp_path.iterdir()] == ["one"]
+    assert files_of(str(tmp_path / "one")) == {"a", "sub/b"} and read_about(tmp_path / "one") == {"step": 4} and check_whole(tmp_path / "one") == [] and [p.name for p in tmp_path.iterdir()] == ["one"]
     assert {mode(path) for path in (tmp_path / "one").rglob("*") if path.is_file()} == {0o600}
     assert [Path(name).name for name, _ in waited] == ["a", "b", MANIFEST, ".one.part", tmp_path.name]
     assert read_about(made(tmp_path / "two", a=b"")) == {"step": 4} and whole(tmp_path / "three").__enter__().target == tmp_path / "three"
@@ -174,6 +175,7 @@ def test_a_disk_that_writes_something_else_is_found_out(tmp_path, monkeypatch):
 def test_a_rename_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     before, rename = tree(made(tmp_path / "one")), os.rename
     (tmp_path / ".one.gone").mkdir()
+    (tmp_path / ".one.gone/x").write_text("of one that died")
 
     def refuse(source, target):
         if Path(source).name.endswith(".part"):
