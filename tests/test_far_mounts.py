@@ -15,7 +15,7 @@ from conftest import some_splits
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from finetune_nb import mounts, one_file, sentinels
+from finetune_nb import mounts, one_file, sentinels, training
 from finetune_nb.checkpoints import check_checkpoint, check_room, newest_checkpoint
 from finetune_nb.lora import AdapterError
 from finetune_nb.mounts import why_it_may_lie
@@ -207,7 +207,7 @@ class At(TrainerCallback):
         self.stop.wanted = self.stop.wanted or state.global_step + 1 == self.step
 
 
-def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, drive):
+def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, drive, monkeypatch):
     stop = Stop()
     run = train(crashing.config_of(tiny_model, drive), some_splits(), [At(9, stop)], stop, lambda text: None)
     assert [path.name for path in checkpoints(run.folder)][-2:] == ["checkpoint-8.tar", "checkpoint-9.tar"]
@@ -219,6 +219,7 @@ def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, d
     assert again.facts["ended_by"] == "the plan" and again.facts["steps"] == 12
     assert newest_checkpoint(run.folder).name == "checkpoint-12"
     flip(run.folder / "adapter/adapter_model.safetensors")
+    monkeypatch.setattr(training, "load_base", lambda *args: pytest.fail("a base model is loaded first"))
     with pytest.raises(AdapterError, match="adapter is not as it was written: adapter_model.safetensors .*train it again"):
         load_run(run.folder).model  # noqa: B018
 
