@@ -7,6 +7,7 @@ import re
 import sys
 from datetime import date
 from html import escape
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,8 @@ from finetune_nb.data import (
     save_chats,
     split_chats,
 )
-from finetune_nb.reading import Findings
+from finetune_nb.reading import Fault, Findings, Row
+from finetune_nb.rows import ReadingProgress, read_rows
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, BOT]}
@@ -566,3 +568,68 @@ def test_what_json_can_not_hold_is_not_written(tmp_path):
     assert path.read_text(encoding="utf-8") == '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}], "x": 1}\n'
     packed = [save_chats([Chat([USER, BOT])], tmp_path / name).read_bytes() for name in ("a.jsonl.gz", "b.jsonl.GZ")]
     assert packed[0] == packed[1] and gzip.decompress(packed[0]) == b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+
+
+def rows_in(tmp_path, name, content, **limits):
+    "The places, values and offsets of the rows of a file, and what was noted; or the fault that ends it."
+    (tmp_path / name).write_bytes(content)
+    notes = []
+    try:
+        return [(row.place, row.value, row.offset) for row in read_rows(tmp_path / name, Limits(**limits), lambda *note: notes.append(note))], notes
+    except Fault as fault:
+        return fault.code, fault.found, fault.remedy
+
+
+def test_lines_are_counted_over_long_and_blank_ones(tmp_path):
+    long, blank = b'"' + b"x" * (3 * 2**20) + b'"\n', b"\n" * 20_000
+    (tmp_path / "c.jsonl").write_bytes(b"{}\n" + long + blank + b"{}\r\n")
+    rows, notes = [], []
+    for row in read_rows(tmp_path / "c.jsonl", Limits(line=9), lambda *note: notes.append(note)):
+        rows.append((row.place, row.offset if row.fault is None else row.fault.found))
+    assert rows == [("line 1", 0), ("line 2", "this line has 3,145,731 bytes; the limit is 9."), ("line 20003", 3 + len(long) + len(blank))]
+    assert notes == [("N003", "Windows line ends (CR LF): 1.", "They were read like any other."), ("N004", "blank lines: 20,000.", "They were skipped.")]
+
+
+def test_what_is_wrong_with_a_list_is_told_with_its_line_and_column(tmp_path):
+    for content, code, found, remedy in (
+        (b'{"data": [{"a": 1}],\n "x": 1}', "D027", "in line 1, ',' stands where '}' should close the list.", "One list of rows and nothing else beside it."),
+        (b'[{"a": 1}', "D026", "in line 1, it breaks off before its end.", "It was cut short; get it again."), (b'[{"a": 1}] 2', "D027", "in line 1, something follows the list.", "One list and nothing else: delete what follows, or use JSONL."),
+        (b'[{"a": 1},\n]', "D021", "in line 2, a comma stands before the end of the list.", "Delete that comma."), (b'[{"a": 1}\n {"a": 2}]', "D021", "in line 2, a comma is missing between two rows.", "Separate the rows of a list by commas."),
+    ):  # fmt: skip
+        assert rows_in(tmp_path, "c.json", content) == (code, found, remedy)
+    one, two = rows_in(tmp_path, "c.json", b"[x]"), rows_in(tmp_path, "c.json", b"\n[x]")
+    assert one[1].replace("line 1", "line 2") == two[1] != one[1] and one[1].endswith("The row begins in line 1, and the rest can't be read.")
+    assert rows_in(tmp_path, "c.json", b'{"data": [{"a": 1}, {"a": 2}]}') == ([("line 1", {"a": n}, Row("", 0).offset) for n in (1, 2)], [("N005", "the rows stand in the list 'data'.", "They were read from there.")])
+
+
+def test_parquet_needs_a_package(tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert rows_in(tmp_path, "c.parquet", b"PAR1" + b"x" * 99 + b"PAR1") == ("D015", "reading parquet needs the package pyarrow.", "Install it: pip install pyarrow.")
+
+
+class Screen(StringIO):
+    "Something to write to, which is a terminal or not."
+
+    def __init__(self, tty):
+        super().__init__()
+        self.tty = tty
+
+    def isatty(self):
+        return self.tty
+
+
+@pytest.mark.parametrize(("size", "wanted", "kernel", "tty", "shown"), [(10**8, None, False, True, True), (10**8, None, False, False, False), (10**8, None, True, False, True), (10**7, None, True, True, False), (10, True, False, False, True), (10**8, False, True, True, False), (20 * 10**6, None, True, True, False)])
+def test_how_far_the_reading_is(size, wanted, kernel, tty, shown, monkeypatch):
+    screens = Screen(tty), Screen(tty)
+    monkeypatch.setattr("finetune_nb.rows.notebook_shell", lambda: object() if kernel else None)
+    monkeypatch.setattr(sys, "stdout", screens[0]), monkeypatch.setattr(sys, "stderr", screens[1])
+    monkeypatch.setattr("finetune_nb.rows.time", SimpleNamespace(monotonic=iter((5.0, 5.25, 5.26)).__next__))
+    bar = ReadingProgress("c.jsonl", size, wanted)
+    for share in (0, 3, 2):
+        bar(size // 4 * share)
+    bar.close()
+    said, silent = (screens if kernel else screens[::-1])
+    megabytes = f"{size / 1e6:,.0f} MB"
+    lines = [f"\rreading c.jsonl |{'█' * n}{'·' * (20 - n)}| {done / 1e6:,.0f} of {megabytes}" for n, done in ((0, 0), (20 * (size // 4 * 2) // size, size // 4 * 2), (20, size))]
+    assert silent.getvalue() == "" and said.getvalue() == ("".join(lines) + "\n" if shown else "")
