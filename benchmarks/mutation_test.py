@@ -44,7 +44,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = "test_chat_template.py::test_one_row_or_an_error"
-DATA = ["test_formats.py", "test_reading.py"]
+DATA = ["test_formats.py", "test_reading.py", "test_data.py"]
 RUNS = ["test_checkpoints.py"]
 FOLDERS = ["test_whole_folder.py"]
 FAR = [f"test_far_mounts.py::test_{name}" for name in (
@@ -54,8 +54,7 @@ FAR = [f"test_far_mounts.py::test_{name}" for name in (
 )]  # fmt: skip
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
-    "rows": [*DATA, "test_data.py"], "chats": [*DATA, "test_data.py"], "reading": DATA, "formats": DATA, "sources": DATA,
-    "data": ["test_data.py"],
+    "rows": DATA, "chats": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "data": ["test_data.py"],
     "turns": ["test_turns.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],

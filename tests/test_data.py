@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import sys
 from datetime import date
 from html import escape
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +32,7 @@ from finetune_nb.data import (
     save_chats,
     split_chats,
 )
-from finetune_nb.reading import Fault, Findings, Row
+from finetune_nb.reading import Fault, Findings, Row, check_file, decode_json
 from finetune_nb.rows import ReadingProgress, read_rows
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -633,3 +635,39 @@ def test_how_far_the_reading_is(size, wanted, kernel, tty, shown, monkeypatch):
     megabytes = f"{size / 1e6:,.0f} MB"
     lines = [f"\rreading c.jsonl |{'█' * n}{'·' * (20 - n)}| {done / 1e6:,.0f} of {megabytes}" for n, done in ((0, 0), (20 * (size // 4 * 2) // size, size // 4 * 2), (20, size))]
     assert silent.getvalue() == "" and said.getvalue() == ("".join(lines) + "\n" if shown else "")
+
+
+def test_what_is_no_file_of_chats_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.csv", "a.jsonl", "c.gz", "d.json", "e.parquet", "f.tsv", "g.txt"):
+        Path(name).write_text("")
+    beside = "Files there: a.jsonl, b.csv, c.gz, d.json, e.parquet. "
+    Path("link.jsonl").symlink_to("nowhere")
+    os.mkfifo("pipe.jsonl")
+    for name, kind, said in (
+        ("no.jsonl", FileNotFoundError, f"no.jsonl does not exist (looked in this folder). {beside}[D001]"), (tmp_path / "no.jsonl", FileNotFoundError, f"{tmp_path}/no.jsonl does not exist (looked in {tmp_path}). {beside}[D001]"),
+        ("nowhere/no.jsonl", FileNotFoundError, "nowhere/no.jsonl does not exist (looked in nowhere). [D001]"), ("link.jsonl", FileNotFoundError, "link.jsonl is a link to nowhere, which does not exist. Mend the link, or name the file. [D002]"),
+        ("x" * 300, OSError, f"{'x' * 200} can't be opened: File name too long. Name a file of chats. [D003]"), (str(tmp_path), IsADirectoryError, f"{tmp_path} is a folder; name a file in it, or a pattern such as {tmp_path.name}/*.jsonl. {beside}[D004]"),
+        ("pipe.jsonl", ChatError, "pipe.jsonl: this is a pipe or a device, not a regular file. Save its content to a file first. [D005]"),
+    ):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            check_file(Path(name))
+        assert str(caught.value).removeprefix("1 problem was found:\n") == said
+    monkeypatch.setattr(os, "access", lambda *given: False)
+    with pytest.raises(PermissionError, match=r"^a.jsonl can't be read: its permissions forbid it. Change them \(chmod u\+r\) or copy it. \[D006\]$"):
+        check_file(Path("a.jsonl"))
+
+
+def test_a_last_line_that_breaks_off_is_told_from_one_that_is_wrong():
+    for text, cut in (('{"a": fal', True), ('{"a": tru', True), ('{"a": n', True), ('{"a": "b', True), ('{"a"', True), ('{"a": x', False), ('{"a": 1}}', False)):
+        for last in (True, False):
+            with pytest.raises(Fault) as caught:
+                decode_json(text, Limits(), last)
+            assert (caught.value.code == "D026") == (cut and last), (text, last, caught.value.code)
+    assert [decode_json(text, Limits(), False) for text in (' {"a": 1}', "[1] ", "\t2", '"a"')] == [{"a": 1}, [1], 2, "a"]
+
+
+def test_zstandard_needs_a_package(tmp_path, monkeypatch):
+    for name in ("zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert rows_in(tmp_path, "c.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20)) == ("D015", "reading .zst needs the package zstandard.", 'Install it: pip install "finetune_nb[zstd]".')
