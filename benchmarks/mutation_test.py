@@ -13,17 +13,16 @@ mutant that never ends counts as killed, and is shown apart. Equivalent mutants,
 (`ensure_ascii=None`), stay in both rates as survivors. What mutmut leaves alone is not measured: what stands outside
 functions, and what is decorated (properties, context managers, `torch.no_grad`). Mutants of docstrings are not run.
 
-Seen on 2026-11-26 with mutmut 3.8.1, Python 3.11, on a busy machine: draws of 40 of each module that were made after the tests for
-what an earlier draw had shown were written. Killed of those that compute:
+Seen on 2026-11-27 with mutmut 3.8.1, Python 3.11, on a busy machine: draws of 40 of each module (seeds 1127 and 2127) that were made
+after the tests for what earlier draws (of 80 to 150) had shown were written. Killed of those that compute:
 
-    checkpoints    whole_folder 43 of 45, checkpoints 40 of 43, sentinels 35 of 38, one_file 33 of 40     151 of 166, 91 %
-    mask           masks 36 of 40, turns 30 of 40                                                          66 of 80, 83 %
-    loss           losses 36 of 40, packing 35 of 40                                                       71 of 80, 89 %
-    data           formats 36 of 38, rows 34 of 38, reading 31 of 36                                      101 of 112, 90 %
+    data           FIGURES
+    mask           FIGURES
+    loss           FIGURES
+    checkpoints    FIGURES
 
-About a third of the survivors change nothing that could be seen (the shape of a placeholder, a cache that is not used); they count.
-What `turns` does with templates is held by tests that are too slow for this and are left out here. `crash_safe`, `data` and
-`chats` have not been drawn.
+Nearly all survivors change nothing that could be seen: `allow_nan=None`, `strict=False` where both are as long, a device of None on
+a CPU, the size of the pieces in which a file is read, the place of an answer in a list that nobody asks for. They count.
 """
 
 import argparse
@@ -44,28 +43,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = "test_chat_template.py::test_one_row_or_an_error"
-DATA = ["test_formats.py", "test_reading.py"]
+DATA = ["test_formats.py", "test_reading.py", "test_data.py"]
 RUNS = ["test_checkpoints.py"]
 FOLDERS = ["test_whole_folder.py"]
 FAR = [f"test_far_mounts.py::test_{name}" for name in (
     "what_was_there_stays_until_the_new_one_is", "a_folder_there_has_the_files_of_the_last_one_alone",
-    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_mount_that_goes_away_is_an_error_of_the_disk",
+    "a_file_that_is_no_checkpoint_is_opened_nowhere_else", "a_small_file_becomes_no_large_one",
+    "a_mount_that_goes_away_is_an_error_of_the_disk",
 )]  # fmt: skip
 LOSS = ["test_losses.py", "test_packing.py::test_logits_that_are_scaled_under_another_name_are_seen"]
 TESTS = {  # by module the tests that hold it: files, or single tests
-    "rows": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "chats": DATA, "data": ["test_data.py"],
-    "turns": ["test_turns.py", "test_chat_templates.py"],
+    "rows": DATA, "chats": DATA, "reading": DATA, "formats": DATA, "sources": DATA, "data": ["test_data.py"],
+    "turns": ["test_turns.py"],
     "masks": ["test_masks.py", "test_chat_template.py::test_other_tokenizers_give_the_prompt_of_inference_or_refuse", ONE],
     "packing": ["test_packing.py"], "losses": LOSS, "attention": [*LOSS, "test_packing.py"],
     "checkpoints": FOLDERS, "whole_folder": FOLDERS, "one_file": [*FOLDERS, *FAR], "sentinels": ["test_sentinels_alone.py"],
-    "crash_safe": RUNS, "run_folder": ["test_runs.py", *RUNS],
+    "crash_safe": ["test_crash_safe_alone.py"], "run_folder": ["test_runs.py", *RUNS],
 }  # fmt: skip
 LEFT_OUT = {  # tests of these files that take long; what they hold, quicker ones hold too
     "test_reading.py": "write_read_write_alters_nothing tables_and_data_sets random_damage bomb MiB blank_lines_cost million_problems "
     "what_is_no_regular skip_without imports_nothing hub_names",
-    "test_data.py": "demo_data_is_the_same near_duplicates",
+    "test_data.py": "demo_data_is_the_same",
     "test_chat_template.py": "any_words_are_taught several_processes all_bad_chats_are_told checks_find_what_goes the_cache the_token_view",
-    "test_chat_templates.py": "checks_agree",
     "test_packing.py": "each_architecture dropout_and long_chats every_chat_is_in",
 }
 CHAPTER = '''

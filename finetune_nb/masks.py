@@ -207,7 +207,7 @@ class _Encoder:
             if first is None or not self.is_clean(encoding, ids, row.text, turn.start, first):
                 return None
             if last is None or ids[last] not in self.special:
-                raise TemplateError(f"{chat.where}, message {turn.message + 1}: {row.text[turn.end - 12 : turn.end]!r} is not one token, so no turn can end in it.")
+                raise TemplateError(f"{chat.where}, message {turn.message + 1}: {row.text[max(turn.end - 12, 0) : turn.end]!r} is not one token, so no turn can end in it.")
             labels[first : last + 1] = ids[first : last + 1]
         return {"input_ids": ids, "labels": labels}
 

@@ -14,11 +14,13 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from .config import replacing, wait_for_disk
 from .models import cache_folder
 from .mounts import why_it_may_lie
+from .private import no_link
 from .whole_folder import DamageError, Part, _drop_cache, check_whole, file_sha256, flush, whole_folder, write_file
 
 # %% ../nbs/07db_one_file.ipynb #78fb1809
@@ -53,12 +55,12 @@ def save_copies(
     except OSError:
         for target in placed:
             with suppress(OSError):  # gone entirely
-                _copy(before[target], target) if target in before else target.unlink(missing_ok=True)
+                _copy(before[target], target) if target in before else target.unlink()
         raise
     finally:
         for path in (*parts.values(), *before.values()):
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def _hidden(path: Path, kind: str) -> Path:
@@ -66,8 +68,8 @@ def _hidden(path: Path, kind: str) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as file, open(target, "wb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)) as copy:
-        shutil.copyfileobj(file, copy, 2**20)
+    with source.open("rb") as file, open(target, "wb", opener=partial(no_link, mode=0o600)) as copy:
+        shutil.copyfileobj(file, copy)
         copy.flush()
         wait_for_disk(copy.fileno())
 
@@ -91,7 +93,7 @@ def save_one_file(
     try:
         with tarfile.open(packed, "w") as archive:
             for path in sorted(folder.iterdir()):
-                archive.add(path, path.name, recursive=False, filter=_plain)
+                archive.add(path, path.name, filter=_plain)
         save_copies({Path(target): packed})
     finally:
         packed.unlink(missing_ok=True)

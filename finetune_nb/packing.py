@@ -76,7 +76,7 @@ def _parted(chats: list[Tokens], at: int) -> list[list[Tokens]]:
     "Sorted chats in groups of equal token at place `at`; a chat that ends there is a group of its own."
     groups: list[list[Tokens]] = []
     for chat in chats:
-        alone = len(chat[1]) <= at or not groups or len(groups[-1][0][1]) <= at
+        alone = not groups or len(groups[-1][0][1]) <= at
         if alone or groups[-1][0][1][at] != chat[1][at]:
             groups.append([])
         groups[-1].append(chat)

@@ -41,11 +41,12 @@ def is_private(
 def no_link(
     path: str,  # of a file that will be written
     flags: int,  # of `os.open`
+    mode: int = 0o666,  # of a new file, less what the umask takes
 ) -> int:
     "An `opener` for `open` that writes through no link; raises `OSError` that says so."
     if not os.path.islink(path):
         try:
-            return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), mode)
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EMLINK):  # it has become one just now
                 raise

@@ -161,7 +161,8 @@ class Sentinels:
             self._no_loss(step, norm)
         elif norm == 0:
             self._no_gradient(step, loss)
-        self.in_a_row = {name: n if name in self._seen(loss, norm) else 0 for name, n in self.in_a_row.items()}
+        if loss == 0 or norm:
+            self.in_a_row["steps_with_zero_gradient"] = 0
         if not self.moved and norm and math.isfinite(norm) and step.learning_rate > 0:
             self.before = {name: part.to("cpu", copy=True) for name, part in _trained_parts(model).items()}
 
@@ -201,9 +202,6 @@ class Sentinels:
         self.check_base(model, number)
         if number and self.counts.get("steps_without_label", 0) >= number:
             raise NoLossError(f"None of the {number} steps had a supervised token: nothing was learned. {LOOK_AT_LABELS}", number, loss=0.0)
-
-    def _seen(self, loss: float, norm: float) -> set[str]:
-        return {name for name, there in (("steps_with_zero_loss", loss == 0), ("steps_with_zero_gradient", loss != 0 and norm == 0), ("skipped_steps", True)) if there}
 
     def _count(self, name: str, words: str) -> int:
         "Counts, tells once; returns how many there were in a row."

@@ -36,18 +36,17 @@ def render(
     where: str = "this chat",  # for the error
 ) -> str:
     "The text of `messages` as the model sees it; raises `TemplateError` when the template refuses them."
-    return _render_many([messages], tokenizer, add_generation_prompt, tools, chat_template_kwargs, [where])[0]
+    return _render_many([(messages, where)], tokenizer, add_generation_prompt, tools, chat_template_kwargs)[0]
 
 # %% ../nbs/01a_turns.ipynb #d6de6cd4
 def _render_many(
-    batch: list[list[dict[str, Any]]],
+    batch: list[tuple[list[dict[str, Any]], str]],
     tokenizer: "PreTrainedTokenizerBase",
     add_generation_prompt: bool,
     tools: list[dict[str, Any]] | None,
     kwargs: dict[str, Any] | None,
-    wheres: Sequence[str],
 ) -> list[str]:
-    "Many chats at once, which is faster; when the template fails, the error names the chat that it failed on."
+    "Many chats at once, each with its place, which is faster; when the template fails, the error names the chat that it failed on."
     if tokenizer.chat_template is None:
         raise TemplateError(
             "The tokenizer has no chat template: this looks like a base model that was never taught to chat. "
@@ -55,26 +54,27 @@ def _render_many(
         )
     options = {"add_generation_prompt": add_generation_prompt, "tools": tools, **(kwargs or {})}
     try:
-        texts = render_chats(tokenizer, [_as_objects(messages) for messages in batch], **options)
-        _check_letters(texts, wheres)
-        return [_without_python_objects(*row, tokenizer, options) for row in zip(texts, batch, strict=True)]
+        texts = render_chats(tokenizer, [_as_objects(messages) for messages, _ in batch], **options)
+        rows = [(text, messages, where) for text, (messages, where) in zip(texts, batch, strict=True)]
+        return [_without_python_objects(_with_whole_letters(text, where), messages, tokenizer, options) for text, messages, where in rows]
     except TemplateError:
         raise
     except TemplateLimit as error:  # no fault of any chat
-        raise TemplateError(f"{wheres[0]}{' or a chat after it' if len(batch) > 1 else ''}: {error}") from None
+        raise TemplateError(f"{batch[0][1]}{' or a chat after it' if len(batch) > 1 else ''}: {error}") from None
     except Exception as error:  # a template is a program: it may raise anything
         if len(batch) > 1:
-            return [_render_many([m], tokenizer, add_generation_prompt, tools, kwargs, [w])[0] for m, w in zip(batch, wheres, strict=True)]
-        if isinstance(error, TypeError) and (as_texts := _as_texts(batch[0])) != batch[0]:  # it wants the arguments as text
-            return _render_texts(as_texts, tokenizer, options, wheres[0])
-        raise TemplateError(f"{wheres[0]}: {_reason(error, batch[0])}") from None
+            return [_render_many([one], tokenizer, add_generation_prompt, tools, kwargs)[0] for one in batch]
+        [(messages, where)] = batch
+        if isinstance(error, TypeError) and (as_texts := _as_texts(messages)) != messages:  # it wants the arguments as text
+            return _render_texts(as_texts, tokenizer, options, where)
+        raise TemplateError(f"{where}: {_reason(error, messages)}") from None
 
 
-def _check_letters(texts: list[str], wheres: Sequence[str]) -> None:
-    "Raises `TemplateError` for a text with half of a pair of UTF-16, which no tokenizer takes."
-    for text, where in zip(texts, wheres, strict=True):
-        if found := re.search("[\\ud800-\\udfff]", text):
-            raise TemplateError(f"{where}: the text that the chat template writes holds {ascii(found[0])}, which is half a character (a lone surrogate) and no tokenizer takes. Take it out of the chat, or out of the template (tokenizer.chat_template).")
+def _with_whole_letters(text: str, where: str) -> str:
+    "The text as it is; raises `TemplateError` for one with half of a pair of UTF-16, which no tokenizer takes."
+    if found := re.search("[\\ud800-\\udfff]", text):
+        raise TemplateError(f"{where}: the text that the chat template writes holds {ascii(found[0])}, which is half a character (a lone surrogate) and no tokenizer takes. Take it out of the chat, or out of the template (tokenizer.chat_template).")
+    return text
 
 
 def _render_texts(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], where: str) -> list[str]:
@@ -124,7 +124,7 @@ def _without_python_objects(text: str, messages: list[dict[str, Any]], tokenizer
             arguments = call.get("function", call).get("arguments")
             arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
             said = sum(str(m.get("content")).count(str(arguments)) for m in messages)  # somebody may have written the like
-            if arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and text.count(str(arguments)) > said:
+            if arguments and str(arguments) != json.dumps(arguments) and text.count(str(arguments)) > said:
                 return render_chats(tokenizer, [_as_texts(messages)], **options)[0]
     return text
 
@@ -153,7 +153,7 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 def _find_shape(template: "Template", chat: Chat, i: int) -> Shape:
     "The shape of answer `i` of `chat`; raises `TemplateError` when it has none."
-    before, last = chat.messages[:i], {k: v for k, v in chat.messages[i].items() if k not in ("content", "tool_calls", *REASONING)}
+    before, last = chat.messages[:i], {k: v for k, v in chat.messages[i].items() if k not in ("tool_calls", *REASONING)}
     prompt = template.render(before, True, chat)
     one, two = (template.render([*before, last | {"content": probe}], False, chat) for probe in PROBES)
     if other := next((text for text in (one, two) if not text.startswith(prompt)), None):
@@ -227,7 +227,7 @@ def _with_probes(message: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[st
         if not (core := text.strip()):
             return text
         parts.append((name, core))
-        return text.replace(core, _probe(len(parts) - 1), 1)
+        return text.replace(core, _probe(len(parts) - 1))
 
     probed = dict(message)
     for key in (k for k in ("content", *REASONING) if isinstance(message.get(k), str)):
@@ -254,9 +254,9 @@ class Template:
 
     def rows(self, chats: list[Chat], train_on: str) -> Iterator["list[Row] | TemplateError"]:
         "The rows of each chat, or why there are none."
-        wanted = [trained_turns(chat, train_on) for chat in chats]
-        self.fetch(chats, wanted)
-        for chat, turns in zip(chats, wanted, strict=True):
+        wanted = [(chat, trained_turns(chat, train_on)) for chat in chats]
+        self.fetch(wanted)
+        for chat, turns in wanted:
             try:
                 found: list[Row] | TemplateError = _rows(self, chat, turns)
             except TemplateError as error:
@@ -271,15 +271,14 @@ class Template:
         text = self.fetched.get((id(chat), n, add_generation_prompt))
         return self.render(chat.messages[:n], add_generation_prompt, chat) if text is None else text
 
-    def fetch(self, chats: list[Chat], wanted: list[list[int]]) -> None:
-        "Renders at once what `_find_turn` will ask for."
+    def fetch(self, wanted: list[tuple[Chat, list[int]]]) -> None:
+        "Renders at once what `_find_turn` will ask for: chats, and which messages of each are trained."
         self.fetched.clear()
         for prompt in (False, True):
-            plain = [(chat, i if prompt else i + 1) for chat, turns in zip(chats, wanted, strict=True) if not chat.tools for i in turns]
+            plain = [(chat, i if prompt else i + 1) for chat, turns in wanted if not chat.tools for i in turns]
             if plain:
-                batch, wheres = [c.messages[:n] for c, n in plain], [c.where for c, _ in plain]
                 try:
-                    texts = _render_many(batch, self.tokenizer, prompt, None, self.kwargs, wheres)
+                    texts = _render_many([(c.messages[:n], c.where) for c, n in plain], self.tokenizer, prompt, None, self.kwargs)
                 except TemplateError:  # each chat is asked by itself, and says so
                     continue
                 self.fetched |= {(id(c), n, prompt): text for (c, n), text in zip(plain, texts, strict=True)}

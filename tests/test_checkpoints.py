@@ -216,7 +216,7 @@ def test_changed_settings_are_refused_by_name(folder):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "lr_scheduler_type", "weight_decay", "num_train_epochs"])
+@pytest.mark.parametrize("name", ["learning_rate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lr_scheduler_type", "weight_decay")), "num_train_epochs"])
 def test_a_change_that_is_allowed_counts(name, folder, capsys):
     config = load_config(folder / "config.yaml")
     changed = replace(config, **{name: CHANGES[name]})

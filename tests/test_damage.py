@@ -25,7 +25,7 @@ from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, vali
 from finetune_nb.one_file import file_there, save_there
 from finetune_nb.planning import WIDTHS, token_budget, usual_budget
 from finetune_nb.run_folder import append_line, checkpoints, read_facts, read_lines, save_lines, write_facts
-from finetune_nb.stop import Stop, TrainingError
+from finetune_nb.stop import Stop, StoppedEarly, TrainingError
 from finetune_nb.training import load_run, resume, train
 from finetune_nb.whole_folder import DamageError, files_of
 
@@ -136,10 +136,11 @@ def test_an_answer_that_is_none_is_told_by_its_file(line, folder):
         resume(folder)
 
 
-def test_what_is_missing_comes_from_the_checkpoint_and_another_machine_is_told(finished, folder):
+def test_what_is_missing_comes_from_the_checkpoint_and_another_machine_is_told(finished, folder, monkeypatch):
     "The file is gone: how the steps are computed is not planned anew. Another machine: only a note, since the last bits may be others."
     started = read_facts(folder, "started.json")
     (folder / "started.json").unlink()
+    monkeypatch.setattr(training, "_plan_batches", lambda *args: pytest.fail("it is planned anew"))
     said = []
     run = resume(folder, say=said.append, callbacks=[At("on_step_end", 6, lambda place: edit(place / "started.json", seen=1))])
     assert any("started.json is missing: how the steps are computed is taken from checkpoint-5" in line for line in said)
@@ -147,6 +148,22 @@ def test_what_is_missing_comes_from_the_checkpoint_and_another_machine_is_told(f
     assert [run.facts[name] for name in names] == [started[name] for name in names] and read_facts(folder, "started.json")["seen"]
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_another_way_to_compute_that_is_allowed_is_planned_anew(folder):
+    "The plan of the run would go on else, and nothing of the change would be seen."
+    before, said, stop = read_facts(folder, "started.json"), [], Stop()
+    save_config(replace(load_config(folder / "config.yaml"), packing="padded", max_tokens_at_once=77), folder / "config.yaml")
+    edit(folder / "started.json", packing="padded", max_tokens_at_once=77)  # by a try that died before its first checkpoint
+    stop.wanted = True
+    with pytest.raises(StoppedEarly):
+        resume(folder, say=quietly, stop=stop, allow_change=["packing", "max_tokens_at_once"])
+    stop.wanted = False
+    write_facts(before, folder / "started.json")
+    stops = At("on_step_end", 6, lambda place: setattr(stop, "wanted", True))
+    run = resume(folder, say=said.append, stop=stop, callbacks=[stops], allow_change=["packing", "max_tokens_at_once"])
+    assert [before[name] for name in ("packing", "max_tokens_at_once")] != [run.facts[name] for name in ("packing", "max_tokens_at_once")] == ["padded", 77]
+    assert "Different from here on, as allowed: max_tokens_at_once, packing." in said
 
 
 def test_going_on_with_other_threads_is_told_and_recorded(folder):

@@ -1,12 +1,15 @@
 """The verdict: independent of batching, fair, escaped."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
+from finetune_nb import config, evaluation
 from finetune_nb.baselines import should_you_finetune, try_way
 from finetune_nb.config import ConfigError
 from finetune_nb.data import ANSWER_PATTERN, Chat, Splits, icd10_chats
@@ -151,6 +154,24 @@ def test_nothing_to_judge_on(quick, chats):
 
 def row(question="q", expected="a", answer="b", ok=False):
     return EvalRow("x", question, expected, answer, {"exact match": ok}, 2.0, 4)
+
+
+def test_a_full_disk_leaves_the_answers_and_reports_that_were_there(tmp_path, monkeypatch):
+    old, new = (compare(*(EvalReport(name, [row(answer=said)]) for name in ("base", "tuned"))) for said in ("x", "y"))
+    evaluation._save_report(old, tmp_path, "report")
+    kept, waited = {path.name: path.read_bytes() for path in tmp_path.iterdir()}, []
+
+    def full(handle):
+        waited.append(handle)
+        if len(waited) in (1, 5):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(config, "wait_for_disk", full)
+    for changed in (set(), {"report.json", "report.md", "report.html"}):
+        with pytest.raises(OSError, match="No space left"):
+            evaluation._save_report(new, tmp_path, "report")
+        now = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert now.keys() == kept.keys() == {"report.json", "report.md", "report.html", "answers.jsonl"} and {name for name in kept if now[name] != kept[name]} == changed
 
 
 def test_only_like_is_compared_with_like():

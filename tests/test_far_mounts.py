@@ -15,7 +15,7 @@ from conftest import some_splits
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from finetune_nb import mounts, one_file, sentinels
+from finetune_nb import mounts, one_file, sentinels, training
 from finetune_nb.checkpoints import check_checkpoint, check_room, newest_checkpoint
 from finetune_nb.lora import AdapterError
 from finetune_nb.mounts import why_it_may_lie
@@ -151,8 +151,9 @@ def test_what_was_there_stays_until_the_new_one_is(drive, lying, losing, tmp_pat
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_file, "wait_for_disk", lambda handle: os.pwrite(handle, b"N", 0))
-        with pytest.raises(OSError, match="reads back otherwise"):
+        with pytest.raises(OSError, match="reads back otherwise") as caught:
             one_file.save_copies(copies)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(drive / "a.txt"))
     assert [(drive / "a.txt").read_text(), (drive / "b.txt").read_text()] == ["old", "old"] and sorted(tmp_path.rglob("*")) == before
     one_file.save_copies(copies)
     assert {path.name: path.read_text() for path in drive.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new " * 9)
@@ -206,7 +207,7 @@ class At(TrainerCallback):
         self.stop.wanted = self.stop.wanted or state.global_step + 1 == self.step
 
 
-def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, drive):
+def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, drive, monkeypatch):
     stop = Stop()
     run = train(crashing.config_of(tiny_model, drive), some_splits(), [At(9, stop)], stop, lambda text: None)
     assert [path.name for path in checkpoints(run.folder)][-2:] == ["checkpoint-8.tar", "checkpoint-9.tar"]
@@ -218,6 +219,7 @@ def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, d
     assert again.facts["ended_by"] == "the plan" and again.facts["steps"] == 12
     assert newest_checkpoint(run.folder).name == "checkpoint-12"
     flip(run.folder / "adapter/adapter_model.safetensors")
+    monkeypatch.setattr(training, "load_base", lambda *args: pytest.fail("a base model is loaded first"))
     with pytest.raises(AdapterError, match="adapter is not as it was written: adapter_model.safetensors .*train it again"):
         load_run(run.folder).model  # noqa: B018
 

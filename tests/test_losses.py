@@ -57,6 +57,30 @@ def test_the_loss_of_the_head_in_pieces_of_any_size(dtype, sum_dtype, biased, ch
     assert torch.equal(without, mine) and without.grad_fn is None
 
 
+def test_logits_are_made_a_few_hundred_at_a_time_and_no_gradient_where_none_is_asked_for(monkeypatch):
+    "A vocabulary of 150,000 times every token of a step would fill the memory."
+    sizes, rooms, linear, empty = [], [], torch.nn.functional.linear, torch.empty_like
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda hidden, *more: sizes.append(len(hidden)) or linear(hidden, *more))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: rooms.append(len(tensor)) or empty(tensor))
+    hidden, weight, targets = torch.randn(600, 3), torch.randn(5, 3), torch.arange(600) % 5
+    HeadLoss.apply(hidden, weight, None, targets)
+    assert sizes == [256, 256, 88] and rooms == []
+    HeadLoss.apply(hidden.requires_grad_(), weight, None, targets)
+    assert sizes == [256, 256, 88] * 2 and rooms == [600]
+
+
+def test_a_last_layer_of_its_own_precision_and_losses_in_one_that_suffices():
+    inner, batch = inner_model(tuned_model(LlamaConfig(**COMMON))), batch_of(5, 7)
+    right = token_losses(inner, batch)
+    inner.get_output_embeddings().float()
+    torch.testing.assert_close(token_losses(inner, batch), right.float())
+    capped = inner_model(tuned_model(Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=5.0))).bfloat16()
+    states, head = supervised_states(capped, batch)
+    losses = token_losses(capped, batch)
+    assert head is None and states.dtype == torch.bfloat16 and losses.dtype == torch.float32
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(states.float(), batch.targets, reduction="none"))
+
+
 def test_a_batch_moves_whole():
     layout = Layout([Segment(0, 4)])
     batch = Batch(torch.ones(2, 4, dtype=torch.long), torch.arange(4)[None], None, torch.tensor([1]), torch.tensor([2]), torch.tensor([0]), layout)
@@ -156,6 +180,7 @@ def one_process():
 
 def test_gradients_of_weights_in_parts(one_process):
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
     whole, other, x = torch.randn(4, 3), torch.randn(2), torch.randn(5, 4)
     for parts in (False, True):
@@ -168,7 +193,9 @@ def test_gradients_of_weights_in_parts(one_process):
         got = found[0].full_tensor() if parts else found[0]
         torch.testing.assert_close(got, 2 * x.T @ (x @ whole))
     own = distribute_tensor(torch.zeros(4, 3), one_process, [Shard(0)])
-    part = part_like(whole, own)
+    with CommDebugMode() as sent:
+        part = part_like(whole, own)
+    assert sent.get_total_counts() == 0, "each process has the whole one"
     assert isinstance(part, DTensor) and part.placements == own.placements and torch.equal(part.to_local(), whole)
     assert part_like(whole, whole) is whole and part_like(part, own) is part and part_like(other, own) is other
 

@@ -173,5 +173,41 @@ def test_the_variables_of_a_template_reach_the_rows(small):
 def test_an_end_of_turn_that_is_no_token_is_told_with_its_message(small):
     encoder, turn = masks._Encoder(small), SimpleNamespace(start=0, end=10, message=1)
     row = SimpleNamespace(text="hello yes.", turns=[turn])
-    with pytest.raises(TemplateError, match="^chats.jsonl, line 5, message 2: .* is not one token, so no turn can end in it"):
+    with pytest.raises(TemplateError, match="^chats.jsonl, line 5, message 2: 'hello yes.' is not one token, so no turn can end in it"):
         encoder._whole(row, encoder.encode([row.text])[0], chat("hello", "yes."))
+    turn.start, turn.end, row.text = 15, 31, "the code is J20 yes it is hello there. hello"
+    with pytest.raises(TemplateError, match="^chats.jsonl, line 5, message 2: ' is hello th' is not one token"):
+        encoder._whole(SimpleNamespace(text=row.text, turns=[SimpleNamespace(start=0, end=34, message=1)]), encoder.encode([row.text])[0], chat("hello", "yes."))
+    with pytest.raises(TemplateError, match=r"^chats.jsonl, line 5, message 2: one token of this model stands across the end of the prompt and the beginning of the answer \('ode is J20', ' yes it is'\)\. Remove the white space"):
+        encoder._cut(row, turn, chat("hello", "yes."))
+    turn.start = 4
+    with pytest.raises(TemplateError, match=r"\('the ', 'code is J2'\)"):
+        encoder._cut(row, turn, chat("hello", "yes."))
+
+
+def test_nothing_is_added_to_a_text():
+    made = small_tokenizer("bytes with trimmed offsets")
+    plain = made("hello there")["input_ids"]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert made("hello there")["input_ids"] == [1, *plain, 2]
+    encoder = masks._Encoder(made)
+    assert [encoding.ids for encoding in encoder.encode(["hello there", ""])] == [plain, []] and encoder.ids("hello there") == plain and encoder.ids("") == []
+
+
+TURNS = "{% for m in messages %}<s>{{ m.role }}FILL\n{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistantFILL\n{% endif %}"
+
+
+@pytest.mark.parametrize(("fill", "kept"), [(0, True), (89, True), (90, False)])
+def test_a_prompt_is_not_tokenised_again_where_a_special_token_parts_it(fill, kept, monkeypatch):
+    "Only what stands between that and the answer is, once; a long header is no header."
+    made, asked, real = small_tokenizer("bytes with trimmed offsets"), [], masks._Encoder.ids
+    made.add_tokens(["x" * 89, "x" * 90])
+    made.chat_template = TURNS.replace("FILL", "x" * fill)
+    monkeypatch.setattr(masks._Encoder, "ids", lambda self, text: asked.append(text) or real(self, text))
+    several = [chat("what " * 99, "yes", "no " * 99, "hello"), chat("hello", "there")]
+    rows = list(token_rows(several, made))
+    header = f"assistant{'x' * fill}\n"
+    assert asked[:1] == [header] if kept else header not in asked
+    assert len(asked) == (1 if kept else 3) and all(text.endswith(header) for text in asked)
+    assert [made.decode([label for label in row["labels"] if label != NO_LOSS]) for (row,) in rows] == ["yes</s>hello</s>", "there</s>"]
+    assert [row["input_ids"] for (row,) in rows] == [made(render(one.messages, made), add_special_tokens=False)["input_ids"] for one in several]

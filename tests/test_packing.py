@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from finetune_nb import packing
-from finetune_nb.attention import PACKED, attention_of
+from finetune_nb.attention import PACKED, Layout, attention_of
 from finetune_nb.chat_template import NO_LOSS
 from finetune_nb.config import ConfigError
 from finetune_nb.lora import find_target_modules
@@ -431,3 +432,142 @@ def test_experts_are_known_by_their_names(monkeypatch):
     assert [packing._has_experts(torch.nn.Sequential(torch.nn.Linear(1, 1), kind())) for kind in kinds] == [True, True, False]
     monkeypatch.setattr(packing, "_kept_ways", lambda asked: [])
     assert packing.measured_ways(tuned_model(LlamaConfig(**COMMON)), pack(example_chats(), 10**6)[0]) == ["tree"], "where none could be measured"
+
+
+def test_which_heads_a_model_has():
+    models = {"llama": (4, 2), "gpt2": (4, 4), "mamba": (1, 1)}
+    assert {name: packing._heads_of(AutoModelForCausalLM.from_config(ARCHITECTURES[name][0])) for name in models} == models
+
+
+def test_ways_are_measured_for_the_shape_of_the_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packing, "_kept_ways", lambda given: asked.append(given) or ["masked"])
+    (row,) = pack(example_chats(), 10**6)
+    for config, shape in ((LlamaConfig(**COMMON, head_dim=16), (4, 2, 16)), (ARCHITECTURES["gpt2"][0], (4, 4, 8))):
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
+        assert packing.measured_ways(model, row, 7) == ["masked"] and asked.pop() == (*shape, row.layout, torch.device("cpu"), torch.bfloat16, 14)
+        packing.measured_ways(model, row)
+        assert asked.pop()[-1] == 200
+        for unfit in (pad(example_chats(), 10**6)[0],):
+            assert packing.measured_ways(model, unfit) == packing.fastest_ways(model, unfit) == ["tree"] and not asked
+    odd = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    odd.config.num_key_value_heads = 3
+    assert packing.measured_ways(odd, row) == packing.fastest_ways(odd, row) == ["tree"] and not asked
+    monkeypatch.setattr(packing, "inner_model", lambda model: model)
+    elsewhere = SimpleNamespace(device=torch.device("meta"), dtype=torch.bfloat16, config=model.config)
+    assert packing.fastest_ways(elsewhere, row, 3) == ["masked"] and asked.pop()[-3:] == (torch.device("meta"), torch.bfloat16, 6)
+
+
+def test_what_was_measured_is_kept_for_the_like_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path))
+    measured, (row, other) = [], (pack(example_chats(seed), 10**6)[0].layout for seed in (0, 1))
+    monkeypatch.setattr(packing, "seconds_by_way", lambda *asked: measured.append(asked) or {"tree": 2.0, "masked": 1.0})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU of number {device.index}")
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    different = [(4, 2, 8, row, cpu, bf16, 100), (2, 2, 8, row, cpu, bf16, 100), (4, 1, 8, row, cpu, bf16, 100), (4, 2, 16, row, cpu, bf16, 100), (4, 2, 8, Layout(row.segments[:2]), cpu, bf16, 100), (4, 2, 8, row, cpu, torch.float32, 100), (4, 2, 8, row, cpu, bf16, 1), (4, 2, 8, row, torch.device("cuda", 0), bf16, 100), (4, 2, 8, row, torch.device("cuda", 1), bf16, 100)]
+    for n, asked in enumerate(different, 1):
+        assert packing._kept_ways(asked) == packing._kept_ways(asked) == ["masked", "tree"] and measured[-1] == asked and len(measured) == n
+    for patch in (lambda: monkeypatch.setattr(torch, "__version__", "9"), lambda: monkeypatch.setattr(torch, "get_num_threads", lambda: 99), lambda: monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")):
+        patch()
+        packing._kept_ways(different[0]), packing._kept_ways(different[0])
+    assert len(measured) == len(different) + 3 == len(list((tmp_path / "attention").glob("*.json")))
+    assert {path.read_text() for path in (tmp_path / "attention").iterdir()} == {'["masked", "tree"]'}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FINETUNE_NB_CACHE", str(tmp_path / "file"))
+    assert packing._kept_ways(different[0]) == ["masked", "tree"], "nothing can be kept there"
+    assert packing._kept_ways((*different[0][:3], other, *different[0][4:])) == ["masked", "tree"]
+
+
+def test_attention_is_exchanged_for_rows_of_several_chats_alone():
+    model = tuned_model(LlamaConfig(**COMMON))
+    before = inner_model(model).config._attn_implementation
+    for mode, name in (("shared", PACKED["masked"]), ("packed", PACKED["masked"]), ("padded", before), ("single", before)):
+        with PackingCollator(mode, way="masked").attention(model):
+            assert inner_model(model).config._attn_implementation == name
+    assert inner_model(model).config._attn_implementation == before != PACKED["masked"]
+
+
+@pytest.mark.parametrize("mode", packing.MODES)
+def test_chats_without_a_label_make_batches_without_a_prediction(mode):
+    (batch, *_) = PackingCollator(mode).batches([{"input_ids": [1, 2], "labels": [NO_LOSS] * 2}])
+    assert [(t.dtype, tuple(t.shape)) for t in (batch.at, batch.targets, batch.chat)] == [(torch.long, (0,))] * 3
+
+
+@pytest.mark.parametrize("mode", packing.MODES)
+def test_losses_and_gradient_are_those_of_transformers(mode):
+    model, chats = tuned_model(LlamaConfig(**COMMON)), example_chats()
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    losses, gradient = reference(model, chats)
+    mine, my_gradient = packing._losses_and_gradient(model, chats, PackingCollator(mode, 60))
+    assert mine.dtype == torch.float64 and mine.tolist() == pytest.approx(losses, rel=1e-7)
+    scale = max(g.abs().max() for g in gradient)
+    assert scale > 0 and max((a - b).abs().max() for a, b in zip(my_gradient, gradient, strict=True)) < 1e-6 * scale
+
+
+def test_a_leak_is_seen_and_how_large_it_is(monkeypatch):
+    "Zero to the bit where a chat sees itself alone; what it must not see is every token but its own."
+    model, chats, collator = tuned_model(LlamaConfig(**COMMON)).eval(), example_chats(), PackingCollator("shared", 10**6)
+    assert packing._leak(model, chats, collator) == 0.0
+    seen, real = [], packing.token_losses
+    monkeypatch.setattr(packing, "token_losses", lambda model, batch: seen.append(batch) or real(model, batch) + 0.25 * (len(seen) - 1))
+    (batch,) = collator.batches(chats)
+    learned = (batch.chat == batch.chat[-1]).sum().item()
+    leak = packing._leak(model, chats, collator)
+    with collator.attention(model):
+        loss = real(model, batch)[batch.chat == batch.chat[-1]].sum().item()
+    assert leak == pytest.approx(0.25 * learned / loss)
+    last = batch.layout.segments[-1]
+    own = [i for start, end in (*last.before, (last.start, last.end)) for i in range(start, end)]
+    assert torch.equal(seen[0].input_ids, batch.input_ids) and torch.equal(seen[1].input_ids[0, own], batch.input_ids[0, own]) and 0 < len(own) < batch.tokens
+    assert {*seen[1].input_ids[0, [i for i in range(batch.tokens) if i not in own]].tolist()} == {batch.input_ids[0, 0].item()}
+
+
+def test_what_an_architecture_has_against_a_mode_is_told(monkeypatch):
+    real = packing._try_in_training
+    errors = {"shared": packing.NotPackable("it has no place for it\nand more"), "packed": KeyError("x" * 200), "padded": RuntimeError("odd")}
+
+    def refuse(model, chat, collator):
+        real(model, chat, collator)
+        model.train()
+        raise errors[collator.mode]
+
+    monkeypatch.setattr(packing, "_try_in_training", refuse)
+    model, modes = tuned_model(LlamaConfig(**COMMON)).eval(), []
+    report = check_packing(model, example_chats()[:2])
+    assert report == PackingReport("single", {"shared": "not possible: it has no place for it", "packed": f"not possible: this architecture does not take it ({KeyError('x' * 200)!r:.100})", "padded": "not possible: this architecture does not take it (RuntimeError('odd'))"})
+    assert not model.training
+    errors["shared"] = torch.OutOfMemoryError("no room")
+    with pytest.raises(torch.OutOfMemoryError):
+        check_packing(model, example_chats()[:2])
+    monkeypatch.setattr(packing, "_try_in_training", lambda model, chat, collator: modes.append(model.train()) or real(model, chat, collator))
+    assert check_packing(model, example_chats()[:2]).mode == "shared" and len(modes) == 1 and not model.training
+
+
+def test_low_precision_is_held_against_the_attention_of_equal_steps(monkeypatch):
+    "In bf16 fused attention rounds otherwise than a tree does; each chat alone is then computed step by step, too."
+    used, real = [], packing.attention_of
+    monkeypatch.setattr(packing, "attention_of", lambda model, name: used.append(name) or real(model, name))
+    for dtype, way, fastest, names in ((torch.bfloat16, "tree", "shared", ["eager"]), (torch.bfloat16, "masked", "shared", []), (torch.double, "tree", "shared", []), (torch.bfloat16, "tree", "padded", [])):
+        used.clear()
+        model = tuned_model(LlamaConfig(**COMMON)).to(dtype)
+        check_packing(model, example_chats()[:2], fastest, ways=(way,))
+        assert [name for name in used if name not in PACKED.values()] == names
+
+
+def test_how_exact_a_mode_has_to_be(monkeypatch):
+    model, chats, far = tuned_model(LlamaConfig(**COMMON)), example_chats()[:2], {}
+    for name in ("_difference", "_angle", "_leak"):
+        monkeypatch.setattr(packing, name, lambda *given, name=name: far.get(name, 0.0))
+    monkeypatch.setattr(packing, "_has_experts", lambda model: far.get("experts", False))
+
+    def exact(dtype=torch.double, **off):
+        far.clear()
+        far.update(off)
+        return check_packing(model.to(dtype), chats).mode == "shared"
+
+    assert exact(_difference=1e-5, _angle=1e-8) and not exact(_difference=1.1e-5) and not exact(_angle=1.1e-8) and not exact(_leak=1e-9)
+    assert exact(_leak=1e-5, experts=True) and not exact(_leak=1.1e-5, experts=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr(packing, "_losses_and_gradient", lambda *given: (torch.ones(2), []))
+        monkeypatch.setattr(packing, "_try_in_training", lambda *given: None)
+        assert exact(dtype, _difference=5e-3, _angle=1e-3) and not exact(dtype, _difference=5.1e-3) and not exact(dtype, _angle=1.1e-3) and exact(dtype, _leak=5e-3, experts=True)

@@ -1,6 +1,7 @@
 """The base model is the one that was meant: every weight, every place of it, its configuration, and nothing underneath."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -301,4 +302,13 @@ def test_a_converted_model_that_is_not_as_it_was_written_is_made_anew(tiny_model
     (folder / "MANIFEST.json").unlink()
     assert convert_gguf(file) == folder and len(made) == 4
     monkeypatch.setattr(models, "version", lambda name: "another")
-    assert convert_gguf(file) != folder and len(made) == 5
+    monkeypatch.setattr(models, "_save_unquantised", lambda file, folder: (made.append(1), save_file({"a": torch.ones(1)}, folder / "model.safetensors")))
+    folders, written = {folder, convert_gguf(file)}, file.stat().st_mtime_ns
+    monkeypatch.setattr(models, "_CONVERSION", "another")
+    folders.add(convert_gguf(file))
+    for data, later, place in ((b"GGUF", 1, file), (b"GGUF, longer", 1, file), (b"GGUF, longer", 1, tmp_path / "elsewhere" / "m.gguf")):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(data)
+        os.utime(place, ns=(written, written + later))
+        folders.add(convert_gguf(place))
+    assert len(folders) == 6 and len(made) == 9, "other releases, another conversion, another time, size or place of the file"

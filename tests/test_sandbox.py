@@ -186,6 +186,19 @@ def test_all_that_a_template_renders_comes_from_one_allowance(end, fresh, tokeni
     assert sandbox._renderer().owed[str(tokenizer.chat_template)] == 0.0, "one that takes its share owes nothing"
 
 
+def test_what_a_template_has_used_up_is_taken_off_its_next_call(fresh, tokenizer, monkeypatch):
+    "The whole file has one allowance, however many calls it takes; each chat brings its share."
+    asked, template = [], with_template(tokenizer, "an expensive one")
+    monkeypatch.setattr(sandbox._renderer(), "ask", lambda request, bounds, patience: asked.append(bounds["seconds"]) or {"texts": ["a"], "spent": 0.25})
+    limits = RenderLimits(seconds=0.6, seconds_each=0.05)
+    for _ in range(3):
+        render_chats(template, [TALK], limits)
+    assert [round(seconds, 2) for seconds in asked] == [0.65, 0.45, 0.25]
+    with pytest.raises(TemplateLimit, match="took 0.8 s of the processor more than the chats that it was given need"):
+        render_chats(template, [TALK], limits)
+    assert render_chats(with_template(tokenizer, "another"), [TALK] * 4, limits) == ["a"] and [round(seconds, 2) for seconds in asked[3:]] == [0.05, 0.8]
+
+
 def test_a_template_steers_no_terminal_and_writes_no_half_characters(tokenizer):
     evil = r"{{ raise_exception('\x1b[2J\x1b]0;gone\x07\u202eno') }}"
     with pytest.raises(TemplateError) as caught:

@@ -16,6 +16,7 @@ from finetune_nb.sentinels import (
     NoGradientError,
     NoLossError,
     NonFiniteError,
+    SentinelError,
     Sentinels,
     SkippedStepsError,
     Step,
@@ -98,6 +99,8 @@ def test_the_chat_that_does_it_is_named(model, said):
         model.model.embed_tokens.weight[9:] = NAN
     with pytest.raises(NonFiniteError, match="Each of them does so alone: it lies in the base model"):
         Sentinels(said.append).before_step(torch.nn.DataParallel(model), bad)
+    with pytest.raises(NonFiniteError, match="it comes from chats.jsonl, line 1, (.*)line 8 and 2 more: look"):
+        Sentinels(said.append).before_step(model, replace(bad, chats=[*chats_of(10), {"input_ids": [1, 2], "labels": [1, 2]}]))
     with pytest.raises(NonFiniteError, match="it comes from chats.jsonl, line 1: look"):
         Sentinels(said.append).before_step(model, replace(bad, chats=three[:1]))
     with torch.no_grad():
@@ -188,6 +191,8 @@ def test_a_base_model_that_changes_is_seen(model, said):
     look.begin(model)
     assert look.base == base_sums(torch.nn.DataParallel(model)) and not any("q_proj" in name for name in look.base) and len(look.base) == 12, "ten weights, and two buffers of the rotary embedding"
     look.check_base(model, 1)
+    model.register_buffer("later", torch.ones(2))
+    look.check_base(model, 1)  # what was not there before the first step can't have changed
     with torch.no_grad():
         model.lm_head.weight[3, 3] += 1e-3
     look.before_step(model, step(4))
@@ -225,6 +230,7 @@ def test_a_gradient_alone_is_enough(model):
 
 
 def test_small_things():
+    assert SentinelError("words", loss=1.5).row == {"step": 0, "ended_by": "SentinelError", "loss": 1.5}
     assert (_first("abcdef", 4), _first("abcd", 4), _first("", 4)) == ("a, b, c, d and 2 more", "a, b, c, d", "")
     assert are_finite([]) and are_finite([torch.tensor([1, 2])]) and are_finite([torch.empty(0), torch.ones(2)]) and are_finite([torch.full((2,), 3e38)] * 3)
     assert not are_finite([torch.ones(2), torch.tensor([1.0, NAN])]) and not are_finite([torch.tensor(INF)])

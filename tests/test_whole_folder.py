@@ -8,6 +8,7 @@ import random
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from finetune_nb import checkpoints as module
 from finetune_nb import mounts, one_file, whole_folder
 from finetune_nb.checkpoints import (
     check_checkpoint,
+    check_computed,
     check_room,
     check_unchanged,
     from_plain,
+    how_computed,
     load_state,
     newest_checkpoint,
     random_state,
@@ -37,6 +40,7 @@ from finetune_nb.whole_folder import (
     check_whole,
     clear_leftovers,
     file_sha256,
+    files_of,
     flush,
     read_about,
     remove_whole,
@@ -124,7 +128,7 @@ def test_a_folder_is_what_was_meant(tmp_path, waited):
     digest = {name: hashlib.sha256(data).hexdigest() for name, data in (("a", b"first"), ("sub/b", b"of another"))}
     assert body["files"] == {"a": {"bytes": 5, "sha256": digest["a"]}, "sub/b": {"bytes": 10, "sha256": digest["sub/b"]}} and body["about"] == {"step": 4}
     assert [*body] == ["about", "files", "sha256"] and (tmp_path / "one" / MANIFEST).read_text().endswith("}\n")
-    assert read_about(tmp_path / "one") == {"step": 4} and check_whole(tmp_path / "one") == [] and [p.name for p in tmp_path.iterdir()] == ["one"]
+    assert files_of(str(tmp_path / "one")) == {"a", "sub/b"} and read_about(tmp_path / "one") == {"step": 4} and check_whole(tmp_path / "one") == [] and [p.name for p in tmp_path.iterdir()] == ["one"]
     assert {mode(path) for path in (tmp_path / "one").rglob("*") if path.is_file()} == {0o600}
     assert [Path(name).name for name, _ in waited] == ["a", "b", MANIFEST, ".one.part", tmp_path.name]
     assert read_about(made(tmp_path / "two", a=b"")) == {"step": 4} and whole(tmp_path / "three").__enter__().target == tmp_path / "three"
@@ -171,6 +175,7 @@ def test_a_disk_that_writes_something_else_is_found_out(tmp_path, monkeypatch):
 def test_a_rename_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     before, rename = tree(made(tmp_path / "one")), os.rename
     (tmp_path / ".one.gone").mkdir()
+    (tmp_path / ".one.gone/x").write_text("of one that died")
 
     def refuse(source, target):
         if Path(source).name.endswith(".part"):
@@ -184,6 +189,28 @@ def test_a_rename_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert tree(tmp_path / "one") == before and [path.name for path in tmp_path.iterdir()] == ["one"]
     monkeypatch.setattr(os, "rename", rename)
     assert tree(made(tmp_path / "one", a=b"new"))["a"] == b"new" and [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("renames", "found"), [(1, b"first"), (2, b"new")])
+def test_killed_between_the_renames(renames, found, tmp_path):
+    "There is a time in which no folder has the name; what was there is put back by whoever looks next."
+    made(tmp_path / "one")
+    if not (child := os.fork()):
+        rename, done = os.rename, []
+
+        def dies(source, target):
+            rename(source, target)
+            done.append(target)
+            if len(done) == renames:
+                os._exit(9)
+
+        os.rename = dies
+        made(tmp_path / "one", a=b"new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and (tmp_path / "one").exists() == (renames == 2)
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and check_whole(tmp_path / "one") == [] and (tmp_path / "one" / "a").read_bytes() == found
 
 
 def test_each_bit_of_a_manifest_counts(tmp_path):
@@ -299,6 +326,65 @@ def test_what_is_wrong_with_one_file_is_said(tmp_path):
         with pytest.raises(DamageError, match=said):
             load_one_file(tmp_path / f"{name}.tar", tmp_path / "opened")
         assert not (tmp_path / "opened").exists()
+
+
+def test_what_can_not_be_packed_leaves_nothing(tmp_path):
+    for name in ("checkpoint-9", "nowhere/checkpoint-9"):
+        with pytest.raises(FileNotFoundError, match="checkpoint-9"):
+            save_one_file(tmp_path / name, tmp_path / "one.tar")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_is_written_through_no_link(tmp_path):
+    (tmp_path / "source").write_text("new")
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/.file.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="it is a link to elsewhere"):
+        one_file.save_copies({tmp_path / "there/file": tmp_path / "source"})
+    assert (tmp_path / "precious").read_text() == "kept" and not list((tmp_path / "there").iterdir())
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_file_is_there_whole_or_not_at_all(far, tmp_path, monkeypatch):
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place.mkdir()
+    elsewhere.write_text("kept")
+    (place / "file").symlink_to(elsewhere)
+    if far:
+        monkeypatch.setattr(mounts, "mounts", lambda: [(str(place.resolve()), "fuse.drive")])
+    else:
+        (place / ".file.part").mkdir()
+        (place / ".file.part/file").write_text("of one that died")
+    with one_file.file_there(str(place / "file")) as path:
+        assert path.name == "file" and mode(path.parent) == 0o700 and not path.exists() and path.parent == (scratch_of(place) if far else place / ".file.part")
+        path.write_text("new")
+    with pytest.raises(ZeroDivisionError), one_file.file_there(place / "file") as path:
+        path.write_text("half")
+        1 / 0  # noqa: B018
+    with pytest.raises(FileNotFoundError), one_file.file_there(place / "file"):
+        pass
+    assert not (place / "file").is_symlink() and tree(place) == {"file": b"new"} and elsewhere.read_text() == "kept"
+    assert [path.name for path in place.iterdir()] == ["file"] and not list(scratch_of(place).iterdir())
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_folder_is_there_whole_or_not_at_all(far, tmp_path, monkeypatch):
+    if far:
+        monkeypatch.setattr(mounts, "mounts", lambda: [(str(tmp_path.resolve()), "fuse.drive")])
+    (tmp_path / "one/old").mkdir(parents=True)
+    (tmp_path / "one/old/x").write_text("of another")
+    with one_file.folder_there(str(tmp_path / "one")) as part:
+        part.write("a", b"new")
+        assert (part.folder.parent == scratch_of(tmp_path)) == far and part.target.name == "one"
+    with pytest.raises(ZeroDivisionError), one_file.folder_there(tmp_path / "one") as part:
+        part.write("a", b"half")
+        1 / 0  # noqa: B018
+    assert check_whole(tmp_path / "one") == [] and tree(tmp_path / "one").keys() == {"a", MANIFEST} and tree(tmp_path / "one")["a"] == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and not list(scratch_of(tmp_path).iterdir())
+    with one_file.folder_there(tmp_path / "two") as part:
+        part.write("b", b"x")
+    assert mode(tmp_path / "two") == 0o700 and {mode(path) for path in (tmp_path / "two").iterdir()} == {0o600}
 
 
 def test_each_run_has_a_place_of_its_own(tmp_path, monkeypatch):
@@ -419,6 +505,11 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / "checkpoint-8.tar").write_bytes(b"x")
     assert check_checkpoint(tmp_path / "checkpoint-8.tar")[0].startswith("it can't be opened")
     assert newest_checkpoint(tmp_path / "nowhere", said.append) is None
+    kept(tmp_path, 200)
+    save_one_file(tmp_path / "checkpoint-200", tmp_path / "checkpoint-200.tar")
+    remove_whole(tmp_path / "checkpoint-200")
+    newest = newest_checkpoint(tmp_path, said.append)
+    assert newest == scratch_of(tmp_path) / "checkpoint-200" and check_whole(newest) == [], "it is opened, and stays so for whoever goes on from it"
 
 
 def test_the_last_ones_stay_and_a_good_one_always(tmp_path):
@@ -463,3 +554,36 @@ def test_the_room_for_checkpoints_is_asked_for(keep, copies, tmp_path):
     check_room(tmp_path, 1, 2)
     with pytest.raises(TrainingError, match="are free"):
         check_room(tmp_path, 2**60, 2)
+
+
+def test_room_is_asked_for_on_both_disks_of_a_mount_that_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(mounts, "mounts", lambda: [(str(tmp_path.resolve()), "fuse.drive")])
+    one = 16 * 10**6 + 2**20
+    for free, said in ((3 * one + 4 * 10**6, None), (3 * one - 1, str(tmp_path))):
+        asked = {Path(tmp_path): 10 * one, scratch_of(tmp_path): free}
+        monkeypatch.setattr("shutil.disk_usage", lambda place, asked=asked: SimpleNamespace(free=asked[Path(place)]))
+        if said is None:
+            check_room(tmp_path, 10**6, 2)
+            continue
+        with pytest.raises(TrainingError, match=rf"^{scratch_of(tmp_path)}: the checkpoints of this run need {3 * one / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free\. They are made there before they are copied"):
+            check_room(tmp_path, 10**6, 2)
+
+
+HOW = {"packing": "shared", "attention": "tree", "max_tokens_at_once": 512, "recomputed_blocks": 0}
+
+
+def test_how_a_run_is_computed_is_what_its_checkpoint_says(tmp_path):
+    path = tmp_path / "started.json"
+    assert how_computed({"seed": 1} | HOW) == HOW and how_computed({"seed": 1}) == {} and how_computed({"packing": "padded"}) == {"packing": "padded"}
+    less = {"max_tokens_at_once": 128, "out_of_memory": [{"step": 1, "max_tokens_at_once": 256}, "no row", {"step": 2, "max_tokens_at_once": 128}]}
+    for started, kept in (({}, {}), ({}, HOW), ({"seed": 1}, {}), (HOW, {}), (HOW, HOW), (HOW | less, HOW), (HOW | {"out_of_memory": "nothing"}, HOW), (HOW | {"attention": "masked", "recomputed_blocks": 2, "packing": "single"}, {})):
+        check_computed(started, kept, path)
+    for started, kept, said in (
+        ({"seed": 1}, HOW, "packing can't be not there"), ({"packing": "padded"}, {}, "attention can't be not there"), (HOW | {"packing": "odd"}, {}, "packing can't be odd"), (HOW | {"packing": ["shared"]}, {}, "packing can't be"),
+        (HOW | {"attention": {}}, {}, "attention can't be"), (HOW | {"attention": "odd"}, HOW, "attention can't be odd"), (HOW | {"max_tokens_at_once": 0}, {}, "max_tokens_at_once can't be 0"), (HOW | {"max_tokens_at_once": True}, {}, "max_tokens_at_once can't be True"),
+        (HOW | {"recomputed_blocks": -1}, {}, "recomputed_blocks can't be -1"), (HOW | {"recomputed_blocks": 1.0}, {}, "recomputed_blocks can't be 1.0"), (HOW | {"recomputed_blocks": 1}, HOW, "recomputed_blocks is 1, and the checkpoint was computed with 0"),
+        (HOW | less | {"max_tokens_at_once": 64}, HOW, "max_tokens_at_once is 64, and the checkpoint was computed with 512"), (HOW | {"packing": "padded", "out_of_memory": [{"max_tokens_at_once": "padded"}]}, HOW, "packing is padded, and the checkpoint was computed with shared"),
+        (HOW | {"max_tokens_at_once": 256, "out_of_memory": {"max_tokens_at_once": 256}}, HOW, "max_tokens_at_once is 256, and"), (HOW, HOW | {"attention": "masked"}, "attention is tree, and the checkpoint was computed with masked"),
+    ):  # fmt: skip
+        with pytest.raises(DamageError, match=f"started.json is not as a run writes it: {re.escape(said)}"):
+            check_computed(started, kept, path)
