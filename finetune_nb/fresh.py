@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .adapter import ExportError
+from .config import ExportError
 from .qlora import nf4_config
 from .redact import redacted
 from .sandbox import render_ids, render_template
