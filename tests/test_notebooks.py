@@ -29,7 +29,7 @@ def test_page(name, tmp_path, forked):
 
 def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started as `make demo` does it
     "The same cells as `make demo`, on fewer chats."
-    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 16, "n_validation": 4, "max_eval_samples": 2, "by_hand": False})
+    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 12, "n_validation": 2, "max_eval_samples": 2, "by_hand": False})
     said = capsys.readouterr().out
     assert "Training [" in said and "exact match" in said
     run = tmp_path / "runs" / "run-001"
