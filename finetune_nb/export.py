@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .adapter import ExportError, open_run, save_adapter, size_on_disk
+from .adapter import open_run, save_adapter, size_on_disk
+from .config import ExportError
 from .display import html_table, markdown_table, text_table
 from .fresh import Answers, Questions
 from .gguf_file import BY_LLAMA_CPP, PLAIN, export_gguf, validate_kind

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from .adapter import ExportError
 from .chat import askable
-from .config import FinetuneError
+from .config import ExportError, FinetuneError
 from .controls import WRAP, View, button, chooser, note, offer
 from .export import Exports, export_run
 from .jobs import check_free, in_background, let_go, start_alone

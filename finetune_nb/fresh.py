@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .adapter import ExportError
-from .models import by_itself
+from .config import ExportError
 from .origin import check_model_files, may_run_code
 from .qlora import nf4_config
 from .redact import redacted
@@ -259,6 +258,8 @@ def _load(job: dict[str, Any], path: Path) -> tuple[Any, Any, str]:
 
     dtype, loader = getattr(torch, job["dtype"]), f"transformers {version('transformers')}"
     if job["kind"] == "gguf":
+        from finetune_nb.models import by_itself
+
         with by_itself(path) as alone:
             model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=path.name, dtype=dtype, trust_remote_code=False)
             return model.to(job["device"]), AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False), f"{loader}, unpacked from GGUF"

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .adapter import ExportError, export_folder, open_run, public_name, validate_room
+from .adapter import export_folder, open_run, public_name, validate_room
 from .chat_template import end_of_turn_id
+from .config import ExportError
 from .fresh import load_llama_cpp
 from .merge import BaseFiles, base_files, merge_adapter
 from .models import EMBEDDED_MODEL, _embedded_gguf

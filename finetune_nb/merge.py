@@ -21,8 +21,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 
-from .adapter import ExportError, export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
+from .adapter import export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
 from .chat_template import end_of_turn_id
+from .config import ExportError
 from .lora import read_adapter
 from .models import EMBEDDED_MODEL, find_model, load_tokenizer
 from .origin import INDEX, weight_files

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .adapter import ExportError
+from .config import ExportError
 from .merge import merge_adapter
 from .redact import redacted
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .adapter import ExportError
+from .config import ExportError
 from .display import html_table
 from .redact import redacted
 from .verify import load_check

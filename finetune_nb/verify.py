@@ -15,9 +15,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .adapter import ExportError, open_run
+from .adapter import open_run
 from .chat_template import neutralise, tokenize_chats
-from .config import replacing
+from .config import ExportError, replacing
 from .data import Chat
 from .display import html_table, md_cell
 from .fresh import Answers, Questions, ask_fresh, ask_transformers

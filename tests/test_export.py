@@ -15,7 +15,8 @@ from conftest import VOCABULARY, save_tiny, some_splits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune_nb.adapter import ExportError, check_servers, save_adapter
+from finetune_nb.adapter import check_servers, save_adapter
+from finetune_nb.config import ExportError
 from finetune_nb.lora import ADAPTER_FILES, AdapterError
 from finetune_nb.merge import base_files, merge_adapter
 from finetune_nb.models import convert_gguf, load_tokenizer

@@ -29,7 +29,7 @@ def test_page(name, tmp_path, forked):
 
 def test_tutorial_on_few_chats(tmp_path, capsys):  # in a kernel that is started as `make demo` does it
     "The same cells as `make demo`, on fewer chats."
-    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 24, "max_eval_samples": 4, "by_hand": False})
+    run_notebook(ROOT / "nbs/tutorials/finetune.ipynb", tmp_path / "finetune.ipynb", {"n_train": 12, "n_validation": 2, "max_eval_samples": 2, "by_hand": False})
     said = capsys.readouterr().out
     assert "Training [" in said and "exact match" in said
     run = tmp_path / "runs" / "run-001"
@@ -46,7 +46,7 @@ def test_tutorial_on_few_questions(tmp_path, forked):
 
 
 def test_tutorial_on_what_went_wrong(tmp_path, forked, capsys):
-    run_notebook(ROOT / "nbs/tutorials/troubleshooting.ipynb", tmp_path / "troubleshooting.ipynb", {"n_train": 16, "n_validation": 2})
+    run_notebook(ROOT / "nbs/tutorials/troubleshooting.ipynb", tmp_path / "troubleshooting.ipynb", {"n_train": 12, "n_validation": 2})
     assert {p.name for p in (tmp_path / "runs").iterdir() if p.name[0] != "."} == {"run-001", "run-002"}, "the third is refused"
     seen = json.dumps(json.loads((tmp_path / "troubleshooting.ipynb").read_text(encoding="utf-8"))["cells"]) + capsys.readouterr().out
     for found in ("LEARNING RATE TOO HIGH", "ADAPTER MISSING OR ALL ZERO", "RUN REFUSED OR FAILED"):

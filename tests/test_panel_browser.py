@@ -6,6 +6,7 @@ import shutil
 from itertools import product
 
 import pytest
+from browser import Lab
 from conftest import ROOT
 
 SLOW = 300  # seconds that what trains or answers may take where the machine has other things to do
@@ -47,8 +48,8 @@ def put_tutorial(page):
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if "parameters" in cell["metadata"].get("tags", []):
-            source += "\nn_train, max_eval_samples = 48, 4"
-        cell["source"] = source.replace("seed=seed,\n)", 'seed=seed,\n    max_steps=12,\n    eval_strategy="steps",\n    eval_steps=6,\n    logging_steps=1,\n)')
+            source += "\nn_train, n_validation, max_eval_samples = 48, 4, 3"
+        cell["source"] = source.replace("seed=seed,\n)", 'seed=seed,\n    preflight=False,\n    max_steps=12,\n    eval_strategy="steps",\n    eval_steps=6,\n    logging_steps=1,\n)')
         cell["source"] = cell["source"].replace("max_new_tokens=96", "max_new_tokens=24")
     (page.folder / "finetune.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     return "finetune.ipynb"
@@ -116,12 +117,12 @@ def test_the_tutorial_by_hand(lab):
     # compared and asked
     choose(lab, "Compare")
     press(lab, "Answer the test set")
-    lab.see("4 test questions", SLOW)
+    lab.see("3 test questions", SLOW)
     lab.fill("show", "changed")
-    lab.see(r"\d of \d shown, 4 in all", SLOW)
+    lab.see(r"\d of \d shown, 3 in all", SLOW)
     choose(lab, "Chat")
     lab.fill("question", "Which code for a cough? Entry: cough: R05 (Cough)")
-    lab.move_slider("tokens", 120, "ArrowLeft")
+    lab.move_slider("tokens", 1, "Home")
     press(lab, "Ask")
     lab.wait("() => [...document.querySelectorAll('[aria-live] pre')].filter(e => e.offsetParent && e.innerText.trim() !== '…').length === 2", "both have answered", seconds=SLOW)
     # found again
@@ -170,71 +171,83 @@ room"""
     assert lab.page.evaluate("() => document.querySelectorAll('img[src=\"x\"]').length") == 0
 
 
-def open_panel(lab):
-    "The panel alone, on few chats, beside a run that has answered its test set."
-    put_answered_run(lab)
-    lab.open(lab.write("alone.ipynb", FEW))
-    lab.run_all()
-    choose(lab, "Settings")
-    lab.see("Fits: ", SLOW)
+@pytest.fixture(scope="module")
+def room(chromium, lab_server):
+    "The panel alone, on few chats, beside a run that has answered its test set: a page for all tests that only look at it."
+    shutil.rmtree(lab_server.folder / "runs", ignore_errors=True)
+    page = Lab(chromium, lab_server)
+    put_answered_run(page)
+    page.open(page.write("alone.ipynb", FEW))
+    page.run_all()
+    choose(page, "Settings")
+    page.see("Fits: ", SLOW)
+    page.save()
+    yield page
+    page.close()
 
 
-def test_everything_has_a_name(lab):
+@pytest.fixture
+def alone(room):
+    "It, at the settings, from their beginning."
+    room.page.set_viewport_size({"width": 1280, "height": 1000})
+    choose(room, "Settings")
+    room.page.evaluate("() => [...document.querySelectorAll('.fnb')].find(e => e.offsetParent).scrollIntoView({block: 'start'})")
+    return room
+
+
+def test_everything_has_a_name(alone):
     "As a screen reader would say it: every control by its label, every picture by its description."
-    open_panel(lab)
     for tab in TABS:
-        choose(lab, tab)
-        nameless = lab.page.evaluate(
+        choose(alone, tab)
+        nameless = alone.page.evaluate(
             """() => [...document.querySelectorAll('.fnb input, .fnb select, .fnb textarea, .fnb button, .fnb [role=slider], .fnb img')].filter(e => e.offsetParent).filter(e => {
                 const widget = e.closest('.jupyter-widgets'), label = widget?.querySelector('.widget-label, .widget-label-basic');
                 return !(e.getAttribute('aria-label') || e.alt || e.labels?.length || e.innerText?.trim() || e.title || label?.textContent.trim());
             }).map(e => e.outerHTML.slice(0, 200))"""
         )
         assert nameless == [], tab
-        cut = lab.page.evaluate("""() => [...document.querySelectorAll('.fnb .widget-label, .fnb .widget-label-basic, .fnb button')]
+        cut = alone.page.evaluate("""() => [...document.querySelectorAll('.fnb .widget-label, .fnb .widget-label-basic, .fnb button')]
             .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
         assert cut == [], tab
 
 
-def test_the_plan_stays_in_sight(lab):
+def test_the_plan_stays_in_sight(alone):
     "While sliders far below it are turned, where it stands beside them."
-    open_panel(lab)
     places = "() => [...document.querySelector('.fnb-columns').children].map(column => column.getBoundingClientRect()).map(box => [box.top, box.height])"
-    (form_top, _), (plan_top, height) = lab.page.evaluate(places)
+    (form_top, _), (plan_top, height) = alone.page.evaluate(places)
     assert form_top == plan_top
-    lab.page.evaluate("() => [...document.querySelectorAll('.fnb-columns .widget-label')].find(e => e.textContent == 'learning_rate').scrollIntoView({block: 'center'})")
-    lab.page.wait_for_function("() => document.querySelector('.fnb-columns').getBoundingClientRect().top < -100")
-    (form_top, _), (plan_top, now) = lab.page.evaluate(places)
+    alone.page.evaluate("() => [...document.querySelectorAll('.fnb-columns .widget-label')].find(e => e.textContent == 'learning_rate').scrollIntoView({block: 'center'})")
+    alone.page.wait_for_function("() => document.querySelector('.fnb-columns').getBoundingClientRect().top < -100")
+    (form_top, _), (plan_top, now) = alone.page.evaluate(places)
     assert 0 <= plan_top < 200 and now == height, (form_top, plan_top)
 
 
-def test_everything_can_be_reached_by_keys(lab):
-    open_panel(lab)
-    lab.page.locator("button.jupyter-button", has_text="the guide's").locator("visible=true").focus()
+def test_everything_can_be_reached_by_keys(alone):
+    alone.page.locator("button.jupyter-button", has_text="the guide's").locator("visible=true").focus()
     reached = []
     for _ in range(30):
-        lab.page.keyboard.press("Tab")
-        reached.append(lab.page.evaluate("() => document.activeElement.closest('.jupyter-widgets')?.querySelector('.widget-label, .widget-label-basic')?.textContent.trim() || document.activeElement.innerText"))
+        alone.page.keyboard.press("Tab")
+        reached.append(alone.page.evaluate("() => document.activeElement.closest('.jupyter-widgets')?.querySelector('.widget-label, .widget-label-basic')?.textContent.trim() || document.activeElement.innerText"))
     assert {"small GPU", "Save", "r", "learning_rate", "num_train_epochs"} <= set(reached), reached
 
 
 @pytest.mark.parametrize("theme", [pytest.param("JupyterLab Light", marks=pytest.mark.slow), "JupyterLab Dark"])
-def test_words_can_be_read(lab, theme):
+def test_words_can_be_read(alone, theme):
     "Ink and ground of every visible text differ enough (WCAG: 4.5 to 1), also on a narrow page, where nothing sticks out."
-    open_panel(lab)
-    lab.theme(theme)
-    tops = lab.page.evaluate("() => [...document.querySelector('.fnb-columns').children].map(column => column.getBoundingClientRect().top)")
+    alone.theme(theme)
+    tops = alone.page.evaluate("() => [...document.querySelector('.fnb-columns').children].map(column => column.getBoundingClientRect().top)")
     assert tops[0] == tops[1], "the plan stands beside the settings"
     for tab in TABS:
-        choose(lab, tab)
-        assert lab.page.evaluate(POOR) == [], tab
-    lab.command("application:toggle-left-area")
+        choose(alone, tab)
+        assert alone.page.evaluate(POOR) == [], tab
+    alone.command("application:toggle-left-area")
     for width, tab in product((480, 400), TABS):
-        lab.page.set_viewport_size({"width": width, "height": 1000})
-        choose(lab, tab)
-        wide = lab.page.evaluate("""() => { const box = [...document.querySelectorAll('.jp-OutputArea-output .fnb')].find(e => e.offsetParent);
+        alone.page.set_viewport_size({"width": width, "height": 1000})
+        choose(alone, tab)
+        wide = alone.page.evaluate("""() => { const box = [...document.querySelectorAll('.jp-OutputArea-output .fnb')].find(e => e.offsetParent);
             return [...box.querySelectorAll('*')].filter(e => e.offsetParent && !e.closest('.fnb-scroll *') && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).map(e => e.outerHTML.slice(0, 160)); }""")
         assert wide == [], (width, tab)
+    alone.command("application:toggle-left-area")
 
 
 HOST = """([body, theme, ground]) => {
@@ -249,14 +262,15 @@ HOSTS = {"VS Code": (["vscode-dark"], "", "#1e1e1e"), "Colab": ([], "dark", "#38
 
 
 @pytest.mark.parametrize("host", [host if host == "Colab" else pytest.param(host, marks=pytest.mark.slow) for host in HOSTS])
-def test_words_can_be_read_where_only_the_light_colours_of_widgets_are(lab, host):
+def test_words_can_be_read_where_only_the_light_colours_of_widgets_are(alone, host):
     "Pages that say in their own way that they are dark, with the colours of JupyterLab's light theme at the root, as ipywidgets brings them."
-    open_panel(lab)
-    lab.page.emulate_media(color_scheme="dark")
-    lab.page.evaluate(HOST, list(HOSTS[host]))
+    alone.theme("JupyterLab Light")
+    alone.reload()
+    alone.page.emulate_media(color_scheme="dark")
+    alone.page.evaluate(HOST, list(HOSTS[host]))
     for tab in TABS:
-        choose(lab, tab)
-        assert lab.page.evaluate(POOR) == [], tab
+        choose(alone, tab)
+        assert alone.page.evaluate(POOR) == [], tab
 
 
 @pytest.mark.slow
