@@ -20,6 +20,7 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from .config import ExportError
+from .kept import adapter_mark
 from .lora import ADAPTER_FILES, BASE_FILE, AdapterError, read_adapter, set_adapter_weights
 from .models import EMBEDDED_MODEL, EMBEDDED_TWIN, load_tokenizer
 from .planning import base_shape
@@ -125,7 +126,7 @@ def save_adapter(
     settings |= {"base_model_name_or_path": public_name(run.config.model_name_or_path), "revision": run.config.revision, "inference_mode": True}
     target = export_folder(run, "adapter", folder)
     validate_room(target.parent, (source / ADAPTER_FILES[1]).stat().st_size)
-    with whole_folder(target, {"kind": "adapter"}) as part:
+    with whole_folder(target, {"kind": "adapter", "adapter": adapter_mark(run.folder)}) as part:
         shutil.copyfile(source / ADAPTER_FILES[1], part.folder / ADAPTER_FILES[1])
         part.write(ADAPTER_FILES[0], _json(settings))
         part.write(BASE_FILE, _json(base_facts(run)))

@@ -121,6 +121,7 @@ def check_packages(
 EXTRAS = {  # extra: what it is for
     "demo": "the ICD-10 data of the tutorials, and GGUF files",
     "gguf": "base models in GGUF files",
+    "llama_cpp": "GGUF exports asked by llama.cpp itself, and K-quants",
     "notebook": "JupyterLab, and running notebooks from the terminal",
     "qlora": "base models in 4 bits",
     "retrieval": 'examples and documents looked up, in "should you?"',

@@ -70,6 +70,7 @@ class Exports:
         found = [f"{item.format}: {note}" for item in self.items for note in item.notes]
         found += [f"{item.format}: {item.check.headline()}" for item in self.items if item.check and not item.check.ok]
         found += [f"{item.format}: {note}" for item in self.items if item.check for note in item.check.notes]
+        found += [_first_difference(item) for item in self.items if item.check and item.check.first_difference]
         return list(dict.fromkeys(found))
 
     def __str__(self) -> str:
@@ -127,6 +128,12 @@ def export_run(
             continue
         items.append(Exported(name, path, size_on_disk(path) if path.is_dir() else path.stat().st_size, seconds, found, notes))
     return Exports(items)
+
+
+def _first_difference(item: Exported) -> str:
+    "Where the first answer parts from that of the evaluated model."
+    shown = {name: text if len(text) <= 80 else f"{text[:79]}…" for name, text in ((name, " ".join(text.split())) for name, text in item.check.first_difference.items())}
+    return f"{item.format}: {item.check.same_answers} of {item.check.chats} answers are the same letter by letter; the first other one: asked “{shown['question']}”, evaluated “{shown['evaluated']}”, exported “{shown['exported']}”"
 
 
 def _checked(run: Run, name: str, path: Path, evaluated: tuple[Questions, Answers], notes: Sequence[str]) -> tuple[ExportCheck | None, list[str]]:

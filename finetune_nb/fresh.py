@@ -53,6 +53,7 @@ class Answers:
     texts: list[str]  # its answers
     ended: list[bool]  # whether it ended them by itself
     seconds: float  # for all of it, loading included
+    ends: list[int] | None = None  # tokens at which they were to end, where it was told
 
 
 def supervised(

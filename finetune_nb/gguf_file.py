@@ -26,6 +26,7 @@ from .adapter import export_folder, open_run, public_name, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
 from .fresh import load_llama_cpp
+from .kept import adapter_mark
 from .merge import BaseFiles, base_files, merge_adapter
 from .models import EMBEDDED_MODEL, _embedded_gguf
 from .sandbox import render_ids
@@ -320,7 +321,7 @@ def export_gguf(
         unpacked = base_files(base or run.config.model_name_or_path, None if base else run.config.revision).unpacked
         merged = merge_adapter(run, Path(temporary) / "merged", "float32" if unpacked else "auto", base)
         validate_room(target.parent, merged.bytes * (1.5 if kind in BY_LLAMA_CPP else 1))
-        with whole_folder(target, {"kind": "gguf"}) as part:
+        with whole_folder(target, {"kind": "gguf", "adapter": adapter_mark(run.folder)}) as part:
             path, plain = part.folder / f"{name}-{kind}.gguf", kind
             if kind in BY_LLAMA_CPP:
                 path, plain = Path(temporary) / "plain.gguf", "f16" if merged.dtype != "bfloat16" else "bf16"

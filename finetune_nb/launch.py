@@ -192,13 +192,17 @@ def slurm_script(
 ) -> str:
     "A script for `sbatch`: two minutes before its time is over the run is asked to end, with a checkpoint."
     words = _words_at_head(config_file, gpus, machines)
+    if not isinstance(hours, int) or hours < 1:
+        raise LaunchError(f"hours={hours}: a job needs a whole number of hours, 1 at least.")
     return f"""#!/bin/bash
 #SBATCH --job-name={_plain(name)}
 #SBATCH --nodes={machines}
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={4 * gpus}
 #SBATCH --time={hours}:00:00
 #SBATCH --signal=TERM@120
+# Here, if torchrun is not on the PATH of a job: source /path/to/.venv/bin/activate
 set -eu
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
@@ -213,7 +217,7 @@ def skypilot_file(
     machines: int = 1,
     name: str = "finetune",  # of the job
 ) -> str:
-    "A file for `sky launch`."
+    "A file for `sky launch`. The folder is copied to each machine, so the chats go along; output_dir has to lie on storage that all of them mount and that stays when they go."
     words = _words_at_head(config_file, gpus, machines)
     return f"""name: {_plain(name)}
 num_nodes: {machines}
@@ -221,7 +225,7 @@ workdir: .
 resources:
   accelerators: {_plain(gpu)}:{gpus}
 setup: |
-  pip install finetune_nb
+  pip install "finetune_nb[qlora] @ git+https://github.com/finetune-nb/finetune_nb"
 run: |
   head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
   {words}
@@ -238,7 +242,9 @@ def _plain(word: str) -> str:
 def _words_at_head(config_file: str | Path, gpus: int, machines: int) -> str:
     "The command of one machine in a script that knows the first one as $head."
     _check_counts(gpus, machines)
-    return shlex.join(torchrun_words(config_file, gpus, machines, "HEAD:29500")).replace("HEAD:", '"$head":')
+    *words, file = torchrun_words(config_file, gpus, machines, "HEAD:29500")
+    file = f"./{file}" if file.startswith("-") else file
+    return f"{shlex.join(words).replace('HEAD:', chr(34) + '$head' + chr(34) + ':')} {shlex.quote(file)}"
 
 
 def _check_counts(gpus: int, machines: int) -> None:

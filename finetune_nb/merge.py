@@ -24,6 +24,7 @@ from torch import nn
 from .adapter import export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
+from .kept import adapter_mark
 from .lora import read_adapter
 from .models import EMBEDDED_MODEL, find_model, load_tokenizer
 from .origin import INDEX, weight_files
@@ -236,7 +237,7 @@ def merge_adapter(
     plan, kind = _plan(files, weights, shape), _kind(dtype, files)
     target = export_folder(run, "merged", folder)
     validate_room(target.parent, sum(math.prod(about["shape"]) * kind.itemsize for file in files.shards for about in _header(files.folder / file).values()))
-    with whole_folder(target, {"kind": "merged"}) as part:
+    with whole_folder(target, {"kind": "merged", "adapter": adapter_mark(run.folder)}) as part:
         error = _write_weights(part.folder, files, plan, settings, kind, run.config.load_in_4bit)
         notes = _write_settings(part, files, plan, kind, run)
     packed = [_packing_note(error)] if run.config.load_in_4bit else []

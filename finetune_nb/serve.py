@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import ExportError
+from .kept import adapter_mark
 from .merge import merge_adapter
 from .redact import redacted
+from .verify import load_check
+from .whole_folder import read_about
 
 # %% ../nbs/09p_serve.ipynb #6952f09e
 def servable(
@@ -37,7 +40,14 @@ def servable(
     if (place / "config.json").is_file():
         return place
     merged = place / "exports" / "merged"
-    return merged if (merged / "config.json").is_file() else merge_adapter(place).folder
+    if not (merged / "config.json").is_file():
+        return merge_adapter(place).folder
+    if read_about(merged).get("adapter") != adapter_mark(place):
+        print(f"{merged} was made of an earlier adapter of this run, so it is merged again.")
+        return merge_adapter(place).folder
+    if (check := load_check(merged)) and not check.ok:
+        print(f"{merged}: {check.headline()}")
+    return merged
 
 
 def validate_server() -> None:

@@ -178,8 +178,19 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        "The tokenizer of the base model."
-        return self._pair[1]
+        "The tokenizer of the base model; no model is loaded for it."
+        pair = self.loaded or self.__dict__.get("_pair")
+        return pair[1] if pair else self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.revision)
+        self._warn_of_template(tokenizer)
+        return tokenizer
+
+    def _warn_of_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if different := _other_template(self.folder, tokenizer):
+            warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=4)
 
     def release(self) -> None:
         "Lets go of the model in memory; it is loaded from the folder when it is next asked for."
@@ -194,8 +205,7 @@ class Run:
         self._check_base()
         validate_adapter(self.folder / "adapter")  # before the base model is loaded, which may take minutes
         base, tokenizer = load_base(self.config)
-        if different := _other_template(self.folder, tokenizer):
-            warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
+        self._warn_of_template(tokenizer)
         return load_adapter(base, self.folder / "adapter"), tokenizer
 
     def save(self) -> None:

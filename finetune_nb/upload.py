@@ -16,9 +16,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from .config import ExportError
 from .display import html_table
+from .kept import adapter_mark
 from .redact import redacted
 from .verify import load_check
-from .whole_folder import MANIFEST, check_whole, files_of
+from .whole_folder import MANIFEST, check_whole, files_of, read_about
 
 # %% ../nbs/09o_upload.ipynb #4012d43e
 BESIDE = {  # what is put beside an export when it is written, and what to look at in it before others see it
@@ -94,6 +95,9 @@ def upload_export(
     if faults := check_whole(folder):
         changed = [fault for fault in faults if MANIFEST not in fault] or faults
         raise ExportError(f"{folder} is not as it was exported ({changed[0]}), and nothing is sent. Export it again.")
+    made_of, now = read_about(folder).get("adapter"), adapter_mark(folder.resolve().parent.parent)
+    if made_of and now and made_of != now:
+        raise ExportError(f"{folder} was made of an earlier adapter than its run has now, and nothing is sent. Export it again.")
     check = load_check(folder)
     if not unchecked and (check is None or not check.ok):
         raise ExportError(f"{folder}: {'it was not checked; verify_export does that.' if check is None else check.headline()} Nothing is sent. With unchecked=True it is, all the same.")

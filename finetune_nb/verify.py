@@ -106,7 +106,9 @@ class ExportCheck:
 
     def headline(self) -> str:
         "The verdict in one sentence."
-        return "Ship it: it answers as what was evaluated." if self.ok else f"Do not ship it: {'; '.join(self.problems)}."
+        if not self.ok:
+            return f"Do not ship it: {'; '.join(self.problems)}."
+        return f"Ship it: prompts, ends, loss and next tokens are those of what was evaluated, as far as {self.format} holds them; {self.same_answers} of {self.chats} answers are the same letter by letter."
 
     def rows(self) -> list[tuple[str, str]]:
         "What was found, as texts."
@@ -175,9 +177,9 @@ def ask_evaluated(
     run: Run,  # a finished run
     asked: Questions,  # of `questions_of`
 ) -> Answers:
-    "What the evaluated model says."
+    "What the evaluated model says, each answer up to one of the ends that the evaluation knows."
     ends = greedy(run.model, run.tokenizer, asked.max_new_tokens, run.config.chat_template_kwargs).eos_token_id
-    return ask_transformers(run.model, run.tokenizer, replace(asked, ends=ends), "the run")
+    return replace(ask_transformers(run.model, run.tokenizer, replace(asked, ends=ends), "the run"), ends=ends)
 
 
 def compare_answers(
@@ -219,7 +221,7 @@ def verify_export(
     if kind == "adapter":
         origin = find_model(run.config.model_name_or_path, run.config.revision)
         more = {"base": origin.place, "revision": origin.revision if origin.kind == "hub" else None, "load_in_4bit": run.config.load_in_4bit}
-        asked = replace(asked, ends=greedy(run.model, run.tokenizer, 1, run.config.chat_template_kwargs).eos_token_id)
+        asked = replace(asked, ends=before.ends)
     run.release()
     after = ask_fresh(kind, path, asked, dtype=dtype, device=device, **more)
     check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), [*notes, *_notes(kind, after, dtype)])

@@ -181,5 +181,9 @@ def test_files_for_schedulers_are_quoted(tmp_path):
     heard = subprocess.run(["bash", "-c", 'srun() { printf "%s\\n" "$@"; }; scontrol() { echo node1; }; SLURM_JOB_NODELIST=x; ' + script], capture_output=True, text=True, check=True)
     assert heard.stdout.splitlines()[-1] == "it's; rm -r .yaml" and "--rdzv-endpoint=node1:29500" in heard.stdout
     assert yaml.safe_load(skypilot_file("run.yaml", gpus=4, machines=2))["resources"] == {"accelerators": "H100:4"}
+    assert slurm_script("-x.yaml").rstrip().endswith(" ./-x.yaml") and slurm_script("HEAD:x.yaml", machines=2).rstrip().endswith(" HEAD:x.yaml")
+    for hours in (0, -3, 1.5):
+        with pytest.raises(LaunchError, match="whole number of hours"):
+            slurm_script("run.yaml", hours=hours)
     with pytest.raises(LaunchError, match="letters, digits"):
         slurm_script("run.yaml", name="x\n#SBATCH --wrap=rm")
