@@ -97,20 +97,33 @@ def write_modelfile(
     tokenizer, kwargs = run.tokenizer, run.config.chat_template_kwargs
     prompts = [chat.prompt for chat in run.test]
     pieces = find_pieces(tokenizer, prompts, kwargs)
+    pieces = None if pieces and any(_QUOTES in text for pair in pieces.around.values() for text in pair) else pieces
     own = {message["content"] for messages in prompts for message in messages if message["role"] == "system"}
     shared = next(iter(own)) if len(own) == 1 and all(messages[0]["role"] == "system" for messages in prompts) else None
     ends = dict.fromkeys([tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer, kwargs)), tokenizer.eos_token])
     lines = [f"FROM ./{gguf.name}"]
     if pieces:
         lines.append(f'TEMPLATE """{go_template(pieces, tokenizer)}"""')
-    if (system := shared if shared is not None else pieces.system if pieces else None) is not None and '"""' not in system:
+    system = shared if shared is not None else pieces.system if pieces else None
+    if system and _QUOTES not in system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{end}"' for end in ends if end] + ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {run.config.max_length}"]
     with replacing(gguf.parent / "Modelfile") as file:
         file.write("\n".join(lines) + "\n")
-    exact = f"Its template was put together for {len(prompts)} test chats and gives the very prompts of the evaluation; tools and images are not in it."
-    left = "The chat template is not regular, so none was written: Ollama takes what it recognises of the one in the GGUF file. Compare a prompt before you rely on it; llama.cpp's own server reads the template as it is."
-    return Modelfile(gguf.parent / "Modelfile", bool(pieces), [exact if pieces else left])
+    return Modelfile(gguf.parent / "Modelfile", *_how_exact(pieces, system, tokenizer, len(prompts)))
+
+
+_QUOTES = '"""'  # end a text in a Modelfile, and can't stand in it
+
+
+def _how_exact(pieces: Pieces | None, system: str | None, tokenizer: PreTrainedTokenizerBase, n: int) -> tuple[bool, list[str]]:
+    "Whether Ollama gives the prompts of the evaluation, and what is to be known about it."
+    notes = ["Its chats are dated with the day of this export for ever, as the chat template writes the date of the day."] if "strftime_now" in str(tokenizer.chat_template) else []
+    if not pieces:
+        return False, ["The chat template is not regular, so none was written: Ollama takes what it recognises of the one in the GGUF file. Compare a prompt before you rely on it; llama.cpp's own server reads the template as it is.", *notes]
+    if system and _QUOTES in system:
+        return False, [f"The system message holds {_QUOTES}, which a Modelfile can't: send it with each chat.", *notes]
+    return not notes, [f"Its template was put together for {n} test chats and gives the very prompts of the evaluation; tools and images are not in it.", *notes]
 
 
 def go_template(
@@ -125,7 +138,9 @@ def go_template(
     if added and start.startswith(bos):  # llama.cpp puts it there itself
         texts["system"] = (_in_go(start.removeprefix(bos)), texts["system"][1])
     turns = "".join(f'{{{{ {word} eq .Role "{role}" }}}}{texts[role][0]}{{{{ .Content }}}}{texts[role][1]}' for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")))
-    return f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{texts['assistant'][0]}"
+    blank = "".join(texts["system"]) if pieces.system == "" else ""  # Ollama adds a system message only where it says something
+    first = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{blank}{{{{ end }}}}' if blank else ""
+    return f"{first}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{texts['assistant'][0]}"
 
 
 def _in_go(text: str) -> str:

@@ -569,3 +569,18 @@ def test_the_template_for_ollama_gives_the_very_prompt(tokenizer, chat):
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
     trimmed = find_pieces(tokenizer, [messages])
     assert (trimmed is None) is (len(chat) > 1), "a template that trims is not the same for a chat with spaces"
+
+
+def test_a_system_block_that_is_always_there_is_there_in_ollama_too(tokenizer):
+    from finetune_nb.modelfile import _how_exact, find_pieces, go_template
+
+    block = "<|im_start|>system\\nToday: DATE\\n"
+    template = """{% set own = messages[0].content if messages[0].role == 'system' else '' %}BLOCK{{ own }}<|im_end|>{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"""
+    tokenizer.chat_template = template.replace("BLOCK", block.replace("\\n", "\n"))
+    pieces = find_pieces(tokenizer)
+    assert pieces.system == ""
+    assert go_template(pieces, tokenizer).startswith('{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nToday: DATE\n<|im_end|>{{ end }}{{ range .Messages }}')
+    assert _how_exact(pieces, "", tokenizer, 2)[0] and not _how_exact(pieces, 'a """ b', tokenizer, 2)[0] and not _how_exact(None, None, tokenizer, 2)[0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("DATE", "{{ strftime_now('%Y') }}")
+    exact, notes = _how_exact(find_pieces(tokenizer), "", tokenizer, 2)
+    assert not exact and "dated with the day of this export" in notes[-1]
