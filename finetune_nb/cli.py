@@ -163,14 +163,15 @@ def export_command(options: argparse.Namespace) -> None:
     "Writes a run in the formats that were named, checks each, and uploads when asked to; exit code 1 where one may not be shipped, or could not be judged."
     from finetune_nb.export import export_run
 
+    if options.upload:
+        from finetune_nb.upload import upload_export, validate_repository
+
+        validate_repository(options.upload)  # before hours of work
     found = export_run(options.run, options.formats, options.folder, not options.no_check, base=options.base, data_license=options.data_license)
     _print(f"\n{found}")
-    if options.upload:
-        from finetune_nb.upload import upload_export
-
-        for item in found.items:
-            if item.path:
-                _print(f"\n{upload_export(item.path if item.path.is_dir() else item.path.parent, options.upload, dry_run=not options.send)}")
+    for item in found.items if options.upload else ():
+        if item.path:
+            _print(f"\n{upload_export(item.path if item.path.is_dir() else item.path.parent, options.upload, dry_run=not options.send)}")
     good = ("ship", "not checked") if options.no_check else ("ship",)
     if any(item.verdict not in good for item in found.items):
         raise SystemExit(1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .adapter import open_run, save_adapter, size_on_disk
-from .config import ExportError
+from .config import ExportError, FinetuneError
 from .display import html_table, markdown_table, text_table
 from .fresh import Answers, Questions
 from .gguf_file import BY_LLAMA_CPP, PLAIN, export_gguf, validate_kind
@@ -20,7 +20,7 @@ from .merge import merge_adapter
 from .model_card import write_model_card
 from .modelfile import write_modelfile
 from .redact import no_key_raised, redacted
-from .report import write_report
+from .report import RunReport, write_report
 from .training import Run
 from .verify import ExportCheck, ask_evaluated, questions_of, verify_export
 
@@ -121,13 +121,22 @@ def export_run(
             if check:
                 found, why = _checked(run, name, path, evaluated, notes)
                 notes = [*notes, *why]
-            if card:
-                write_model_card(run, path if path.is_dir() else path.parent, data_license=data_license, report=report)
         except (ExportError, OSError, ValueError) as error:
             items.append(Exported(name, path, notes=[*notes, redacted(str(error))]))
             continue
+        if card:
+            notes = [*notes, *_card(run, path, data_license, report)]
         items.append(Exported(name, path, size_on_disk(path) if path.is_dir() else path.stat().st_size, seconds, found, notes))
     return Exports(items)
+
+
+def _card(run: Run, path: Path, data_license: str | None, report: RunReport) -> list[str]:
+    "Puts a card beside the export; or says why there is none."
+    try:
+        write_model_card(run, path if path.is_dir() else path.parent, data_license=data_license, report=report)
+        return []
+    except (FinetuneError, OSError, ValueError) as error:
+        return [f"It has no model card: {redacted(str(error))}"]
 
 
 def _first_difference(item: Exported) -> str:

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class BaseFiles:
     dtype: torch.dtype  # of most of the numbers
     unpacked: bool = False  # from GGUF
 
-    @property
+    @cached_property
     def where(self) -> dict[str, str]:
         "The file of each weight."
         return {name: file for file, names in self.shards.items() for name in names}
@@ -286,7 +287,7 @@ def _write_weights(target: Path, files: BaseFiles, plan: Plan, settings: LoraCon
                 shapes[name] = (kind, tuple(plan.whole[name].shape))
         write_shard(target / file, shapes, (_merged(files, name, plan, settings, gaps if packed else None) for name in names))
     if len(shards) > 1:
-        total = sum((target / file).stat().st_size for file in shards)
+        total = sum(about["data_offsets"][1] - about["data_offsets"][0] for file in shards for about in _header(target / file).values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in shards.items() for name in names}}
         (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return math.sqrt(sum(gap for gap, _ in gaps) / sum(size for _, size in gaps)) if gaps else None

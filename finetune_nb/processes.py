@@ -92,7 +92,7 @@ def idle_gpus(
     if gpus <= max(used, 1):
         return ""
     idle = f"{gpus - used} of the {gpus} GPUs {'is' if gpus - used == 1 else 'are'} idle"
-    return f"{idle}: this run uses {used}. With `finetune_nb train config.yaml --num-processes {gpus}` all work on it; a step then has {gpus}/{used} of the chats, unless gradient_accumulation_steps is lowered."
+    return f"{idle}: this run uses {used}. With `finetune_nb train config.yaml --num-processes {gpus}` all work on it; a step then has {gpus / used:g} times the chats, unless gradient_accumulation_steps is lowered."
 
 
 def leave() -> None:
