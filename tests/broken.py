@@ -212,7 +212,7 @@ def all_masked(shop):
 
 
 def most_masked(shop):
-    with masked(lambda labels: labels if sum(labels) % 4 == 0 else [-100] * len(labels)):
+    with masked(lambda labels: labels if sum(labels) % 4 == 2 else [-100] * len(labels)):
         return shop.train().folder
 
 
@@ -323,7 +323,7 @@ def rate_of_nothing(shop):
 
 def rate_of_nothing_unseen(shop):
     "A batch of one makes the curve jump, and nobody looks at validation chats, which would show that it stands still."
-    return shop.train(Splits(shop.chats[:24], [], shop.chats[32:38]), learning_rate=1e-8, per_device_train_batch_size=1, num_train_epochs=1, eval_strategy="no").folder
+    return shop.train(Splits(shop.chats[:24], [], shop.chats[32:38]), learning_rate=1e-8, per_device_train_batch_size=1, num_train_epochs=1, eval_strategy="no", seed=2).folder
 
 
 def three_steps(shop):
@@ -369,7 +369,7 @@ FAULTS = {  # the planted fault, the rule that should come first, and who plants
     "MemoryError in a step": ("out of memory", memory_full),
     "no room for the largest batch": ("out of memory", no_room_for_the_largest_batch),
     "every label masked": ("nothing to learn from", all_masked),
-    "three quarters of the rows masked": ("nothing to learn from", most_masked),
+    "two thirds of the rows masked": ("nothing to learn from", most_masked),
     "no answer marked to be trained on": ("nothing to learn from", no_marks),
     "learning rate 1": ("learning rate too high", rate_of_one),
     "NaN in the base model": ("loss is no number", base_with_nan),
