@@ -212,7 +212,7 @@ def all_masked(shop):
 
 
 def most_masked(shop):
-    with masked(lambda labels: labels if sum(labels) % 4 == 2 else [-100] * len(labels)):
+    with masked(lambda labels: labels if sum(labels) % 7 == 4 else [-100] * len(labels)):
         return shop.train().folder
 
 
@@ -369,7 +369,7 @@ FAULTS = {  # the planted fault, the rule that should come first, and who plants
     "MemoryError in a step": ("out of memory", memory_full),
     "no room for the largest batch": ("out of memory", no_room_for_the_largest_batch),
     "every label masked": ("nothing to learn from", all_masked),
-    "two thirds of the rows masked": ("nothing to learn from", most_masked),
+    "three quarters of the rows masked": ("nothing to learn from", most_masked),
     "no answer marked to be trained on": ("nothing to learn from", no_marks),
     "learning rate 1": ("learning rate too high", rate_of_one),
     "NaN in the base model": ("loss is no number", base_with_nan),
