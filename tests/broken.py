@@ -212,7 +212,7 @@ def all_masked(shop):
 
 
 def most_masked(shop):
-    with masked(lambda labels: labels if sum(labels) % 4 == 0 else [-100] * len(labels)):
+    with masked(lambda labels: labels if sum(labels) % 7 == 4 else [-100] * len(labels)):
         return shop.train().folder
 
 
@@ -323,7 +323,7 @@ def rate_of_nothing(shop):
 
 def rate_of_nothing_unseen(shop):
     "A batch of one makes the curve jump, and nobody looks at validation chats, which would show that it stands still."
-    return shop.train(Splits(shop.chats[:24], [], shop.chats[32:38]), learning_rate=1e-8, per_device_train_batch_size=1, num_train_epochs=1, eval_strategy="no").folder
+    return shop.train(Splits(shop.chats[:24], [], shop.chats[32:38]), learning_rate=1e-8, per_device_train_batch_size=1, num_train_epochs=1, eval_strategy="no", seed=2).folder
 
 
 def three_steps(shop):

@@ -299,7 +299,8 @@ def test_several_processes_give_the_same(tokenizer):
 
 
 def test_the_token_view_escapes_what_it_shows(tokenizer):
-    view = show_labels(tokenize_chat(chat("<script>alert(1)</script>\x1b[2J", "<b>hi</b> 🙂 \u202e"), tokenizer), tokenizer, 45)
+    row = tokenize_chat(chat("<script>alert(1)</script>\x1b[2J", "<b>hi</b> 🙂 \u202e"), tokenizer)
+    view = show_labels(row, tokenizer, len(row["input_ids"]) - 3)
     page, text = view._repr_html_(), repr(view)
     assert "<script" not in page and "<b>" not in page and "&lt;" in page and "line-through" in page
     assert "\x1b[2J" not in text and "\u202e" not in text and "\\u001b" in text and "🙂" in text

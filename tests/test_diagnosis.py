@@ -157,7 +157,7 @@ def test_the_mark_of_a_base_model(shop, tmp_path):
     from finetune_nb.training import load_base
 
     model, _ = load_base(shop.config, say=lambda line: None)
-    model.save_pretrained(tmp_path / "cut", max_shard_size="2MB")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="200KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
     assert base_mark(str(tmp_path / "cut")) == base_mark(shop.model) != base_mark(shop.other_model(lambda folder: broken.change_weights(folder, lambda name, w: w + 1e-3)))
     save_file({"x": torch.zeros(())}, tmp_path / "cut/more.safetensors")

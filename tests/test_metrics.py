@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from finetune_nb import metrics
 from finetune_nb.config import ConfigError
 from finetune_nb.labels import classification_report, closed_set
 from finetune_nb.metrics import (
@@ -326,3 +327,11 @@ def test_forms_are_checked_and_wrong_ones_named():
     for wrong in (lambda: follows_pattern("("), lambda: follows_schema({"type": "unknown"}), lambda: paired_difference([1], [1, 2]), lambda: classification_report(["a"], [])):
         with pytest.raises(ConfigError):
             wrong()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_samples_that_are_kept_are_those_that_would_be_drawn(ends):
+    kept, drawn = metrics._kept_draws(7, ends, 3, 1200), list(metrics._draws(7, ends, 3, 1200))
+    assert len(kept) == len(drawn) == 3 and all((one == other).all() and one.shape[1] == 7 + 2 * ends for one, other in zip(kept, drawn, strict=True))
+    values = list(range(7))
+    assert bootstrap_interval(values, draws=1200) == bootstrap_interval(values, draws=1200) != bootstrap_interval(values, seed=1, draws=1200)
