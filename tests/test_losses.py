@@ -111,6 +111,11 @@ def test_positions_and_masks_reach_the_model():
     states, head = supervised_states(model, batch)
     assert states.shape == (3, 32) and head is inner_model(model).get_output_embeddings()
     assert "forward" not in vars(head), "the last layer is itself again"
+    asked = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    token_losses(model, batch)
+    hook.remove()
+    assert asked[0]["use_cache"] is False, "keys and values of a training step are kept for nobody"
 
 
 def test_the_model_inside_its_wrappers():
