@@ -44,6 +44,8 @@ def test_where_a_control_token_stands(text, user, assistant, small):
 def test_the_longest_control_token_is_found_and_blank_ones_never():
     made = small_tokenizer("bytes with trimmed offsets")
     made.add_special_tokens({"additional_special_tokens": ["<s>x", "  ", "a.b"]})
+    bare = SimpleNamespace(added_tokens_decoder={1: AddedToken("</s>", special=True)}, chat_template=None)
+    assert Controls(bare).search("a</s>") == (1, 5), "of a tokenizer of any kind"
     assert [Controls(made).search(text) for text in ("a <s>x", "a   <s>", "a  b", "acb a.b")] == [(2, 6), (4, 7), None, (4, 7)]
 
 

@@ -33,6 +33,7 @@ def test_arguments_become_objects_and_texts():
     ("error", "system", "said"),
     [
         (ValueError("no"), False, "the chat template refuses this chat: no. Change the chat"),
+        (ValueError("XX"), False, "the chat template refuses this chat: XX. Change the chat"),
         (ValueError("no!"), True, "the chat template refuses this chat: no! Change the chat"),
         (ValueError(), False, "the chat template refuses this chat: ValueError. Change the chat"),
         (ValueError("Conversation ROLES must Alternate?"), True, "the chat template refuses this chat: Conversation ROLES must Alternate? It has no place for a system message"),
