@@ -183,7 +183,8 @@ class CrashSafeTrainer(Trainer):
         self.rows_sha256 = state["rows_sha256"]
         self.add_callback(_PutLossesBack(self, state["losses"]))
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(self._in_parts(state["optimizer"]))
+        if "optim" not in self.changed:  # another optimizer keeps other things, and begins anew
+            self.optimizer.load_state_dict(self._in_parts(state["optimizer"]))
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.changed:

@@ -159,6 +159,9 @@ def start_processes(
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = (folder.parent / f".{config.run_name}{ending}" for ending in (".yaml", ".log"))
     save_config(config, file)
+    for kept in (file, log):
+        kept.touch()
+        kept.chmod(0o600)
     words = [sys.executable, "-m", "finetune_nb", "train", str(file), "--num-processes", str(n), "--no-evaluate"]
     with log.open("wb") as said:
         process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -46,7 +46,7 @@ from .metrics import Difference, holm, level_of, paired_difference
 from .models import cache_folder
 from .packing import PackingCollator
 from .pictures import Picture, as_label, inlined
-from .private import remove_tree
+from .private import make_private, remove_tree
 from .progress import Progress, clock_time, progress_to
 from .range_test import Base, make_bare
 from .redact import no_key_raised, redacted
@@ -346,7 +346,7 @@ def sweep(
     for one in plan:
         _check_kept(one, splits)
     bench = _Bench(config, splits, plan[0].folder.parent, base, callbacks or [], stop or Stop(), say, retry)
-    bench.folder.mkdir(parents=True, exist_ok=True)
+    bench.folder.mkdir(0o700, parents=True, exist_ok=True)
     with hold(bench.folder):  # two would write one sweep.json, and begin each other's runs anew
         for one in plan:
             _check_free(one)
@@ -355,6 +355,7 @@ def sweep(
         bench.work(plan, list(rungs), keep)
         result = bench.result(plan)
         result.plot().savefig(result.folder / "sweep.png", dpi=120)
+        make_private(bench.folder)  # also one that was there
     return result
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from finetune_nb.adapter import ExportError, check_servers, save_adapter
 from finetune_nb.lora import ADAPTER_FILES, AdapterError
 from finetune_nb.merge import base_files, merge_adapter
+from finetune_nb.models import convert_gguf, load_tokenizer
 from finetune_nb.training import load_run, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -254,6 +255,10 @@ def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     assert check.format == kind and check.same_prompts == 3 and abs(check.loss_exported - check.loss_evaluated) < 0.02, check
     facts = gguf_facts(written.path)
     assert facts["tokenizer.chat_template"] == run.tokenizer.chat_template and facts["tokenizer.ggml.eot_token_id"] == 2 and facts["tokenizer.ggml.padding_token_id"] == 2
+    other = run.tokenizer.chat_template + "{# another #}"
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # of another model, in a folder of downloads
+        (written.path.parent / name).write_text(json.dumps({"chat_template": other, "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}))
+    assert load_tokenizer(str(convert_gguf(written.path))).chat_template == run.tokenizer.chat_template
     assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
 
 
