@@ -186,7 +186,7 @@ class _Encoder:
         while at >= 0 and ids[at] not in self.special and first - at < 16:
             at -= 1
         if at >= 0 and ids[at] in self.special:
-            header = text[encoding.offsets[at][1] if first - at > 1 else border : border]
+            header = text[encoding.offsets[at][1] : border]
             if header not in self.headers and len(header) < 100:
                 self.headers[header] = self.ids(header)
             if self.headers.get(header) == ids[at + 1 : first]:

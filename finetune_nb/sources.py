@@ -59,7 +59,7 @@ def _file_sources(paths: list[Path], limits: Limits) -> list[Source]:
     twice = {path for path in paths if paths.count(path) > 1}
     if twice:
         raise ConfigError(f"source: the file {min(twice)} is named twice; name it once")
-    return [_file_source(p, limits, p.name if names.count(p.name) == 1 else f"{p.parent.name}/{p.name}") for p in paths]
+    return [_file_source(p, limits, p.name if names.count(p.name) == 1 else Path(p.parent.name, p.name).as_posix()) for p in paths]
 
 # %% ../nbs/00ac_sources.ipynb #7915d0ae
 def _choose_split(data: Any, split: str | None, name: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from test_packing import COMMON, example_chats, tuned_model
 from transformers import LlamaConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -204,6 +205,13 @@ def cannot_be_read(trainer, path):
 
 def test_an_adapter_that_can_not_be_read_is_told(folder):
     cannot_be_read(trainer_of(folder, resumed=True), folder / "checkpoint-4" / "adapter_model.safetensors")
+
+
+def test_a_checkpoint_of_another_adapter_is_told_by_its_name(folder):
+    with whole_folder(folder / "checkpoint-9") as part:
+        part.write("adapter_model.safetensors", to_safetensors({"base_model.model.other.lora_A.weight": torch.ones(1)}))
+    with pytest.raises(AdapterError, match=f"^{folder / 'checkpoint-9'} does not fit this model"):
+        trainer_of(folder, resumed=True)._load_from_checkpoint(str(folder / "checkpoint-9"))
 
 
 def test_another_precision_is_told(folder):

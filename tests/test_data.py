@@ -34,6 +34,7 @@ from finetune_nb.data import (
 )
 from finetune_nb.reading import Fault, Findings, Row, check_file, decode_json
 from finetune_nb.rows import ReadingProgress, read_rows
+from finetune_nb.sources import open_sources
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, BOT]}
@@ -671,3 +672,83 @@ def test_zstandard_needs_a_package(tmp_path, monkeypatch):
     for name in ("zstandard", "compression.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
     assert rows_in(tmp_path, "c.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20)) == ("D015", "reading .zst needs the package zstandard.", 'Install it: pip install "finetune_nb[zstd]".')
+
+
+def sources_of(source, split=None):
+    "The names of the sources behind something, and the values of their rows."
+    found = open_sources(source, split, Limits())
+    return [one.name for one in found], [[(row.place, row.value) for row in one.rows(lambda *note: None, lambda done: None)] for one in found]
+
+
+def test_files_and_patterns_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("b.jsonl", "a.jsonl", "sub/a.jsonl", "a.rejected.jsonl", "odd[1].jsonl", "dir.jsonl/x.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps({"in": name}))
+    names = lambda source: [row["in"] for rows in sources_of(source)[1] for _, row in rows]  # noqa: E731
+    assert names("?.jsonl") == ["a.jsonl", "b.jsonl"] == names(["a.jsonl", Path("b.jsonl")]) == names(("~/[a-b].jsonl",)) and names("odd[1].jsonl") == ["odd[1].jsonl"] and names("*.jsonl") == ["a.jsonl", "b.jsonl", "odd[1].jsonl"]
+    assert sorted(names("**/a.jsonl")) == ["a.jsonl", "sub/a.jsonl"] and sources_of(["a.jsonl", "sub/a.jsonl", "b.jsonl"])[0] == ["a.jsonl", "sub/a.jsonl", "b.jsonl"]
+    [one] = open_sources("a.jsonl", None, Limits())
+    assert (one.path, one.size, one.name) == (Path("a.jsonl"), len('{"in": "a.jsonl"}'), "a.jsonl")
+    for source, split, kind, said in (
+        ("z*.jsonl", None, FileNotFoundError, "no file fits the pattern z*.jsonl. Correct the pattern, or name a file. [D007]"), (["a.jsonl", "b.jsonl", "a.jsonl"], None, ConfigError, "source: the file a.jsonl is named twice; name it once"),
+        ("a.jsonl", "train", ConfigError, "split: only data sets have splits, and this is str; leave it out"), (["a.jsonl", {}], None, ConfigError, "source: a list of files can't hold a dict; give either files or rows"),
+        (GOOD, None, ConfigError, "source: expected a file, a data set, a table or a list of rows, got dict; put a single row in a list"), (7, None, ConfigError, "source: expected a file, a data set, a table or a list of rows, got int; put a single row in a list"),
+    ):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            open_sources(source, split, Limits())
+        assert str(caught.value) == said
+    assert sources_of([GOOD, 2]) == (["the list"], [[("row 1", GOOD), ("row 2", 2)]]) and sources_of(iter([GOOD])) == (["the list"], [[("row 1", GOOD)]])
+
+
+class Frame:
+    "Stands for a frame of pandas; the real ones are in test_reading.py."
+
+    __module__, columns = "pandas.core.frame", ("a", "b")
+
+    def to_dict(self, how):
+        assert how == "records"
+        missing = [type(name, (), {})() for name in ("NAType", "NaTType")]
+        return [{"a": 1, "b": {"content": None, "x": None, "y": [{"z": None}]}}, {"a": float("nan"), "b": missing[0]}, {"a": missing[1], "b": SimpleNamespace(tolist=lambda: [1.5, {"k": None}])}]
+
+
+class Sets(dict):
+    "Stands for a dictionary of data sets."
+
+    __module__ = "datasets.dataset_dict"
+
+
+def test_tables_and_sets_have_rows():
+    assert sources_of(Frame()) == (["the table"], [[("row 1", {"a": 1, "b": {"content": None, "y": [{}]}}), ("row 2", {"a": None, "b": None}), ("row 3", {"a": None, "b": [1.5, {}]})]])
+    both = Sets(train=[{"a": 1, "b": {"c": None}}], test=[{"a": 2}])
+    assert sources_of(both, "test") == (["the data set"], [[("row 1", {"a": 2})]]) and sources_of(Sets(only=[{"b": {"c": None}}])) == (["the data set"], [[("row 1", {"b": {}})]])
+    for split, said in ((None, "none was named"), ("other", "got 'other'")):
+        with pytest.raises(ConfigError, match=f"^split: the data set has the splits 'train', 'test'; {said}. Say which: split='train'$"):
+            open_sources(both, split, Limits())
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    asked, offline = [], SimpleNamespace(HF_HUB_OFFLINE=False)
+    hub = SimpleNamespace(constants=offline, dataset_info=lambda name, timeout: asked.append((name, timeout)))
+    sets = SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or ([{"a": 1, "b": {"c": None}}] if split else {"train": [{"a": 2}]}))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "datasets", sets)
+    assert sources_of("owner/name") == (["owner/name"], [[("row 1", {"a": 2})]]) and asked == [("owner/name", 10), ("owner/name", None)]
+    offline.HF_HUB_OFFLINE = True
+    asked.clear()
+    for source in ("owner/name", "hf://owner/name", "hf://datasets/owner/name", "hf://here/name"):
+        assert sources_of(source, "test") == ([source.removeprefix("hf://").removeprefix("datasets/")], [[("row 1", {"a": 1, "b": {}})]]) and asked.pop()[1] == "test" and not asked
+    for source in ("here/name", "owner/name.jsonl", "owner/name.json.gz", "owner/sub/name", "name", "/owner/name", ".x/name"):
+        with pytest.raises(FileNotFoundError):
+            open_sources(source, None, Limits())
+    for error, reason in ((ValueError("one\ntwo"), "ValueError: one"), (KeyError(), "KeyError: KeyError"), (RuntimeError("x" * 300), f"RuntimeError: {'x' * 200}")):
+        sets.load_dataset = lambda name, split, error=error: (_ for _ in ()).throw(error)
+        with pytest.raises(ChatError) as caught:
+            open_sources("owner/name", None, Limits())
+        assert str(caught.value).endswith(f"owner/name: there is no such file here, and the hub did not give this data set ({reason}). Check the spelling, the connection and your access, or download the file and name it. [D008]")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ChatError, match=r"owner/name: there is no such file, and reading from the hub needs the package datasets\. Install it \(pip install datasets\), or download the file and name it\. \[D008\]"):
+        open_sources("owner/name", None, Limits())

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_packing import COMMON, tuned_model
-from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM, PhiConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from finetune_nb.attention import Layout, Segment
+from finetune_nb.attention import PACKED, Layout, Segment, attention_of
 from finetune_nb.lora_linear import use_one_rounding
 from finetune_nb.losses import (
     Batch,
@@ -26,7 +26,7 @@ from finetune_nb.losses import (
     supervised_states,
     token_losses,
 )
-from finetune_nb.packing import pad
+from finetune_nb.packing import pack, pad
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)
 
@@ -111,6 +111,31 @@ def test_positions_and_masks_reach_the_model():
     states, head = supervised_states(model, batch)
     assert states.shape == (3, 32) and head is inner_model(model).get_output_embeddings()
     assert "forward" not in vars(head), "the last layer is itself again"
+    asked = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    token_losses(model, batch)
+    hook.remove()
+    assert asked[0]["use_cache"] is False, "keys and values of a training step are kept for nobody"
+
+
+def test_a_row_of_several_chats_brings_a_mask_that_takes_no_room():
+    "With four dimensions, so that transformers makes none of its own; who sees whom, the layout says."
+    model, asked = tuned_model(LlamaConfig(**COMMON)), []
+    (row,) = pack([{"input_ids": [1, 2, n], "labels": [1, 2, n]} for n in (3, 4)], 10**6)
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    with attention_of(inner_model(model), PACKED["tree"]):
+        token_losses(model, row)
+    hook.remove()
+    mask = asked[0]["attention_mask"]
+    assert tuple(mask.shape) == (1, 1, 1, 1) and mask.dtype == torch.bool and mask.all() and asked[0]["layout"] is row.layout
+
+
+def test_a_last_layer_with_a_bias():
+    inner, batch = inner_model(tuned_model(PhiConfig(**COMMON))), batch_of(5, 7)
+    torch.nn.init.normal_(inner.get_output_embeddings().bias)
+    right = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.at]
+    assert plain_head(inner)
+    torch.testing.assert_close(token_losses(inner, batch), torch.nn.functional.cross_entropy(right, batch.targets, reduction="none"))
 
 
 def test_the_model_inside_its_wrappers():

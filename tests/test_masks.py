@@ -44,6 +44,8 @@ def test_where_a_control_token_stands(text, user, assistant, small):
 def test_the_longest_control_token_is_found_and_blank_ones_never():
     made = small_tokenizer("bytes with trimmed offsets")
     made.add_special_tokens({"additional_special_tokens": ["<s>x", "  ", "a.b"]})
+    bare = SimpleNamespace(added_tokens_decoder={1: AddedToken("</s>", special=True)}, chat_template=None)
+    assert Controls(bare).search("a</s>") == (1, 5), "of a tokenizer of any kind"
     assert [Controls(made).search(text) for text in ("a <s>x", "a   <s>", "a  b", "acb a.b")] == [(2, 6), (4, 7), None, (4, 7)]
 
 
@@ -95,6 +97,9 @@ def test_only_what_holds_a_control_token_is_changed(small):
     assert clear.messages[0] == {"role": "user", "content": "< s>", "train": True} and clear.messages[1]["tool_calls"][0] is kept
     assert clear.messages[1]["tool_calls"][1] == {"arguments": {"< s>k": ["< /s>", 1, None, {"a": "b < s> < s>"}]}, "name": "f"}
     assert clear.messages[1]["content"] is None and clear.extra == {"x": "<s>"} and messages[0]["content"] == "<s>", "what was given stays as it was"
+    for find, place in ((masks._broken, ["a§b"]), (masks._broken_call, {"function": {"name": "f", "arguments": '{"a": "§"}'}})):
+        with pytest.raises(TemplateError, match="^here: the control token '§' can't be broken"):
+            find(place, lambda text: (text.index("§"), text.index("§") + 1) if "§" in text else None, "here")
     with pytest.raises(TemplateError, match="^here: the control token '§' can't be broken by a space. Remove it"):
         masks._broken_text("a§b", lambda text: (text.index("§"), text.index("§") + 1) if "§" in text else None, "here")
     with pytest.raises(TemplateError, match="^here: the control token 'a ' can't be broken by a space. Remove it"):
@@ -168,6 +173,7 @@ def test_the_variables_of_a_template_reach_the_rows(small):
     made.chat_template = "{{ style }}" + small.chat_template
     plain, named = (next(token_rows([chat("a", "b")], made, chat_template_kwargs=kwargs))[0]["input_ids"] for kwargs in (None, {"style": "hello"}))
     assert made.decode(named) == "hello" + made.decode(plain)
+    assert tokenize_chat(chat("a", "b"), made, chat_template_kwargs={"style": "hello"})["input_ids"] == named
 
 
 def test_an_end_of_turn_that_is_no_token_is_told_with_its_message(small):

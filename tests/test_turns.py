@@ -33,6 +33,7 @@ def test_arguments_become_objects_and_texts():
     ("error", "system", "said"),
     [
         (ValueError("no"), False, "the chat template refuses this chat: no. Change the chat"),
+        (ValueError("XX"), False, "the chat template refuses this chat: XX. Change the chat"),
         (ValueError("no!"), True, "the chat template refuses this chat: no! Change the chat"),
         (ValueError(), False, "the chat template refuses this chat: ValueError. Change the chat"),
         (ValueError("Conversation ROLES must Alternate?"), True, "the chat template refuses this chat: Conversation ROLES must Alternate? It has no place for a system message"),
@@ -177,6 +178,7 @@ def test_the_rows_are_of_the_answers_that_were_asked_for():
     made = small_tokenizer("bytes with trimmed offsets")
     made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
     one = Chat([USER, BOT, USER, BOT | {"train": False}])
+    assert rows_of(Chat([USER, BOT]), Own(), chat_template_kwargs={"end": "</s>!"})[0].text.endswith("a</s>!")
     for train_on in ("all", "last"):
         found = [turn.message for row in rows_of(one, made, train_on) for turn in row.turns]
         assert found == trained_turns(one, train_on)
@@ -188,6 +190,8 @@ def test_a_skeleton_is_kept_by_the_tools_of_a_chat_too():
     template, tools = Template(made), [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     texts = [turns._skeleton(template, Chat([USER], "", {"tools": given} if given else {}), 1).pieces for given in (None, tools, None)]
     assert texts[0] == texts[2] != texts[1] and texts[1][0].startswith("TOOLS")
+    own, more = Template(Own()), [{"name": "g"}]
+    assert [turns._skeleton(own, Chat([USER], "", {"tools": given}), 1).pieces[0] for given in (TOOLS, more, TOOLS)] == [f"{given}user: " for given in (TOOLS, more, TOOLS)]
 
 
 class Own:
