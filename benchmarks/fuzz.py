@@ -164,7 +164,7 @@ def adapter_target(folder: Path) -> Callable[[random.Random], bytes]:
     import torch
     from safetensors.torch import save
 
-    from finetune_nb.lora import _read_adapter
+    from finetune_nb.lora import read_adapter
     from finetune_nb.origin import check_index, check_model_files, read_settings
 
     good = {
@@ -182,7 +182,7 @@ def adapter_target(folder: Path) -> Callable[[random.Random], bytes]:
         (folder / name).write_bytes(data)
         try:
             if name.startswith("adapter"):
-                _read_adapter(folder)
+                read_adapter(folder)
             elif name == "config.json":
                 check_model_files(folder, "m", weights=False)
             else:

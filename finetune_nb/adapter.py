@@ -20,7 +20,7 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from .config import ExportError
-from .lora import ADAPTER_FILES, BASE_FILE, AdapterError, _read_adapter, set_adapter_weights
+from .lora import ADAPTER_FILES, BASE_FILE, AdapterError, read_adapter, set_adapter_weights
 from .models import EMBEDDED_MODEL, EMBEDDED_TWIN, load_tokenizer
 from .planning import base_shape
 from .training import Run, as_run
@@ -139,7 +139,7 @@ def _json(said: Any) -> bytes:
 
 def _validate_keys(run: Run) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     "Settings and weights of a run's adapter; raises `AdapterError` unless each weight has its place in the base model and each place its weight."
-    lora, weights = _read_adapter(run.folder / "adapter")
+    lora, weights = read_adapter(run.folder / "adapter")
     lora.init_lora_weights, lora.inference_mode = True, True
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # about weights that go nowhere, as they should

@@ -25,6 +25,7 @@ from .jobs import SHELVES
 from .lora import load_adapter, put_adapter, without_adapter
 from .losses import inner_model, mixed_precision
 from .models import release_memory
+from .redact import no_key_raised
 from .runs import RunRow, read_run
 from .training import Run, as_run, load_base
 
@@ -291,6 +292,7 @@ def system_doubt(
     return f"trained with another system message: {own if len(own) <= 200 else own[:199] + '…'}"
 
 # %% ../nbs/09c_chat.ipynb #c0f18270
+@no_key_raised()
 def ask(
     run: Run | str | Path,  # a finished run, or its folder
     question: str,  # of a user

@@ -37,6 +37,7 @@ from finetune_nb.reading import (
     decode_utf8,
     grouped,
 )
+from .redact import no_key_raised
 from .rows import ReadingProgress, holds_lines
 from .sources import Source, open_sources
 
@@ -369,6 +370,7 @@ def _wanted_form(format: str | None, columns: dict[str, str] | None) -> Form | N
     return column_form(columns) if columns is not None else FORMS.get(format)
 
 
+@no_key_raised()
 def load_chats(
     source: Any,  # a file, a pattern, a list of files, a data set or its name, a pandas frame, or rows: dicts with "messages"
     format: str | None = None,  # "messages", "sharegpt", "alpaca" or "prompt-completion"; empty: recognise it

@@ -31,7 +31,7 @@ from .processes import said_by_all
 from .run_folder import checkpoints
 from .sharding import take_apart, whole
 from .stop import TrainingError
-from .whole_folder import Part
+from .whole_folder import Part, files_of
 
 # %% ../nbs/07fa_crash_safe.ipynb #c74152f7
 class _PutLossesBack(TrainerCallback):
@@ -171,7 +171,7 @@ class CrashSafeTrainer(Trainer):
         self.checkpoint = Path(resume_from_checkpoint)
         weights = _adapter_in(self.checkpoint, "adapter_model.safetensors")
         self._set_weights(model or self.model, weights, str(self.checkpoint))
-        best = (self.checkpoint / "best.safetensors").is_file()
+        best = "best.safetensors" in files_of(self.checkpoint)  # not one that was laid there
         self.best_weights = _adapter_in(self.checkpoint, "best.safetensors") if best else weights
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -183,7 +183,8 @@ class CrashSafeTrainer(Trainer):
         self.rows_sha256 = state["rows_sha256"]
         self.add_callback(_PutLossesBack(self, state["losses"]))
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(self._in_parts(state["optimizer"]))
+        if "optim" not in self.changed:  # another optimizer keeps other things, and begins anew
+            self.optimizer.load_state_dict(self._in_parts(state["optimizer"]))
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.changed:
@@ -211,7 +212,7 @@ class CrashSafeTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             index = self.args.process_index
-            new = "processes" in self.changed and not Path(checkpoint, f"random-{index}.json").is_file()  # a process more than there were
+            new = "processes" in self.changed and f"random-{index}.json" not in files_of(checkpoint)  # a process more than there were
             set_random_state(load_state(Path(checkpoint), f"random-{0 if new else index}"))
 
 

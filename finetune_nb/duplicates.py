@@ -24,10 +24,18 @@ _SPACE = re.compile(r"(?:(?!(?<=\d)[.,](?=\d)|(?<![^\W\d_])[-*/](?=\d))[^\w+<>=%
 def normalise(
     text: str,  # any text
 ) -> str:
-    "The text without what doesn't change its meaning: case, spacing, punctuation, Unicode variants."
+    "The text without what doesn't change its meaning: case, spacing, punctuation, Unicode variants, invisible characters, letters of another script that look the same."
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _SPACE.sub(" ", text.casefold().replace("’", "'").replace("'", "")).strip()
+        text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).replace("’", "'")
+    text = text.casefold()
+    if _OTHER.search(text):
+        text = _WORD.sub(lambda word: word[0].translate(_LOOK_ALIKE) if _LATIN.search(word[0]) else word[0], text)
+    return _SPACE.sub(" ", text.replace("'", "")).strip()
+
+
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]")
+_OTHER, _LATIN, _WORD = re.compile("[\u0370-\u052f]"), re.compile("[a-z]"), re.compile(r"\w+")
+_LOOK_ALIKE = str.maketrans("аеорсухіјѕһԁԛԝαονρικτυγ", "aeopcyxijshdqwaovpiktuy")  # Cyrillic and Greek, as far as the Unicode list of confusables has them
 
 # %% ../nbs/00c_duplicates.ipynb #6cec9ec3
 KANJI = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese and Chinese, for a class of a regular expression

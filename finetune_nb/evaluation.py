@@ -37,7 +37,9 @@ from .losses import inner_model
 from .memory import chat_losses
 from .metrics import Difference, wilson_interval
 from .packing import PackingCollator
+from .pictures import as_label
 from .planning import forget_peak
+from .redact import no_key_raised
 from finetune_nb.scores import (
     LOSS,
     LOWER_IS_BETTER,
@@ -97,6 +99,7 @@ def room_of(
     return positions - max_new_tokens if positions else None
 
 # %% ../nbs/09_evaluation.ipynb #55fa6205
+@no_key_raised()
 def evaluate(
     model: PreTrainedModel,  # the model to judge
     tokenizer: PreTrainedTokenizerBase,  # the one that belongs to it
@@ -314,8 +317,8 @@ def plot_comparison(
         bounds = [wilson_interval(round(share * n), n) for share in shares]
         errors = [[s - low for s, (low, _) in zip(shares, bounds, strict=True)], [high - s for s, (_, high) in zip(shares, bounds, strict=True)]]
         places = [i + offset for i in range(len(names))]
-        axes.barh(places, shares, 0.36, color=colour, label=report.name, xerr=[[max(e, 0) for e in row] for row in errors], ecolor="#555")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.02), xlabel=f"share of {len(comparison.base.rows)} {'given' if ' given,' in comparison.facts.get('test chats', '') else 'held-out'} test chats")
+        axes.barh(places, shares, 0.36, color=colour, label=as_label(report.name), xerr=[[max(e, 0) for e in row] for row in errors], ecolor="#555")
+    axes.set(yticks=range(len(names)), yticklabels=[as_label(name) for name in names], xlim=(0, 1.02), xlabel=f"share of {len(comparison.base.rows)} {'given' if ' given,' in comparison.facts.get('test chats', '') else 'held-out'} test chats")
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
@@ -373,6 +376,7 @@ def to_html(
     return html_page("Fine-tuning report", ["<h1>Did it get better?</h1>", *([f"<p>{escape(told)}</p>"] if told else []), verdict, rest[0], *curves, *rest[1:]])
 
 # %% ../nbs/09_evaluation.ipynb #e137abca
+@no_key_raised()
 def evaluate_run(
     run: Run | str | Path,  # a finished run, fresh or loaded, or its folder
     chats: list[Chat] | None = None,  # other chats than the run's own test set

@@ -19,6 +19,7 @@ from .gguf_file import BY_LLAMA_CPP, PLAIN, export_gguf, validate_kind
 from .merge import merge_adapter
 from .model_card import write_model_card
 from .modelfile import write_modelfile
+from .redact import no_key_raised, redacted
 from .report import write_report
 from .training import Run
 from .verify import ExportCheck, ask_evaluated, questions_of, verify_export
@@ -89,6 +90,7 @@ def _figures(check: ExportCheck | None) -> tuple[str, str, str]:
     return f"{check.loss_exported - check.loss_evaluated:+.4f}", f"{check.agreement:.1%}", f"{check.same_answers} of {check.chats}"
 
 # %% ../nbs/10_export.ipynb #7c7002e4
+@no_key_raised()
 def export_run(
     run: Run | str | Path,  # a finished run, or its folder
     formats: Sequence[str] = ("adapter", "merged", "q8_0"),  # of `FORMATS`
@@ -121,7 +123,7 @@ def export_run(
             if card:
                 write_model_card(run, path if path.is_dir() else path.parent, data_license=data_license, report=report)
         except (ExportError, OSError, ValueError) as error:
-            items.append(Exported(name, path, notes=[*notes, str(error)]))
+            items.append(Exported(name, path, notes=[*notes, redacted(str(error))]))
             continue
         items.append(Exported(name, path, size_on_disk(path) if path.is_dir() else path.stat().st_size, seconds, found, notes))
     return Exports(items)
@@ -133,7 +135,7 @@ def _checked(run: Run, name: str, path: Path, evaluated: tuple[Questions, Answer
     try:
         return verify_export(run, path, "adapter" if name == "adapter" else None, evaluated=evaluated, notes=packing), []
     except ExportError as error:
-        return None, [str(error)]
+        return None, [redacted(str(error))]
 
 
 def _validate_formats(formats: Sequence[str]) -> None:

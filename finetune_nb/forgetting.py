@@ -52,8 +52,9 @@ from finetune_nb.metrics import (
     paired_interval,
 )
 from .packing import PackingCollator
-from .pictures import Picture
+from .pictures import Picture, as_label
 from .progress import Progress
+from .redact import no_key_raised
 from .scores import finite
 from .training import Run, as_run
 
@@ -425,6 +426,7 @@ def load_forgetting(
     return [report for report in found if report is not None]
 
 # %% ../nbs/09d_forgetting.ipynb #98eea1e5
+@no_key_raised()
 def measure_forgetting(
     run_or_model: Run | str | Path | PeftModel,  # a finished run, its folder, or a model with its adapter
     tokenizer: PreTrainedTokenizerBase | None = None,  # the one that belongs to a model; a run brings its own
@@ -531,7 +533,7 @@ def plot_forgetting(
         axes.plot(ratio, at, "o", color="#d62728" if name in lost or low > report.warn_at else "#2e9e4f" if high <= report.warn_at and f.n >= FEWEST else "#e0902f")
     axes.axvline(1, color="#999", linewidth=0.8)
     axes.axvline(report.warn_at, color="#d62728", linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(figures)), yticklabels=[f"{name} ({f.n})" for name, f in figures.items()], xlabel="perplexity of good answers, after / before", xscale="log")
+    axes.set(yticks=range(len(figures)), yticklabels=[f"{as_label(name)} ({f.n})" for name, f in figures.items()], xlabel="perplexity of good answers, after / before", xscale="log")
     left, right = axes.get_xlim()
     ticks = [1.0]
     for x in (1.1, 1.2, 1.3, 1.5, 2, 3, 5, 10, 30, 100, 1000, 10000):

@@ -23,6 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from .config import ExportError
+from .models import by_itself
+from .origin import check_model_files, may_run_code
 from .qlora import nf4_config
 from .redact import redacted
 from .sandbox import render_ids, render_template
@@ -222,11 +224,12 @@ def ask_fresh(
     if kind == "gguf":
         validate_judge(path)
     job = {"kind": kind, "path": str(Path(path).resolve()), "asked": asdict(asked), "base": base, "dtype": dtype, "device": device, "revision": revision, "load_in_4bit": load_in_4bit}
+    job["trust_remote_code"] = bool(base) and may_run_code(base)
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "answers.json"
         question.write_text(json.dumps(job), encoding="utf-8")
         code = "import sys; from finetune_nb.fresh import answer_job; answer_job(sys.argv[1], sys.argv[2])"
-        done = subprocess.run([sys.executable, "-c", code, str(question), str(answer)], capture_output=True, text=True, errors="replace")
+        done = subprocess.run([sys.executable, "-c", code, str(question), str(answer)], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode or not answer.is_file():
             said = [line for line in redacted(done.stderr).splitlines() if line.strip()]
             raise ExportError(f"{Path(path).name} could not be loaded or asked in a fresh process ({kind}): {said[-1][:500] if said else f'it ended with code {done.returncode}'}")
@@ -256,12 +259,17 @@ def _load(job: dict[str, Any], path: Path) -> tuple[Any, Any, str]:
 
     dtype, loader = getattr(torch, job["dtype"]), f"transformers {version('transformers')}"
     if job["kind"] == "gguf":
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        return model.to(job["device"]), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), f"{loader}, unpacked from GGUF"
+        with by_itself(path) as alone:
+            model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=path.name, dtype=dtype, trust_remote_code=False)
+            return model.to(job["device"]), AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False), f"{loader}, unpacked from GGUF"
     if job["kind"] == "merged":
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(job["device"]), AutoTokenizer.from_pretrained(path), loader
+        check_model_files(path, str(path))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        return model.to(job["device"]), AutoTokenizer.from_pretrained(path, trust_remote_code=False), loader
     from peft import PeftModel
 
-    packed = {"quantization_config": nf4_config(dtype)} if job["load_in_4bit"] else {}
-    base = AutoModelForCausalLM.from_pretrained(job["base"], revision=job["revision"], dtype=dtype, device_map={"": job["device"]}, **packed)
-    return PeftModel.from_pretrained(base, path), AutoTokenizer.from_pretrained(path), f"peft {version('peft')}"
+    more = {"quantization_config": nf4_config(dtype)} if job["load_in_4bit"] else {}
+    base = AutoModelForCausalLM.from_pretrained(
+        job["base"], revision=job["revision"], dtype=dtype, device_map={"": job["device"]}, trust_remote_code=job["trust_remote_code"], use_safetensors=True, **more
+    )
+    return PeftModel.from_pretrained(base, path), AutoTokenizer.from_pretrained(path, trust_remote_code=False), f"peft {version('peft')}"

@@ -229,7 +229,7 @@ def write_gguf(
     "Converts a merged model; no more than one weight is in memory. Raises `ExportError` for what can't be written."
     import gguf
 
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = (kind.from_pretrained(folder, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer))
     files, architecture = base_files(str(folder)), architecture_of(config)
     rows = files.read("model.embed_tokens.weight").shape[0]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
@@ -325,7 +325,7 @@ def export_gguf(
             if kind in BY_LLAMA_CPP:
                 path, plain = Path(temporary) / "plain.gguf", "f16" if merged.dtype != "bfloat16" else "bf16"
             write_gguf(merged.folder, path, plain, name, end_of_turn_id(run.tokenizer, run.config.chat_template_kwargs), known_license(base or run.config.model_name_or_path))
-            notes = [*(note for note in merged.notes if "generation_config" not in note), *_window_note(AutoConfig.from_pretrained(merged.folder))]
+            notes = [*(note for note in merged.notes if "generation_config" not in note), *_window_note(AutoConfig.from_pretrained(merged.folder, trust_remote_code=False))]
             if kind in BY_LLAMA_CPP:
                 quantize_gguf(path, part.folder / f"{name}-{kind}.gguf", kind)
     written = target / f"{name}-{kind}.gguf"

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -49,13 +50,17 @@ class Sample:
 def read_samples(
     folder: str | Path,  # of a run, also while it goes on
 ) -> list[Sample]:
-    "What was answered so far; what is no answer is left out."
+    "What was answered so far; warns of what is no answer, and leaves it out."
+    path, kinds = Path(folder) / "samples.jsonl", {"step": int, "question": str, "expected": str, "answer": str}
     try:
-        rows = read_lines(Path(folder) / "samples.jsonl")
-    except (ValueError, OSError, RecursionError):  # a folder from elsewhere may hold anything
+        rows = read_lines(path)
+    except (ValueError, OSError, RecursionError) as error:  # a folder from elsewhere may hold anything
+        warnings.warn(f"The answers on the way can't be shown: {error}", stacklevel=2)
         return []
-    kinds = {"step": int, "question": str, "expected": str, "answer": str}
-    return [Sample(**row) for row in rows if isinstance(row, dict) and row.keys() == kinds.keys() and all(isinstance(row[name], kind) for name, kind in kinds.items())]
+    whole = [row for row in rows if isinstance(row, dict) and row.keys() == kinds.keys() and all(isinstance(row[name], kind) for name, kind in kinds.items())]
+    if len(whole) < len(rows):
+        warnings.warn(f"{path}: {len(rows) - len(whole)} of {len(rows)} lines are no answers, and are not shown.", stacklevel=2)
+    return [Sample(**row) for row in whole]
 
 
 class Pace:

@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .config import FinetuneConfig, FinetuneError, save_config
 from .processes import PeerError
+from .redact import redacted
 
 if TYPE_CHECKING:
     from finetune_nb.training import Run  # brings transformers, which a launcher does without
@@ -113,8 +114,8 @@ def _sentence(failures: dict[int, ProcessFailure], said: dict[int, dict[str, Any
     if told := [rank for rank in sorted(cause) if cause[rank] in ("user", "bug")]:
         rank = min(told, key=lambda rank: ("user", "bug").index(cause[rank]))
         if cause[rank] == "bug":
-            print(said[rank]["extraInfo"]["py_callstack"], file=sys.stderr)
-        return f"Process {rank} of {n}: {said[rank]['message']}"
+            print(redacted(said[rank]["extraInfo"]["py_callstack"]), file=sys.stderr)
+        return f"Process {rank} of {n}: {redacted(said[rank]['message'])}"
     rank, failure = min(failures.items(), key=lambda pair: (pair[0] in said, pair[1].exitcode == -signal.SIGTERM, pair[0]))
     if failure.exitcode >= 0:
         return f"Process {rank} of {n} ended with exit code {failure.exitcode}; what it said about that stands above."
@@ -158,6 +159,9 @@ def start_processes(
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = (folder.parent / f".{config.run_name}{ending}" for ending in (".yaml", ".log"))
     save_config(config, file)
+    for kept in (file, log):
+        kept.touch()
+        kept.chmod(0o600)
     words = [sys.executable, "-m", "finetune_nb", "train", str(file), "--num-processes", str(n), "--no-evaluate"]
     with log.open("wb") as said:
         process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)

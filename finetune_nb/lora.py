@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'BASE_FILE', 'MOVE_THE_BASE', 'AdapterError', 'find_target_modules', 'add_lora', 'ParameterCount',
            'trainable_parameters', 'adapter_norm', 'begin_with_data', 'load_adapter', 'put_adapter', 'save_base_mark',
-           'set_adapter_weights', 'without_adapter', 'remove_lora']
+           'validate_adapter', 'read_adapter', 'set_adapter_weights', 'without_adapter', 'remove_lora']
 
 # %% ../nbs/04_lora.ipynb #5a7d9b68
 import json
@@ -218,7 +218,7 @@ def load_adapter(
     other_base: bool = False,  # also onto another base model than the one that it was trained on
 ) -> PeftModel:
     "The base model with the saved adapter; raises `AdapterError` unless each weight finds its place and each place its weight, on the base model that it was trained on as far as both are known."
-    lora, weights = _read_adapter(Path(folder))
+    lora, weights = read_adapter(Path(folder))
     if not other_base:
         _validate_base(model, Path(folder))
     lora.inference_mode = not is_trainable
@@ -240,7 +240,7 @@ def put_adapter(
     other_base: bool = False,  # as for `load_adapter`
 ) -> None:
     "Puts one more saved adapter, not to be trained, beside those of `model`; raises `AdapterError` as `load_adapter` does."
-    lora, weights = _read_adapter(Path(folder))
+    lora, weights = read_adapter(Path(folder))
     if not other_base:
         _validate_base(model, Path(folder))
     if alone := next((c.bias for c in (lora, *model.peft_config.values()) if c.bias != "none"), None):
@@ -299,13 +299,22 @@ def _validate_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         )
 
 # %% ../nbs/04_lora.ipynb #18e1cc9b
-def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    "The settings and the weights of a saved adapter, as they were written where it has a manifest."
+def validate_adapter(
+    folder: Path,  # as `save_adapter` wrote it
+) -> None:
+    "Raises `AdapterError` where the adapter is not as it was written, as far as it has a manifest; what else lies beside it, a card, may be another."
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no adapter: {name} is missing.")
-    if (folder / MANIFEST).is_file() and (faults := check_whole(folder, names=lambda name: name in (*ADAPTER_FILES, BASE_FILE))):
+    if (folder / MANIFEST).is_file() and (faults := check_whole(folder, cached=False, names=lambda name: name in (*ADAPTER_FILES, BASE_FILE))):
         raise AdapterError(f"{folder} is not as it was written: {'; '.join(faults)}. Take it from a copy, or train it again; if the change is meant, remove {MANIFEST} in it.")
+
+
+def read_adapter(
+    folder: Path,  # as `save_adapter` wrote it
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    "The settings and the weights of a saved adapter; raises `AdapterError` where they can't be right."
+    validate_adapter(folder)
     try:
         saved = _known_settings(dict(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))))
         weights = load_file(folder / ADAPTER_FILES[1])

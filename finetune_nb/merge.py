@@ -24,8 +24,9 @@ from torch import nn
 from .adapter import export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
-from .lora import _read_adapter
+from .lora import read_adapter
 from .models import EMBEDDED_MODEL, find_model, load_tokenizer
+from .origin import INDEX, weight_files
 from .planning import base_shape
 from .training import Run
 from .whole_folder import Part, whole_folder
@@ -58,7 +59,7 @@ def base_files(
     name: str,  # the embedded default, a hub name, a folder, or a .gguf file
     revision: str | None = None,  # commit, tag or branch of a model on the hub
 ) -> BaseFiles:
-    "Where the weights of a base model lie; raises `ExportError` where they are packed or come with code."
+    "Where the weights of a base model lie; raises `ExportError` where they are packed or come with code, `ModelError` where they lie elsewhere."
     origin = find_model(name, revision)
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     folder = Path(snapshot_download(origin.place, revision=origin.revision, allow_patterns=wanted)) if origin.kind == "hub" else Path(origin.place)
@@ -67,10 +68,8 @@ def base_files(
         raise ExportError(f"{name}: its files are packed ({packed}), and a sum can't be stored in them without being rounded to few bits again. Name the full-precision model that it was made from: base=…")
     if origin.remote_code or "auto_map" in settings:
         raise ExportError(f"{name} comes with Python code of its own, so what its weights mean is not known here. Ship the adapter: save_adapter(run).")
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     shards, sizes = {}, {}
-    for file in files:
+    for file in weight_files(folder, name):
         with safe_open(folder / file, "pt") as tensors:
             shards[file] = list(tensors.keys())
         for about in _header(folder / file).values():
@@ -231,7 +230,7 @@ def merge_adapter(
         validate_base(run)
     name, revision = (base, None) if base else (run.config.model_name_or_path, run.config.revision)
     files = base_files(name, revision)
-    settings, weights = _read_adapter(run.folder / "adapter")
+    settings, weights = read_adapter(run.folder / "adapter")
     _validate_settings(settings)
     shape = base_shape(replace(run.config, model_name_or_path=name, revision=revision))
     plan, kind = _plan(files, weights, shape), _kind(dtype, files)
@@ -288,7 +287,7 @@ def _write_weights(target: Path, files: BaseFiles, plan: Plan, settings: LoraCon
     if len(shards) > 1:
         total = sum((target / file).stat().st_size for file in shards)
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in shards.items() for name in names}}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return math.sqrt(sum(gap for gap, _ in gaps) / sum(size for _, size in gaps)) if gaps else None
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'ONE_AT_A_TIME', 'SIGNS', 'FORM', 'Hardware', 'hardware', 'container_limits',
-           'suit_machine', 'cache_folder', 'convert_gguf', 'find_model', 'origin_facts', 'load_tokenizer', 'load_model',
-           'with_attention', 'size_of', 'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark',
+           'suit_machine', 'cache_folder', 'convert_gguf', 'by_itself', 'find_model', 'origin_facts', 'load_tokenizer',
+           'load_model', 'with_attention', 'size_of', 'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark',
            'base_difference', 'mark_of', 'changed_weights', 'tokenizer_mark', 'template_difference', 'ModelError',
            'Origin']
 
@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import tempfile
 import threading
 import warnings
@@ -55,6 +56,7 @@ from finetune_nb.origin import (
     is_hub_name,
     may_run_code,
     read_settings,
+    weight_files,
     with_an_adapter,
 )
 from .redact import redacted
@@ -159,12 +161,16 @@ def suit_machine(
 
 # %% ../nbs/03_models.ipynb #e313c71c
 def cache_folder() -> Path:
-    "Where converted models are kept: `FINETUNE_NB_CACHE`, or the user's cache folder."
+    "Where converted models are kept: `FINETUNE_NB_CACHE`, or the user's cache folder; one that is made is its owner's."
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FINETUNE_NB_CACHE") or Path(base) / "finetune_nb")
+    place = Path(os.environ.get("FINETUNE_NB_CACHE") or Path(base) / "finetune_nb")
+    if not place.exists():
+        with suppress(OSError):  # whoever writes into it says why it can't
+            place.mkdir(0o700, parents=True)
+    return place
 
 
-_CONVERSION = "2"  # counted up when the conversion below makes something else of a file
+_CONVERSION = "3"  # counted up when the conversion below makes something else of a file
 
 
 def convert_gguf(
@@ -191,7 +197,6 @@ def convert_gguf(
 
 def _convert(file: Path, folder: Path) -> None:
     "Puts the converted model into the cache, whole, with the marks of its weights in its manifest."
-    cache_folder().mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
         with whole_folder(Path(temporary) / "model", about) as part:
@@ -217,8 +222,9 @@ def _save_unquantised(file: Path, folder: Path) -> None:
     "Saves the model and the tokenizer of a GGUF file as an ordinary transformers folder."
     try:
         with _quiet(), redirect_stderr(io.StringIO()):  # where the reader draws a bar of its own
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
-            source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
+            with by_itself(file) as alone:
+                AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
+                source = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
             config, generation_config = source.config, source.generation_config
             vars(config).pop("quantization_config", None)  # newer releases of transformers mark the model, older ones (5.9) do not
             with torch.device("meta"):  # no second copy of the weights
@@ -229,6 +235,20 @@ def _save_unquantised(file: Path, folder: Path) -> None:
             model.save_pretrained(folder)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(f"{file.name} could not be read as a GGUF model: {error}") from error
+
+
+@contextmanager
+def by_itself(
+    file: Path,  # a .gguf file
+) -> Iterator[Path]:
+    "A folder with the file alone: transformers would take a tokenizer, an adapter or code from beside it."
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        place = Path(folder) / file.name
+        try:
+            place.symlink_to(file)
+        except OSError:  # Windows asks for rights
+            shutil.copyfile(file, place)
+        yield Path(folder)
 
 
 ONE_AT_A_TIME = threading.RLock()  # transformers and PEFT make modules in torch's default precision, which transformers sets for all threads
@@ -369,7 +389,10 @@ def _weight_files(name: str, revision: str | None = None) -> list[Path]:
     else:
         found = None if path.is_dir() else try_to_load_from_cache(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, "config.json", revision=revision)
         folder = Path(found).parent if isinstance(found, str) else path
-    return sorted(folder.glob("*.safetensors"))
+    try:
+        return [folder / file for file in weight_files(folder, name)]
+    except (ModelError, OSError):  # not here yet, or nothing to load
+        return []
 
 
 def _seen(name: str, revision: str | None) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -170,6 +171,15 @@ def file_there(
         made.unlink(missing_ok=True) if far else shutil.rmtree(place, ignore_errors=True)
 
 
+def _holds(target: Path, data: bytes) -> bool:
+    "Whether it is a file, and no link, with just that in it."
+    found = os.lstat(target)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != len(data):
+        return False
+    _drop_cache(target)
+    return target.read_bytes() == data
+
+
 def save_there(
     text: str,  # all of it
     target: str | Path,  # a file; one that holds just that is left alone
@@ -177,8 +187,7 @@ def save_there(
     "Writes a file whole or not at all, on a mount that lies as `file_there`. Raises `OSError`."
     target = Path(target)
     with suppress(OSError):
-        _drop_cache(target)
-        if not target.is_symlink() and target.read_bytes() == text.encode():
+        if _holds(target, text.encode()):
             return
     with file_there(target) if why_it_may_lie(target.parent) else nullcontext(target) as path, replacing(path) as file:
         file.write(text)

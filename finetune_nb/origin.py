@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'INDEX', 'ADAPTER', 'ModelError', 'check_versions', 'Origin', 'is_hub_name', 'ambiguity',
-           'trust_remote_code', 'may_run_code', 'read_settings', 'check_index', 'with_an_adapter', 'check_model_files']
+           'trust_remote_code', 'may_run_code', 'read_settings', 'check_index', 'with_an_adapter', 'check_model_files',
+           'weight_files']
 
 # %% ../nbs/02b_origin.ipynb #47a24cb1
 import json
@@ -176,11 +177,20 @@ def check_model_files(
                 _check_code(settings, name)
     if (folder / ADAPTER).exists():
         raise ModelError(with_an_adapter(name))
-    if not weights:
-        return
-    if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
-        if missing := [file for file in check_index(read_settings(folder / INDEX, name), name) if not (folder / file).is_file()]:
-            raise ModelError(f"{name}: {missing[0]} is missing, which {INDEX} names. Fetch the model again.")
-    elif not any(folder.glob("*.safetensors")):
+    if weights:
+        weight_files(folder, name)
+
+
+def weight_files(
+    folder: Path,  # holds config.json
+    name: str,  # what to call the model in an error
+) -> list[str]:
+    "The files that its weights are loaded from, as transformers chooses: model.safetensors, else those of the index. Raises `ModelError` where they can't be."
+    one = (folder / "model.safetensors").is_file()
+    files = check_index(read_settings(folder / INDEX, name), name) if (folder / INDEX).is_file() else []
+    if not one and not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         raise ModelError(f"{name}: its weights are not in safetensors{' but in ' + pickles[0] if pickles else ': there are none'}. {_CONVERT}")
+    if missing := [file for file in files if not one and not (folder / file).is_file()]:
+        raise ModelError(f"{name}: {missing[0]} is missing, which {INDEX} names. Fetch the model again.")
+    return ["model.safetensors"] if one else files

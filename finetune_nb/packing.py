@@ -247,8 +247,7 @@ def fastest_ways(
     rows: int = 100,  # how many such rows will be computed
 ) -> list[str]:
     "The ways of `attention.WAYS` that run on the device of `model`, the fastest first; on a CPU always in the same order."
-    heads, key_heads = _heads_of(model)
-    if inner_model(model).device.type == "cpu" and batch.layout is not None and heads % key_heads == 0:
+    if inner_model(model).device.type == "cpu" and _has_choice(model, batch):
         return [way for way in WAYS if way != "flex"]  # which has no backward pass there
     return measured_ways(model, batch, rows)
 
@@ -262,10 +261,16 @@ def measured_ways(
     inner = inner_model(model)
     shape, (heads, key_heads) = inner.config.get_text_config(), _heads_of(model)
     size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    if batch.layout is None or heads % key_heads:
+    if not _has_choice(model, batch):
         return ["tree"]
     asked = heads, key_heads, size, batch.layout, inner.device, inner.dtype, rows * shape.num_hidden_layers
     return _kept_ways(asked) or ["tree"]
+
+
+def _has_choice(model: torch.nn.Module, batch: Batch) -> bool:
+    "Whether there is more than one way: chats share a row, and the heads can be grouped."
+    heads, key_heads = _heads_of(model)
+    return batch.layout is not None and heads % key_heads == 0
 
 
 def _heads_of(model: torch.nn.Module) -> tuple[int, int]:

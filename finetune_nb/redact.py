@@ -6,15 +6,17 @@
 __all__ = ['keys_here', 'redacted', 'without_keys', 'holds_key', 'without_key', 'no_key_raised']
 
 # %% ../nbs/00_redact.ipynb #d23b75bf
+import json
 import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .personal import SECRETS, find_personal, mask
 
@@ -84,9 +86,14 @@ def _pattern() -> re.Pattern[str]:
     return _pattern_of(tuple(keys_here()))
 
 
+def _spellings(keys: Sequence[str]) -> list[str]:
+    "Each key as it is, and as it stands in the text of a value, in JSON and in an address; the longest first."
+    return sorted({spelled for key in keys for spelled in (key, repr(key)[1:-1], json.dumps(key)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1], quote(key), quote(key, safe=""))}, key=len, reverse=True)
+
+
 @lru_cache(maxsize=2)
 def _pattern_of(keys: tuple[str, ...]) -> re.Pattern[str]:
-    found = (rf"(?<!\w){key}(?!\w)" if _WORD.fullmatch(key) else re.escape(key) for key in keys)
+    found = (rf"(?<!\w){key}(?!\w)" if _WORD.fullmatch(key) else re.escape(key) for key in _spellings(keys))
     return re.compile("|".join(found) or r"(?!)")
 
 # %% ../nbs/00_redact.ipynb #92597ca1

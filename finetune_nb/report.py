@@ -25,6 +25,7 @@ from .kept import is_old, save_kept
 from .metrics import Difference, paired_difference
 from .pictures import inlined, plot_history
 from .progress import clock_time
+from .redact import no_key_raised
 from .scores import LOSS, difference_text, finite
 from .several import resting_on
 from .stop import TrainingError
@@ -261,6 +262,7 @@ def _pictures(section: Section) -> list[str]:
 TITLES = {"comparison": "Base and tuned, side by side", "forgetting": "What was forgotten", "baselines": "Other ways of asking", "fitting": "Learned, or by heart", "diagnosis": "What went wrong", "sweep": "The sweep that it belongs to", "training": "How it was made"}
 
 
+@no_key_raised()
 def write_report(
     run: Run | str | Path,  # a finished run, or its folder
     sections: dict[str, Section] | Sequence[Section] = (),  # more of them, by title: a sweep, a comparison of runs, your own; also reports of this run that are not in its folder

@@ -10,6 +10,7 @@ import codecs
 import csv
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -324,6 +325,14 @@ def without_nulls(
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
+def _check_unpacked(metadata: Any, size: int, limits: Limits) -> None:
+    "Raises `Fault` for a parquet file of `size` bytes whose columns are far larger than it."
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    given = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+    if given > limits.total or given > max(limits.free, limits.ratio * size):
+        raise Fault("D014", f"it unpacks to {given >> 20:,} MiB, far more than its size.", "Unpack it yourself if you trust it.")
+
+
 def _parquet_rows(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str], None]) -> Iterator[Row]:
     "The rows of a parquet file."
     try:
@@ -333,9 +342,14 @@ def _parquet_rows(stream: BinaryIO, limits: Limits, say: Callable[[str, str, str
         raise Fault("D015", "reading parquet needs the package pyarrow.", "Install it: pip install pyarrow.") from None
     number = 0
     try:
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+        size = stream.seek(0, os.SEEK_END)
+        file = pq.ParquetFile(stream)
+        _check_unpacked(file.metadata, size, limits)
+        for batch in file.iter_batches(batch_size=4):  # few: a text that is stored once may stand in each of them
+            for i, row in enumerate(batch.to_pylist()):
                 number += 1
+                if batch.nbytes > limits.line and batch.slice(i, 1).nbytes > limits.line:
+                    raise Fault("D030", f"row {number} is longer than {limits.line:,} bytes.", "Split it, or pass limits=Limits(line=…).")
                 yield Row(f"row {number}", {k: without_nulls(v) for k, v in row.items()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]

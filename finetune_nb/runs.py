@@ -21,7 +21,7 @@ from .display import html_table, text_table
 from .jobs import active_job, best_look
 from .locks import held_elsewhere, is_mine
 from .losses import smoothed
-from .pictures import Picture, PlainLog
+from .pictures import Picture, PlainLog, as_label
 from .progress import clock_time
 from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 
@@ -230,8 +230,7 @@ def _legend(axes: Any, colour: str) -> None:
 
 def _draw(axes: Any, rates: Any, name: str, history: Sequence[dict[str, float]], colour: str, smooth: float, many: bool) -> None:
     "The curves of one run."
-    shown = name.replace("$", r"\$")
-    shown = f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves names with a stroke in front out of the legend
+    shown = as_label(name)
     points = [(row["step"], _drawable(row["loss"])) for row in history if "loss" in row]
     looks = [(row["step"], _drawable(row["eval_loss"])) for row in history if "eval_loss" in row]
     if points:

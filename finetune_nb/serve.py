@@ -40,13 +40,10 @@ def servable(
     return merged if (merged / "config.json").is_file() else merge_adapter(place).folder
 
 
-def validate_server(
-    port: int = 0,  # 0: any that is free
-) -> None:
-    "Raises `ExportError` where the packages of the server are missing, or the port is taken."
+def validate_server() -> None:
+    "Raises `ExportError` where the packages of the server are missing."
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
         raise ExportError(f'transformers serve needs {", ".join(missing)}: pip install "finetune_nb[serve]"')
-    free_port(port)
 
 
 def free_port(
@@ -128,7 +125,7 @@ def serve_model(
     device: str = "auto",  # "cpu", "cuda"
 ) -> ServedModel:
     "A server for `with`; raises `ExportError` with the reason where there can't be one."
-    validate_server(port)
+    validate_server()
     return ServedModel(servable(place).resolve(), free_port(port), device)
 
 

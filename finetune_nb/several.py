@@ -21,6 +21,7 @@ from .display import html_table, markdown_table, md_cell, text_table
 from .evaluation import HOW, asked_chats, evaluate, evaluate_run, html_page, load_comparison, packing_of, validate_chats
 from .kept import load_kept, save_kept
 from .metrics import Difference, holm
+from .redact import no_key_raised
 from finetune_nb.scores import (
     LENGTH,
     LOSS,
@@ -206,6 +207,7 @@ def _lines(several: SeveralRuns) -> list[list[str]]:
     return lines
 
 # %% ../nbs/09fb_several.ipynb #2184c9be
+@no_key_raised()
 def compare_runs(
     runs: Sequence[Run | EvalReport | str | Path],  # runs, their folders, or reports; the others are held against the first
     chats: list[Chat] | None = None,  # test chats for all of them; None: those of the first

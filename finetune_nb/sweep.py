@@ -45,11 +45,11 @@ from .memory import chat_losses
 from .metrics import Difference, holm, level_of, paired_difference
 from .models import cache_folder
 from .packing import PackingCollator
-from .pictures import Picture, inlined
-from .private import remove_tree
+from .pictures import Picture, as_label, inlined
+from .private import make_private, remove_tree
 from .progress import Progress, clock_time, progress_to
 from .range_test import Base, make_bare
-from .redact import redacted
+from .redact import no_key_raised, redacted
 from .run_folder import how_it_ended, last_checkpoint, read_facts, read_history
 from .stop import Stop, TrainingError
 from .training import check_base, load_base, load_splits, resume, train
@@ -312,13 +312,14 @@ def plot_sweep(
         if any(one is advice for one in here):
             axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor="#e45756", linewidth=2.5))
     axes.imshow(losses, cmap="viridis_r", aspect="auto")
-    axes.set_yticks(range(len(lines)), map(_short, lines))
-    axes.set_xticks(range(len(columns)), map(_short, columns) if across else columns)
+    axes.set_yticks(range(len(lines)), [as_label(_short(line)) for line in lines])
+    axes.set_xticks(range(len(columns)), [as_label(_short(column)) for column in columns] if across else columns)
     axes.set(ylabel=down, xlabel=across, title="validation loss (nats per token); framed: the advice")
     axes.title.set_size(9)
     return figure
 
 # %% ../nbs/08c_sweep.ipynb #be120887
+@no_key_raised()
 def sweep(
     config: FinetuneConfig,  # what all runs have in common
     grid: dict[str, Sequence[Any]],  # by setting, the values to try, as in {"r": [8, 16], "learning_rate": [1e-4, 2e-4]}
@@ -345,7 +346,7 @@ def sweep(
     for one in plan:
         _check_kept(one, splits)
     bench = _Bench(config, splits, plan[0].folder.parent, base, callbacks or [], stop or Stop(), say, retry)
-    bench.folder.mkdir(parents=True, exist_ok=True)
+    bench.folder.mkdir(0o700, parents=True, exist_ok=True)
     with hold(bench.folder):  # two would write one sweep.json, and begin each other's runs anew
         for one in plan:
             _check_free(one)
@@ -354,6 +355,7 @@ def sweep(
         bench.work(plan, list(rungs), keep)
         result = bench.result(plan)
         result.plot().savefig(result.folder / "sweep.png", dpi=120)
+        make_private(bench.folder)  # also one that was there
     return result
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,16 @@ from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, visible
 from .locks import LockError, hold, is_mine, validate_held
-from .lora import AdapterError, adapter_norm, add_lora, begin_with_data, load_adapter, save_base_mark, trainable_parameters
+from finetune_nb.lora import (
+    AdapterError,
+    adapter_norm,
+    add_lora,
+    begin_with_data,
+    load_adapter,
+    save_base_mark,
+    trainable_parameters,
+    validate_adapter,
+)
 from .losses import recompute_blocks
 from .memory import in_words_of_pieces, no_room
 from finetune_nb.models import (
@@ -108,7 +118,7 @@ from .sentinels import ChangedBaseError, SentinelError, are_finite
 from .sharding import Fill, fill_from_files, fill_from_first, is_sharded, own_parts, shard, take_apart, whole
 from .stop import Stop, TrainingError
 from .trainer import Watch, make_trainer
-from .whole_folder import MANIFEST, DamageError, check_whole, clear_leftovers, read_about, remove_whole
+from .whole_folder import DamageError, clear_leftovers, read_about, remove_whole
 
 # %% ../nbs/08_training.ipynb #59901afa
 def load_base(
@@ -182,7 +192,7 @@ class Run:
         if self.loaded:
             return self.loaded
         self._check_base()
-        self._check_adapter()
+        validate_adapter(self.folder / "adapter")  # before the base model is loaded, which may take minutes
         base, tokenizer = load_base(self.config)
         if different := _other_template(self.folder, tokenizer):
             warnings.warn(f"{self.folder} was trained with another chat template than its base model has now, so it is asked otherwise than it learned:\n{different}", stacklevel=3)
@@ -208,12 +218,6 @@ class Run:
                 f"{self.folder} was trained on another base model than the one that {self.config.model_name_or_path} is now ({different}): its answers would be "
                 "plausible nonsense. Bring the old model back, or name its revision in config.yaml; if the change is meant, load_adapter(model, folder, other_base=True)."
             )
-
-    def _check_adapter(self) -> None:
-        "Raises `AdapterError` when the adapter is not what the run wrote, as far as it has a manifest."
-        adapter = self.folder / "adapter"
-        if (adapter / MANIFEST).is_file() and (faults := check_whole(adapter, cached=False)):
-            raise AdapterError(f"{adapter} is not as it was written: {'; '.join(faults)}. Bring it back from where it is whole, or train again; if the change is meant, remove {MANIFEST} in it.")
 
     @property
     def test(self) -> list[Chat]:
@@ -421,7 +425,7 @@ def resume(
     config = _join(load_config(folder / "config.yaml"))
     stop = stop or Stop()
     with stop.ending(), _alone(), hold_run(folder):
-        return _go_on(config, folder, splits, callbacks or [], stop, say if is_first() else _say_nothing, base, allow_change)
+        return _go_on(config, folder, splits, callbacks or [], stop, say if is_first() else _say_nothing, base, [allow_change] if isinstance(allow_change, str) else allow_change)
 
 
 def _go_on(
@@ -458,7 +462,7 @@ def _go_on(
             started.pop("packing", None)  # it is planned anew
         _note_machine(folder, started, facts["machine"], checkpoint, say)
         if changed:
-            _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.")
+            _tell(say, f"Different from here on, as allowed: {', '.join(changed)}.{' The new optimizer begins without what the other one kept.' if 'optim' in changed else ''}")
             if PartialState().is_main_process:
                 _keep_changed(folder, changed, splits, ready.tokenizer)
             same = {name: facts[name] for name in ("data", "marks", "versions", "dtype", "device", "processes")}
@@ -495,8 +499,8 @@ def _note_machine(folder: Path, started: dict[str, Any], now: dict[str, Any], ch
     went_on = started.get("went_on", [])
     before = went_on[-1]["machine"] if went_on else started.get("machine", now)
     if before != now:
-        was, is_now = (f"{machine['name']} with {machine['threads']} threads" for machine in (before, now))
-        _tell(say, f"The run was computed on {was}, and goes on on {is_now}: the last bits may be others than if it had never stopped. torch.set_num_threads, or OMP_NUM_THREADS, makes the threads the same.")
+        was, is_now = (f"{machine['name']} with {machine['threads']} threads and {machine.get('matmul', 'highest')} precision of products" for machine in (before, now))
+        _tell(say, f"The run was computed on {was}, and goes on on {is_now}: the last bits may be others than if it had never stopped. torch.set_num_threads, or OMP_NUM_THREADS, makes the threads the same, torch.set_float32_matmul_precision the products.")
         started["went_on"] = [*went_on, {"step": step_of(checkpoint) if checkpoint else 0, "machine": now}]
         write_facts(started, folder / "started.json")
 
@@ -581,9 +585,16 @@ class _Ready(NamedTuple):
     preflight: dict[str, Any] | None = None  # what it saw; None where it is not flown again: a run that goes on
 
 
+def _validate_logger(config: FinetuneConfig) -> None:
+    "Raises `TrainingError` where the package is missing that the curves are to be sent to."
+    if config.report_to != "none" and find_spec(config.report_to) is None and not (config.report_to == "tensorboard" and find_spec("tensorboardX")):
+        raise TrainingError(f'report_to="{config.report_to}" needs a package that is not here: pip install {config.report_to}. Or set report_to="none": the history of the run and its curves are kept in any case.')
+
+
 def _prepare(config: FinetuneConfig, splits: Splits, say: Callable[[str], None], check: Callable[[], None], base: tuple[Any, Any] | None = None) -> _Ready:
     "The model with its adapter, the tokenized chats, and what the checks say; `check` may end it between two stages."
     check()
+    _validate_logger(config)
     for change in suit_machine(config.use_cpu):
         _tell(say, f"{change}.")
     if not splits.train:
@@ -684,7 +695,7 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
         "parameters": ready.parameters,
         "hardware": str(hardware(config.use_cpu)),
         "versions": _versions() | _version_of_bits(config),
-        "machine": {"name": hardware(config.use_cpu).name, "threads": torch.get_num_threads()},
+        "machine": {"name": hardware(config.use_cpu).name, "threads": torch.get_num_threads(), "matmul": torch.get_float32_matmul_precision()},
         "seed": config.seed,
         "data": {name: _data_facts(chats, ready.rows.get(name), ends, marks[name]) for name, chats in splits._asdict().items()},
         "leaks": ready.leaks,
@@ -1002,6 +1013,7 @@ def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrai
         most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
+@no_key_raised()
 def load_run(
     folder: str | Path,  # a folder that `train` made
 ) -> Run:

@@ -23,6 +23,7 @@ from .display import html_table, md_cell
 from .fresh import Answers, Questions, ask_fresh, ask_transformers
 from .generation import greedy
 from .models import find_model
+from .redact import no_key_raised
 from .training import Run
 
 # %% ../nbs/09m_verify.ipynb #8fa6990f
@@ -199,6 +200,7 @@ def compare_answers(
     )  # fmt: skip
 
 # %% ../nbs/09m_verify.ipynb #6e17d1c3
+@no_key_raised()
 def verify_export(
     run: Run | str | Path,  # a finished run, or its folder
     path: str | Path,  # the export: a folder, or a GGUF file

@@ -11,20 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import quick_config, some_splits
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from finetune_nb import locks, training
 from finetune_nb.cli import main
-from finetune_nb.config import FinetuneError
+from finetune_nb.config import FinetuneError, load_config, save_config
+from finetune_nb.crash_safe import CrashSafeTrainer
 from finetune_nb.jobs import start_job
 from finetune_nb.locks import LOCK, OWNER, LockError, held_elsewhere, hold, validate_held
 from finetune_nb.one_file import file_there, save_there
 from finetune_nb.planning import WIDTHS, token_budget, usual_budget
-from finetune_nb.run_folder import append_line, read_facts, save_lines, write_facts
+from finetune_nb.run_folder import append_line, checkpoints, read_facts, read_lines, save_lines, write_facts
 from finetune_nb.stop import Stop, TrainingError
 from finetune_nb.training import load_run, resume, train
-from finetune_nb.whole_folder import DamageError
+from finetune_nb.whole_folder import DamageError, files_of
 
 pytestmark = [pytest.mark.usefixtures("one_way"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -286,3 +289,64 @@ def test_other_test_chats_are_not_judged_on_in_silence(change, ended):
     change(ended / "test.jsonl")
     with pytest.raises(FinetuneError, match=r"test\.jsonl does not hold the 8 chats that the run put aside"):
         _ = load_run(ended).test
+
+
+def test_a_file_that_was_laid_into_a_checkpoint_is_not_taken(stopped, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    newest, taken, load = checkpoints(folder)[-1], [], CrashSafeTrainer._load_from_checkpoint
+    monkeypatch.setattr(CrashSafeTrainer, "_load_from_checkpoint", lambda self, *args, **kwargs: (load(self, *args, **kwargs), taken.append(self.best_weights)))
+    weights = load_file(newest / "adapter_model.safetensors")
+    for name in {"best.safetensors"} - files_of(newest):  # which it has only where the best look is an earlier one
+        save_file({name: torch.full_like(weight, 0.123) for name, weight in weights.items()}, newest / name)
+    resume(folder, say=quietly).release()
+    assert len(taken) == 1
+    assert all(torch.equal(weight, weights[name]) for name, weight in taken[0].items()), "the best weights are those of the checkpoint itself"
+
+
+def test_another_optimizer_begins_anew_where_it_is_allowed_by_one_name(stopped, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(stopped, folder)
+    save_config(replace(load_config(folder / "config.yaml"), optim="adafactor"), folder / "config.yaml")
+    with pytest.raises(TrainingError, match=r'allow_change=\["optim"\]'):
+        resume(folder, say=quietly)
+    resume(folder, say=said.append, allow_change="optim").release()
+    assert any("allowed: optim. The new optimizer begins without what the other one kept" in line for line in said)
+
+
+def test_another_precision_of_products_is_told(stopped, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(stopped, folder)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        resume(folder, say=said.append).release()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert any("medium precision of products: the last bits may be others" in line for line in said)
+
+
+def test_a_logger_that_is_not_here_is_told_before_anything(quick, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="report_to=\"wandb\" needs a package that is not here: pip install wandb"):
+        train(replace(quick, report_to="wandb"), some_splits(), say=quietly)
+
+
+def test_lines_of_a_run_are_lost_at_its_end_alone(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1}\n\n{"step": 2}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    for text, found in (('{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is no JSON"), ('{"step": 1}\n[1]\n', "line 2 is no row")):
+        path.write_text(text)
+        with pytest.raises(DamageError, match=found):
+            read_lines(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(DamageError, match="run.json.*: it is no file"):
+        read_facts(tmp_path)
+    save_there("{}", tmp_path / "run.json")
+    assert read_facts(tmp_path) == {}
+    monkeypatch.setattr("finetune_nb.run_folder.LARGEST", 1)
+    with pytest.raises(DamageError, match="it has 2 bytes, far more"):
+        read_facts(tmp_path)

@@ -9,12 +9,12 @@ from finetune_nb.duplicates import matches_between, near_duplicate_groups, norma
 from finetune_nb.planted import clean_chats, leaks, reworded
 
 
-@pytest.mark.parametrize("a, b", [("Ａ b", "a B!"), ("it’s", "It's"), ("a\u00a0b", "a b"), ("state-of-the-art", "State of the art"), ("Straße", "STRASSE")])
+@pytest.mark.parametrize("a, b", [("Ａ b", "a B!"), ("it’s", "It's"), ("a\u00a0b", "a b"), ("state-of-the-art", "State of the art"), ("Straße", "STRASSE"), ("capi\u200btal", "capital"), ("ca\u00adpital", "capital"), ("c\u0430pit\u0430l", "capital"), ("J\u200b45", "J45"), ("n\u03bfte", "note")])
 def test_spelling_is_folded(a, b):
     assert normalise(a) == normalise(b)
 
 
-@pytest.mark.parametrize("a, b", [("3.5", "35"), ("C++", "C#"), ("3+4", "3-4"), ("3*4", "3/4"), ("a<b", "a>b"), ("5 €", "5 $"), ("-5", "5")])
+@pytest.mark.parametrize("a, b", [("3.5", "35"), ("C++", "C#"), ("3+4", "3-4"), ("3*4", "3/4"), ("a<b", "a>b"), ("5 €", "5 $"), ("-5", "5"), ("\u043a\u043e\u0442", "kot"), ("\u03b1", "a")])
 def test_meaning_is_kept(a, b):
     assert normalise(a) != normalise(b)
 

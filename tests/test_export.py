@@ -17,6 +17,7 @@ from finetune_nb.adapter import check_servers, save_adapter
 from finetune_nb.config import ExportError
 from finetune_nb.lora import ADAPTER_FILES, AdapterError
 from finetune_nb.merge import base_files, merge_adapter
+from finetune_nb.models import convert_gguf, load_tokenizer
 from finetune_nb.training import load_run, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -255,6 +256,10 @@ def test_gguf_answers_as_what_was_evaluated(quick, wide_model, kind):
     assert check.format == kind and check.same_prompts == 3 and abs(check.loss_exported - check.loss_evaluated) < 0.02, check
     facts = gguf_facts(written.path)
     assert facts["tokenizer.chat_template"] == run.tokenizer.chat_template and facts["tokenizer.ggml.eot_token_id"] == 2 and facts["tokenizer.ggml.padding_token_id"] == 2
+    other = run.tokenizer.chat_template + "{# another #}"
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # of another model, in a folder of downloads
+        (written.path.parent / name).write_text(json.dumps({"chat_template": other, "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}))
+    assert load_tokenizer(str(convert_gguf(written.path))).chat_template == run.tokenizer.chat_template
     assert len(facts["tokenizer.ggml.tokens"]) == 49152 + 64 and [p.name for p in (run.folder / "exports").iterdir()] == [f"gguf-{kind}"]
 
 
@@ -424,6 +429,11 @@ def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick
     (folder / "export_check.json").write_text(json.dumps(check | {"agreement": 0.1}))
     with pytest.raises(ExportError, match="Do not ship it"):
         upload_export(folder, "me/coder")
+    for name in ("train.json", "answers.json", ".env.json", "id_rsa.model", "other.gguf", "notes.jinja"):
+        (folder / name).write_text("{}")
+        with pytest.raises(ExportError, match=f"{name} is no part of an export"):
+            upload_export(folder, "me/coder", unchecked=True)
+        (folder / name).unlink()
     (folder / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="not as it was exported"):
         upload_export(folder, "me/coder", unchecked=True)

@@ -218,7 +218,7 @@ def test_a_run_goes_on_from_one_file_and_passes_over_a_damaged_one(tiny_model, d
     assert again.facts["ended_by"] == "the plan" and again.facts["steps"] == 12
     assert newest_checkpoint(run.folder).name == "checkpoint-12"
     flip(run.folder / "adapter/adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="adapter is not as it was written: adapter_model.safetensors .*train again"):
+    with pytest.raises(AdapterError, match="adapter is not as it was written: adapter_model.safetensors .*train it again"):
         load_run(run.folder).model  # noqa: B018
 
 

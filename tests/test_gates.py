@@ -45,6 +45,8 @@ def offences(source):
                 found.append((node.lineno, name))
             if "trust_remote_code" in options and isinstance(options["trust_remote_code"], ast.Constant) and options["trust_remote_code"].value is not False:
                 found.append((node.lineno, "trust_remote_code"))
+            if name.rpartition(".")[2] == "from_pretrained" and name.rpartition(".")[0] in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "kind") and not {"trust_remote_code", None} & options.keys():
+                found.append((node.lineno, f"{name} that might ask whether code is to be run"))
             if name.startswith("subprocess.") and node.args and not isinstance(node.args[0], (ast.List, ast.Name)):
                 found.append((node.lineno, f"{name} without a list"))
     return found
@@ -60,13 +62,14 @@ def test_the_package_does_none_of_it(path):
     "import pickle", "from pickle import loads", "import dill as d", "import joblib", "import shelve", "eval('1')", "exec(x)", "import os\nos.system('a')", "os.popen('a')",
     "torch.load('a')", "torch.load('a', weights_only=True)", "np.load('a')", "np.load('a', allow_pickle=True)", "f(weights_only=False)", "subprocess.run('a', shell=True)", "subprocess.run(f'a {b}')",
     "yaml.load(x)", "from IPython.display import HTML", "from IPython.display import display, Markdown", "model.push_to_hub('a')", "api.upload_folder('a')", "f(trust_remote_code=True)", "requests.get(u, verify=False)", "f(shell=x)",
+    "AutoTokenizer.from_pretrained(folder)", "AutoModelForCausalLM.from_pretrained(a, dtype=b)",
 ])  # fmt: skip
 def test_the_gate_shuts(source):
     assert offences(source), source
 
 
 def test_what_is_fine_is_let_through():
-    fine = "model.eval()\nsubprocess.call([a, b])\njson.load(f)\nre.compile('a')\nyaml.safe_load(x)\nfrom IPython.display import display\nf(trust_remote_code=False)\nf(weights_only=True)"
+    fine = "model.eval()\nsubprocess.call([a, b])\njson.load(f)\nre.compile('a')\nyaml.safe_load(x)\nfrom IPython.display import display\nf(trust_remote_code=False)\nf(weights_only=True)\nAutoConfig.from_pretrained(a, **options)\nAutoConfig.from_pretrained(a, trust_remote_code=b)"
     assert offences(fine) == []
 
 

@@ -119,6 +119,20 @@ def test_an_index_stays_in_its_folder(file, model):
         load_model(str(model))
 
 
+def test_the_weights_are_merged_that_were_loaded(model, tmp_path):
+    from finetune_nb.merge import base_files
+
+    shutil.copyfile(model / "model.safetensors", model / "other.safetensors")
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "other.safetensors"}}))
+    load_model(str(model))  # transformers takes the one file where there is an index beside it
+    assert list(base_files(str(model)).shards) == ["model.safetensors"]
+    shutil.copyfile(model / "model.safetensors", tmp_path / "mine.safetensors")
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": str(tmp_path / "mine.safetensors")}}))
+    for reads in (load_model, base_files):
+        with pytest.raises(ModelError, match="points out of its folder"):
+            reads(str(model))
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}}])
 def test_an_index_says_what_is_where(index):
     with pytest.raises(ModelError, match="does not say which file holds which weight"):

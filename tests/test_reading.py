@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from bad_inputs import ANSWER, BAD, BOT, CALL, GOOD, SYSTEM, USER, VALID, lines, row
@@ -760,3 +761,19 @@ def test_parquet_is_noted_under_another_name_alone(name, file, tmp_path):
 )
 def test_what_is_a_list_of_rows(data, values, tmp_path):
     assert [one.value for one in rows_in(write(tmp_path, "a.json", data))[0]] == values
+
+
+def test_a_small_parquet_file_that_would_fill_the_memory(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    once = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["x" * 2**20]))  # a text that stands in every row, and once in the file
+    pq.write_table(pa.table({"prompt": once, "completion": ["a"] * 200}), tmp_path / "a.parquet", compression="zstd", use_dictionary=True)
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000
+    tracemalloc.start()
+    try:
+        assert sum(len(row.value["prompt"]) for row in read_rows(tmp_path / "a.parquet")) == 200 << 20
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+    for code, limits in (("D030", Limits(line=2**19)), ("D014", Limits(free=2**18)), ("D014", Limits(total=2**18))):
+        with pytest.raises(ChatError, match=code):
+            load_chats(tmp_path / "a.parquet", limits=limits)

@@ -2,15 +2,20 @@
 
 import json
 import traceback
+from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from canaries import PLANTED, run_with_canaries
+from conftest import some_splits
 
-from finetune_nb import redact
+from finetune_nb import export, redact
 from finetune_nb.config import ConfigError, FinetuneConfig, load_config
 from finetune_nb.data import check_chats
+from finetune_nb.evaluation import evaluate_run
 from finetune_nb.redact import holds_key, keys_here, no_key_raised, redacted, without_keys
 from finetune_nb.run_folder import read_facts, write_facts
+from finetune_nb.training import train
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["offline", "a local model"])
@@ -191,3 +196,31 @@ def test_no_error_gets_out_with_a_key(monkeypatch):
     with pytest.raises(ValueError) as caught:
         fails(plain)
     assert caught.value is plain and plain.args == ("nothing in it", 7)
+
+
+@pytest.mark.parametrize("shown", [repr, json.dumps, lambda key: json.dumps(key, ensure_ascii=False), quote, lambda key: quote(key, safe="")], ids=["repr", "JSON", "JSON with letters", "address", "part of an address"])
+def test_a_key_is_known_however_it_is_written(shown, monkeypatch):
+    key = "Can5\\ry\"p'ä/$$1"
+    monkeypatch.setenv("MY_DB_PASSWORD", key)
+    said = shown(key).strip("'\"")
+    assert said[2:] not in redacted(f"no way in with {said} today")
+    with pytest.raises(KeyError) as caught, no_key_raised():
+        raise KeyError(key)
+    assert said[2:] not in repr(caught.value)
+
+
+@pytest.mark.trains
+def test_no_error_of_what_comes_after_training_has_a_key(quick, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", KEY)
+    run = train(replace(quick, max_steps=1, preflight=False), some_splits(), say=lambda text: None)
+
+    def judge(*asked):
+        raise RuntimeError(f"401 for {KEY}")
+
+    with pytest.raises(Exception, match="401 for") as caught:
+        evaluate_run(run, checks={"judge": judge})
+    assert KEY not in "".join(traceback.format_exception(caught.value)).replace('KEY = "', "")
+    monkeypatch.setattr(export, "save_adapter", lambda *args: judge())
+    monkeypatch.setattr(export, "ExportError", RuntimeError)
+    shown = export.export_run(run, ("adapter",), check=False, card=False, say=lambda text: None)
+    assert "401 for" in str(shown) and KEY not in str(shown) + shown._repr_html_()

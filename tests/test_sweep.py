@@ -21,6 +21,7 @@ from finetune_nb.locks import LockError
 from finetune_nb.lora import add_lora, remove_lora
 from finetune_nb.memory import chat_losses
 from finetune_nb.models import load_model
+from finetune_nb.private import is_private
 from finetune_nb.range_test import RangeTest, lr_range_test, make_bare
 from finetune_nb.runs import list_runs
 from finetune_nb.stop import Stop, TrainingError
@@ -180,6 +181,7 @@ def test_the_chats_are_tokenised_once(quick, splits, monkeypatch, tmp_path):
 
 
 def test_what_is_finished_is_read(done, monkeypatch):
+    assert is_private(done[2].folder)
     quick, splits, result = done
     written = {one.name: (one.folder / "run.json").stat().st_mtime_ns for one in result.combinations}
     with monkeypatch.context() as patch:
