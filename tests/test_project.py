@@ -90,6 +90,16 @@ def test_imports_go_one_way():
                 assert ORDER.index(module) < ORDER.index(path.stem), f"{path.stem} imports {module}"
 
 
+def test_what_judges_an_export_loads_nothing_of_training():
+    "Its process would take seconds longer: PEFT alone brings bitsandbytes and a compiler."
+    reached, left = set(), ["fresh"]
+    while left:
+        body = ast.parse((ROOT / "finetune_nb" / f"{left.pop()}.py").read_text(encoding="utf-8")).body
+        found = {node.module for node in body if isinstance(node, ast.ImportFrom) and node.level == 1} - reached
+        reached, left = reached | found, [*left, *found]
+    assert "sandbox" in reached and not reached & {"training", "lora", "adapter"}
+
+
 def test_exported_code_needs_no_nbdev():
     for path in (ROOT / "finetune_nb").glob("*.py"):
         assert not re.search(r"^\s*(from|import) (nbdev|fastcore)", path.read_text(encoding="utf-8"), re.M), path.name
