@@ -167,6 +167,8 @@ def export_command(options: argparse.Namespace) -> None:
         from finetune_nb.upload import upload_export, validate_repository
 
         validate_repository(options.upload)  # before hours of work
+        if len(options.formats) > 1:
+            raise FinetuneError(f"A repository holds one model, and {', '.join(options.formats)} would lie over one another in {options.upload}. Upload one: --formats {options.formats[0]}")
     found = export_run(options.run, options.formats, options.folder, not options.no_check, base=options.base, data_license=options.data_license)
     _print(f"\n{found}")
     for item in found.items if options.upload else ():

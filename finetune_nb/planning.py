@@ -626,13 +626,14 @@ def estimate(
     available = available_bytes(config.use_cpu) if available is None else available
     budget = token_budget(config, rows, model, available)
     batch = largest_batch(rows, config, budget)
-    fixed, needed = _fixed_parts(model, config), _batch_parts(model, batch, config, blocks_to_recompute(config, rows, model, available))
+    again = blocks_to_recompute(config, rows, model, available)
+    fixed, needed = _fixed_parts(model, config), _batch_parts(model, batch, config, again)
     outside = {PROCESS: max(resident_bytes(), LIBRARIES)} if machine.device == "cpu" else {}
     parts = fixed | needed | outside
     evaluation, merging = (n + sum(outside.values()) for n in (sum(fixed.values()) + needed[MOMENT], _merging_bytes(model)))
     count = _parameters(model)
     tokens, computed, supervised, n = _tokens(rows, config, budget)
-    flops = training_flops(model, computed, supervised)
+    flops = training_flops(model, computed, supervised, again / inner_model(model).config.get_text_config().num_hidden_layers)
     if speed is None:
         speed = flops_per_second(machine.device, inner_model(model).dtype)
     epochs = config.num_train_epochs if config.max_steps <= 0 else config.max_steps * _chats_a_step(config) / n
@@ -670,6 +671,7 @@ def training_flops(
     model: nn.Module,  # with its adapter, on any device
     computed: int,  # tokens that are computed
     supervised: int,  # tokens with a label
+    again: float = 0.0,  # share of the blocks that are computed once more in the backward pass
 ) -> float:
     "Floating-point operations of a forward and backward pass, without the gradients of frozen weights and without attention's own."
     inner = inner_model(model)
@@ -677,7 +679,7 @@ def training_flops(
     outside = {id(p) for module in (head, embeddings) if module is not None for p in module.parameters()}
     frozen = sum(n * p.numel() for _, p, n in _weights(model) if id(p) not in outside and not p.requires_grad)
     trained = _parameters(model).trainable
-    return computed * (4 * frozen + 6 * trained) + supervised * 4 * (head.weight.numel() if head is not None else 0)
+    return computed * ((4 + 2 * again) * frozen + (6 + 2 * again) * trained) + supervised * 4 * (head.weight.numel() if head is not None else 0)
 
 # %% ../nbs/07_planning.ipynb #539e91f0
 PUT_TOGETHER = "blocks put together"

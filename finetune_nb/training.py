@@ -60,6 +60,7 @@ from finetune_nb.models import (
     hardware,
     is_out_of_memory,
     load_model,
+    load_tokenizer,
     mark_of,
     origin_facts,
     release_memory,

@@ -67,6 +67,7 @@ def validate_repository(
 
 def contents_of(
     folder: str | Path,  # of an export
+    repo_id: str = "",  # by which the card is to call it
 ) -> dict[str, bytes | Path]:
     "What of an export goes to the hub, by name: what its manifest lists, and what `BESIDE` names. Raises `ExportError` for a folder with something else in it, or a key."
     folder, found = Path(folder), {}
@@ -84,6 +85,9 @@ def contents_of(
     if "export_check.json" in found:
         said = json.loads(found["export_check.json"].read_text(encoding="utf-8"))
         found["export_check.json"] = json.dumps(said | {"first_difference": {}}, indent=1).encode()
+    if "README.md" in found and repo_id:
+        card = found["README.md"].read_text(encoding="utf-8").replace(f"./{folder.name}", repo_id).replace(f"\n# {folder.name}\n", f"\n# {repo_id}\n")
+        found["README.md"] = card.encode()
     return found
 
 # %% ../nbs/09o_upload.ipynb #70bbdc92
@@ -108,7 +112,7 @@ def upload_export(
     check = load_check(folder)
     if not unchecked and (check is None or not check.ok):
         raise ExportError(f"{folder}: {'it was not checked; verify_export does that.' if check is None else check.headline()} Nothing is sent. With unchecked=True it is, all the same.")
-    found = contents_of(folder)
+    found = contents_of(folder, repo_id)
     said = Upload(repo_id, private, {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in found.items()})
     return said if dry_run else _send(said, found, token, endpoint)
 

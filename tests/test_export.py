@@ -421,6 +421,7 @@ def test_what_gguf_can_not_say_is_refused_by_name(tokenizer):
 
 @pytest.mark.trains
 def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick, capsys, monkeypatch):
+    from finetune_nb import upload
     from finetune_nb.cli import main
     from finetune_nb.upload import upload_export
 
@@ -431,6 +432,9 @@ def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick
     folder = run.folder / "exports" / "merged"
     card = (folder / "README.md").read_text()
     assert "cc0-1.0" in card and "Ship it" in card and run.facts["data"]["train"]["sha256"] in card and "vllm serve" in card
+    assert main(["export", str(run.folder), "--formats", "merged", "adapter", "--upload", "me/coder"]) == 2 and "would lie over one another" in capsys.readouterr().err
+    sent = upload.contents_of(folder, "me/coder")["README.md"].decode()
+    assert "\n# me/coder\n" in sent and "vllm serve me/coder" in sent and "./merged" not in sent and "./merged" in card
     private = [str(run.folder.parent), *(chat.prompt[-1]["content"] for chat in run.test), *(chat.answer for chat in run.test)]
     assert not any(word in card for word in private)
     assert not any(word.encode() in what for what in upload_bytes(folder).values() for word in private)

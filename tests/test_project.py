@@ -51,6 +51,12 @@ def test_import_brings_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_no_name_is_undefined_in_the_package():
+    "A name that only an example of its chapter imports is known to the chapter, and to nobody else."
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(ROOT / "finetune_nb")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_every_public_name_is_there():
     import finetune_nb
 
