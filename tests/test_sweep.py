@@ -404,7 +404,7 @@ def test_a_range_test_finds_where_it_runs_away(quick, splits, tmp_path):
     model.lm_head.weight.data *= 40  # or an adapter could not do much harm
     model.save_pretrained(tmp_path / "strong")
     tokenizer.save_pretrained(tmp_path / "strong")
-    quick = replace(quick, model_name_or_path=str(tmp_path / "strong"), target_modules="all-linear")
+    quick = replace(quick, model_name_or_path=str(tmp_path / "strong"), target_modules="all-linear", lora_alpha=320.0)
     base = load_base(quick, quiet)
     before, settings = copied(base[0]), replace(quick)
     found = lr_range_test(quick, splits, 1e-4, 1, 60, base=base, say=quiet)
