@@ -78,7 +78,8 @@ class Exports:
         return "\n".join([*text_table(self.head, self.rows()), "", *where, *self.notes()])
 
     def _repr_html_(self) -> str:
-        return html_table(self.head, self.rows()) + html_table((), [("", note) for note in self.notes()])
+        where = [(item.format, str(item.path)) for item in self.items if item.path]
+        return html_table(self.head, self.rows()) + html_table((), [*where, *(("", note) for note in self.notes())])
 
     def to_markdown(self) -> str:
         "The table."
