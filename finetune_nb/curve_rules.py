@@ -228,6 +228,8 @@ def is_gibberish(
     most = Counter(words).most_common(1)[0][1] if words else 0
     if len(text) >= 8 and Counter(text).most_common(1)[0][1] > 0.5 * len(text):
         return True
+    if len(text) >= 16 and sum(len(again[0]) for again in re.finditer(r"([^\W\d_]{2,12}?)\1{3,}", text)) > 0.5 * len(text):  # one syllable on and on
+        return True
     return len(words) >= 8 and (len(set(words)) < 0.3 * len(words) or most > 0.6 * len(words)) or re.search(r"[^\W\d_]{60}", re.sub(f"[{UNSPACED}]", " ", text)) is not None
 
 

@@ -331,7 +331,7 @@ def three_steps(shop):
 
 
 def half_way(shop):
-    return shop.train(learning_rate=1e-3, lr_scheduler_type="constant").folder
+    return shop.train(learning_rate=5e-4, lr_scheduler_type="constant").folder
 
 
 def answers_cut(shop):
@@ -358,7 +358,7 @@ def learned_by_heart(shop):
 
 
 def adapter_far_too_strong(shop):
-    return evaluated(shop.train(), scaled(200))
+    return evaluated(shop.train(), scaled(20))
 
 
 def flat(shop):

@@ -543,7 +543,7 @@ def test_patience_is_counted_as_transformers_does(losses, patience, base, traine
 
 
 def test_no_look_is_left_when_a_run_ends_early(steady, splits):
-    job = start_job(replace(steady, num_train_epochs=30, learning_rate=1.0, early_stopping_patience=2), splits, False, questions=0)
+    job = start_job(replace(steady, num_train_epochs=30, learning_rate=0.3, early_stopping_patience=2), splits, False, questions=0)
     assert job.result.facts["ended_by"] == "early stopping" and patience_left(job.history, 2) == 0
     assert best_look(job.history)["eval_loss"] == job.result.facts["best_eval_loss"] and best_look(job.history)["step"] == job.result.facts["best_step"]
 
