@@ -398,7 +398,7 @@ FAULTS = {  # the planted fault, the rule that should come first, and who plants
     "end of the answer masked": ("never stops", end_masked),
     "long chats dropped": ("chats left out", long_ones_dropped),
     "eight chats, fifteen times": ("overfitting", learned_by_heart),
-    "adapter far too strong": ("gibberish", adapter_far_too_strong),
+    "adapter far too strong": ("never stops", adapter_far_too_strong),
     "flat loss": ("loss not falling", flat),
 }
 

@@ -43,6 +43,7 @@ def test_what_is_broken_is_named_first(planted, shop):
     rule, make = broken.FAULTS[planted]
     found = diagnose(make(shop))
     assert found.names[:1] == [rule], found
+    assert ("gibberish" in found.names) is (planted == "adapter far too strong"), found
     causes = [found for rule, found in found.findings if not rule.symptom]
     assert all(one.cause and one.evidence and one.remedy for one in causes)
 

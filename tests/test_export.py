@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from finetune_nb.lora import ADAPTER_FILES, AdapterError
 from finetune_nb.merge import base_files, merge_adapter
 from finetune_nb.models import convert_gguf, load_tokenizer
 from finetune_nb.training import load_run, train
+from finetune_nb.whole_folder import whole_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -31,7 +33,7 @@ def judges(request, monkeypatch):
     if request.node.name != STARTED:
         from finetune_nb import fresh
 
-        monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=forked.run_command))
+        monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=forked.run_command, DEVNULL=subprocess.DEVNULL))
 
 
 STARTED = "test_one_call_and_the_command_line_export_check_and_list_what_would_go"
@@ -549,7 +551,9 @@ def test_what_can_not_be_served_is_told(tmp_path, monkeypatch):
 def test_nothing_that_is_no_part_of_an_export_goes(tmp_path):
     from finetune_nb.upload import contents_of
 
-    (tmp_path / "config.json").write_text("{}")
+    tmp_path = tmp_path / "merged"
+    with whole_folder(tmp_path) as part:
+        part.write("config.json", b"{}")
     assert list(contents_of(tmp_path)) == ["config.json"]
     (tmp_path / "README.md").write_text("token: hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH")
     with pytest.raises(ExportError, match="looks like a key"):
