@@ -241,8 +241,9 @@ def merge_adapter(
     with whole_folder(target, {"kind": "merged", "adapter": adapter_mark(run.folder)}) as part:
         error = _write_weights(part.folder, files, plan, settings, kind, run.config.load_in_4bit)
         notes = _write_settings(part, files, plan, kind, run)
+    named = [f"{base} was named as the full-precision base model. Whether the run's own was packed from it can't be told from files: look at the check of the export."] if base else []
     packed = [_packing_note(error)] if run.config.load_in_4bit else []
-    return Merged(target, str(kind).removeprefix("torch."), len(plan.layers), len(plan.whole), size_on_disk(target), error, [*packed, *notes])
+    return Merged(target, str(kind).removeprefix("torch."), len(plan.layers), len(plan.whole), size_on_disk(target), error, [*packed, *notes, *named])
 
 
 def _packing_note(error: float | None) -> str:
