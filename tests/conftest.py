@@ -32,6 +32,14 @@ def pytest_xdist_make_scheduler(config, log):
     return Together(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect(request):
+    "A run collects garbage a few times: what stands there when a file begins that is long at work is not gone through each time."
+    if request.path.name in SHARING:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     "A folder with a Llama of two layers, random weights, and the small tokenizer."

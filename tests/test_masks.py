@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_chat_template import QUESTION, chat, small_tokenizer
+from test_chat_template import QUESTION, another_tokenizer, chat
 from tokenizers import AddedToken, normalizers, processors
 
 from finetune_nb import masks
@@ -16,7 +16,7 @@ from finetune_nb.turns import render
 @pytest.fixture(scope="module")
 def small():
     "Of bytes; its special tokens are <unk>, <s> and </s>, and its template knows two marks more."
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.add_tokens([AddedToken("<think>"), AddedToken("<b>"), AddedToken("bold")])
     made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}[INST] {{ m.content }} [/INST]{# <think> bold #}{% endif %}{% endfor %}"
     return made
@@ -42,7 +42,7 @@ def test_where_a_control_token_stands(text, user, assistant, small):
 
 
 def test_the_longest_control_token_is_found_and_blank_ones_never():
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.add_special_tokens({"additional_special_tokens": ["<s>x", "  ", "a.b"]})
     bare = SimpleNamespace(added_tokens_decoder={1: AddedToken("</s>", special=True)}, chat_template=None)
     assert Controls(bare).search("a</s>") == (1, 5), "of a tokenizer of any kind"
@@ -50,7 +50,7 @@ def test_the_longest_control_token_is_found_and_blank_ones_never():
 
 
 def test_where_a_control_token_stands_that_a_normaliser_makes():
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.backend_tokenizer.normalizer = normalizers.NFKC()
     made.add_tokens([AddedToken("<|a|>", special=True, normalized=True), AddedToken("<|b|>", special=True, normalized=False)], special_tokens=True)
     controls = Controls(made)
@@ -136,11 +136,11 @@ def test_a_row_is_cut_where_it_was_asked_for(small):
 
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_which_token_begins_at_a_character(trimmed):
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
     text = "hello there\n\nno  yes é</s> \n"
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
-    whole = small_tokenizer("bytes with trimmed offsets")
+    whole = another_tokenizer("bytes with trimmed offsets")
     whole.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     spans = whole.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     for position in range(len(text)):
@@ -157,7 +157,7 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_a_row_of_two_tokens_is_learned_from_and_one_of_one_is_not():
     "The first token is predicted from nothing, so its label carries no loss."
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}"
     made.add_tokens(["?"])
     one = chat("?", "yes")
@@ -169,7 +169,7 @@ def test_a_row_of_two_tokens_is_learned_from_and_one_of_one_is_not():
 
 
 def test_the_variables_of_a_template_reach_the_rows(small):
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.chat_template = "{{ style }}" + small.chat_template
     plain, named = (next(token_rows([chat("a", "b")], made, chat_template_kwargs=kwargs))[0]["input_ids"] for kwargs in (None, {"style": "hello"}))
     assert made.decode(named) == "hello" + made.decode(plain)
@@ -192,7 +192,7 @@ def test_an_end_of_turn_that_is_no_token_is_told_with_its_message(small):
 
 
 def test_nothing_is_added_to_a_text():
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     plain = made("hello there")["input_ids"]
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     assert made("hello there")["input_ids"] == [1, *plain, 2]
@@ -206,7 +206,7 @@ TURNS = "{% for m in messages %}<s>{{ m.role }}FILL\n{{ m.content }}</s>{% endfo
 @pytest.mark.parametrize(("fill", "kept"), [(0, True), (89, True), (90, False)])
 def test_a_prompt_is_not_tokenised_again_where_a_special_token_parts_it(fill, kept, monkeypatch):
     "Only what stands between that and the answer is, once; a long header is no header."
-    made, asked, real = small_tokenizer("bytes with trimmed offsets"), [], masks._Encoder.ids
+    made, asked, real = another_tokenizer("bytes with trimmed offsets"), [], masks._Encoder.ids
     made.add_tokens(["x" * 89, "x" * 90])
     made.chat_template = TURNS.replace("FILL", "x" * fill)
     monkeypatch.setattr(masks._Encoder, "ids", lambda self, text: asked.append(text) or real(self, text))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from jinja2 import TemplateSyntaxError
-from test_chat_template import small_tokenizer
+from test_chat_template import another_tokenizer
 from tokenizers import AddedToken
 
 from finetune_nb import turns
@@ -175,7 +175,7 @@ def test_what_to_do_about_a_prompt_that_is_no_beginning(template, longer, shorte
 
 
 def test_the_rows_are_of_the_answers_that_were_asked_for():
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
     one = Chat([USER, BOT, USER, BOT | {"train": False}])
     assert rows_of(Chat([USER, BOT]), Own(), chat_template_kwargs={"end": "</s>!"})[0].text.endswith("a</s>!")
@@ -185,7 +185,7 @@ def test_the_rows_are_of_the_answers_that_were_asked_for():
 
 
 def test_a_skeleton_is_kept_by_the_tools_of_a_chat_too():
-    made = small_tokenizer("bytes with trimmed offsets")
+    made = another_tokenizer("bytes with trimmed offsets")
     made.chat_template = "{% if tools %}TOOLS {% endif %}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     template, tools = Template(made), [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     texts = [turns._skeleton(template, Chat([USER], "", {"tools": given} if given else {}), 1).pieces for given in (None, tools, None)]
@@ -518,7 +518,7 @@ MARKED = "{{ style }}{% for t in tools or [] %}{{ t.name }}{% endfor %}{% for m 
 
 @pytest.fixture(scope="module")
 def made():
-    return small_tokenizer("bytes with trimmed offsets")
+    return another_tokenizer("bytes with trimmed offsets")
 
 
 @pytest.mark.parametrize(
