@@ -108,7 +108,7 @@ def before_the_end(
 ) -> None:
     "From now on `finish` is called before this process ends, by itself or because the system wants it to (SIGTERM). Only the main thread can listen."
     own, before = os.getpid(), signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or hasattr(before, "finishes") or before is signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread() or getattr(before, "finishes", 0) == own or before is signal.SIG_IGN:
         return
 
     def here() -> None:
@@ -120,6 +120,6 @@ def before_the_end(
         signal.signal(number, before or signal.SIG_DFL)
         signal.raise_signal(number)
 
-    ask.finishes = True
+    ask.finishes = own  # a child of this process needs one of its own
     signal.signal(signal.SIGTERM, ask)
     atexit.register(here)
