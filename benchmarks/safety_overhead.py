@@ -8,7 +8,9 @@ flushed, read back, renamed, the oldest removed, the folder made private. "Witho
 one is much of the cost already and would hide it. Losses, logs and everything else are the same in both, and so are the weights in
 the end, to the bit. Prints for each pair the CPU time of the process and the time on the clock; medians of all pairs and of their
 ratios; and, from inside the runs with all of it, the time that each part took, which says more than a ratio on a busy machine.
-Time goes from the first step to the last checkpoint, loading and planning left out. `--folder` is where the run is written (a disk,
+Time goes from the first step to the last checkpoint, loading and planning left out. Since the whole differs by some percent from run to
+run even on a quiet machine, the middle one of the steps is given for both, too: what the safety costs between the parts that are timed
+would show there. `--folder` is where the run is written (a disk,
 not memory).
 """
 
@@ -21,6 +23,8 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from transformers import TrainerCallback
 
 
 @contextmanager
@@ -48,8 +52,21 @@ def timed(spent: dict[str, list[float]], parts: dict[str, tuple[type, str]]):
             setattr(owner, method, kept[name])
 
 
-def measure(options, base, tokenizer, rows, guarded: bool, spent) -> tuple[float, float, str]:
-    "CPU time and time on the clock of one run, in seconds, and the hash of its adapter."
+class Steps(TrainerCallback):
+    "The CPU time of each step."
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.process_time() - self.begun)
+
+
+def measure(options, base, tokenizer, rows, guarded: bool, spent) -> tuple[float, float, str, float]:
+    "CPU time and time on the clock of one run, in seconds, the hash of its adapter, and the CPU time of the middle one of its steps."
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
@@ -78,6 +95,7 @@ def measure(options, base, tokenizer, rows, guarded: bool, spent) -> tuple[float
         trainer.args.save_strategy, trainer.args.save_steps = ("steps" if guarded else "no"), options.save_steps
         if not guarded:
             trainer.sentinels = None
+        trainer.add_callback(steps := Steps())
         with collator.attention(model), timed(spent, parts):
             begun = time.process_time(), time.perf_counter()
             with hold_run(Path(folder)) if guarded else nullcontext():
@@ -88,7 +106,7 @@ def measure(options, base, tokenizer, rows, guarded: bool, spent) -> tuple[float
         weights = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         assert not guarded or len(list(Path(folder).glob("checkpoint-*"))) >= 2
     remove_lora(model)
-    return *took, hashlib.sha256(save(weights)).hexdigest()
+    return *took, hashlib.sha256(save(weights)).hexdigest(), statistics.median(steps.seconds)
 
 
 def main() -> None:
@@ -123,6 +141,8 @@ def main() -> None:
         pairs.append(found)
         shown = [f"{found[True][i]:.2f} / {found[False][i]:.2f} s = {found[True][i] / found[False][i]:.4f}" for i in (0, 1)]
         print(f"pair {number + 1}: CPU {shown[0]}, clock {shown[1]}", flush=True)
+    middle = [statistics.median(found[guarded][3] for found in pairs) for guarded in (True, False)]
+    print(f"a step: {middle[0]:.3f} s of CPU time with, {middle[1]:.3f} s without; ratio {middle[0] / middle[1]:.4f}")
     for i, name in enumerate(("CPU time", "clock")):
         alone = [found[False][i] for found in pairs]
         ratio = statistics.median(found[True][i] / found[False][i] for found in pairs)
