@@ -12,6 +12,10 @@ Time goes from the first step to the last checkpoint, loading and planning left 
 run even on a quiet machine, the middle one of the steps is given for both, too: what the safety costs between the parts that are timed
 would show there. `--folder` is where the run is written (a disk,
 not memory).
+
+Seen on 2026-11-27 (torch 2.13, two hardware threads of one core, the other one idle): from inside 0.65 % of the CPU time and 0.70 % of
+the time on the clock, with two checkpoints in 16 steps (0.5 s of 71). Whole runs differ by more than that without any of it: two pairs
+had ratios of 1.014 and 0.941, and a step took 4.35 s of CPU time with and 4.50 s without.
 """
 
 import argparse
