@@ -96,7 +96,7 @@ def _message_faults(message: Any) -> Iterator[Fault]:
     if role not in ROLES:
         return
     yield from _content_faults(message, role)
-    if len(message) > 2:
+    if len(message) > 2 or "content" not in message:
         yield from _mark_faults(message, role)
         yield from _call_faults(message, role)
 

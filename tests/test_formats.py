@@ -308,3 +308,10 @@ def test_forms_that_are_mixed_are_told_once():
         load_chats(rows, on_error="skip")
     assert [(p.code, p.found) for p in caught.value.problems] == [("D052", "rows in 2 forms: row 1 is prompt and completion, with the columns completion, prompt; row 2 is messages, with the columns id, messages.")]
     assert "format='prompt-completion'" in caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("calls", ["Hello!", ["Hello!"], {"a": 1}, 3, True, [{"id": "a"}]])
+@pytest.mark.parametrize("more", [{}, {"content": ""}, {"content": "One moment."}])
+def test_calls_are_looked_at_where_nothing_else_is_said(calls, more):
+    found = check_messages([{"role": "user", "content": "Time?"}, {"role": "assistant", "tool_calls": calls} | more])
+    assert [fault.code for fault in found] == ["D080"]
