@@ -8,9 +8,9 @@ printed with the input's seed, and the input is kept in the folder that --keep n
 read, how many refused, and the slowest.
 
 Seen on two hardware threads (2026-11-26 and 27), each with seeds of its own: adapters 480,000 mutations, configurations 380,000, files of
-chats 180,000, run folders about 18,000, templates 6,000; together 1,064,000. Found and mended on the way: a damaged adapter_config.json
+chats 250,000, run folders about 18,000, templates 6,000; together 1,134,000. Found and mended on the way: a damaged adapter_config.json
 or safetensors header, JSON nested too deep, a parquet file whose damaged statistics ended the process in pyarrow, tool calls that were
-no calls in a message without content. Nothing uncaught since, but that the last find was not followed by as many again.
+no calls in a message without content. Nothing uncaught since: 70,000 files of chats after the last find, 100,000 adapters.
 """
 
 # ruff: noqa: E501

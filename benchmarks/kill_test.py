@@ -7,7 +7,8 @@ the deaths of the second kind, once more while it is gone on with. Needs Linux. 
 
 Seen on 2026-11-26 (Python 3.11, torch 2.13, two busy hardware threads): a run does 142 writes, flushes and changes of names; it died at
 each of them, 142 of 142 came to the same, and 48 of 48 of those that died once more while they were gone on with. On 2026-11-27, with
-more that is looked at and so 179 writes: 200 of 200 that were killed at random, up to three times each, came to the same.
+more that is looked at and so 179 writes: 200 of 200 that were killed at random, up to three times each, came to the same, and so did
+90 of 90 that died at every other write and 30 of 30 that died once more.
 """
 
 import os
