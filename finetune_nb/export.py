@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .adapter import open_run, save_adapter, size_on_disk
+from .answers import shorten
 from .config import ExportError, FinetuneError
 from .display import html_table, markdown_table, text_table
 from .fresh import Answers, Questions
@@ -142,7 +143,7 @@ def _card(run: Run, path: Path, data_license: str | None, report: RunReport) -> 
 
 def _first_difference(item: Exported) -> str:
     "Where the first answer parts from that of the evaluated model."
-    shown = {name: text if len(text) <= 80 else f"{text[:79]}…" for name, text in ((name, " ".join(text.split())) for name, text in item.check.first_difference.items())}
+    shown = {name: shorten(text, 80) for name, text in item.check.first_difference.items()}
     return f"{item.format}: {item.check.same_answers} of {item.check.chats} answers are the same letter by letter; the first other one: asked “{shown['question']}”, evaluated “{shown['evaluated']}”, exported “{shown['exported']}”"
 
 

@@ -57,7 +57,7 @@ def read_samples(
     except (ValueError, OSError, RecursionError) as error:  # a folder from elsewhere may hold anything
         warnings.warn(f"The answers on the way can't be shown: {error}", stacklevel=2)
         return []
-    whole = [row for row in rows if isinstance(row, dict) and row.keys() == kinds.keys() and all(isinstance(row[name], kind) for name, kind in kinds.items())]
+    whole = [row for row in rows if row.keys() == kinds.keys() and all(isinstance(row[name], kind) for name, kind in kinds.items())]
     if len(whole) < len(rows):
         warnings.warn(f"{path}: {len(rows) - len(whole)} of {len(rows)} lines are no answers, and are not shown.", stacklevel=2)
     return [Sample(**row) for row in whole]

@@ -244,7 +244,8 @@ def _words_at_head(config_file: str | Path, gpus: int, machines: int) -> str:
     _check_counts(gpus, machines)
     *words, file = torchrun_words(config_file, gpus, machines, "HEAD:29500")
     file = f"./{file}" if file.startswith("-") else file
-    return f"{shlex.join(words).replace('HEAD:', chr(34) + '$head' + chr(34) + ':')} {shlex.quote(file)}"
+    at_head = shlex.join(words).replace("HEAD:", '"$head":')
+    return f"{at_head} {shlex.quote(file)}"
 
 
 def _check_counts(gpus: int, machines: int) -> None:

@@ -73,9 +73,13 @@ def _read(path: Path, parse: Callable[[str], Any], nothing: Any) -> Any:
         return nothing
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            raise damage(path, "it is no file" if not stat.S_ISREG(found.st_mode) else f"it has {found.st_size:,} bytes, far more than what a run writes")
+        if not stat.S_ISREG(found.st_mode):
+            raise damage(path, "it is no file")
+        if found.st_size > LARGEST:
+            raise damage(path, f"it has {found.st_size:,} bytes, far more than what a run writes")
         return parse(path.read_text(encoding="utf-8"))
+    except DamageError:
+        raise
     except RecursionError:
         raise damage(path, "it is nested too deep for what a run writes") from None
     except UnicodeDecodeError:

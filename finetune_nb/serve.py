@@ -136,7 +136,8 @@ def serve_model(
 ) -> ServedModel:
     "A server for `with`; raises `ExportError` with the reason where there can't be one."
     validate_server()
-    return ServedModel(servable(place).resolve(), free_port(port), device)
+    port = free_port(port)  # before anything is merged for it
+    return ServedModel(servable(place).resolve(), port, device)
 
 
 def ask_server(

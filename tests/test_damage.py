@@ -354,8 +354,9 @@ def test_lines_of_a_run_are_lost_at_its_end_alone(tmp_path):
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
     for text, found in (('{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is no JSON"), ('{"step": 1}\n[1]\n', "line 2 is no row")):
         path.write_text(text)
-        with pytest.raises(DamageError, match=found):
+        with pytest.raises(DamageError, match=found) as caught:
             read_lines(path)
+        assert str(caught.value).count("history.jsonl is not as") == 1, "told once"
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path, monkeypatch):
