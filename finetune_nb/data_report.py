@@ -33,7 +33,7 @@ class Finding:
     point: int  # to which point of the checklist it belongs
     severity: str  # "error", "warning" or "note"
     message: str  # what was found, in one line
-    advice: str  # what to do
+    advice: str  # what to do; empty where nothing is
     rows: list[int] = field(default_factory=list)  # the chats concerned, by their place in the data
     groups: list[list[int]] = field(default_factory=list)  # chats that belong together, as copies of each other
     excerpts: dict[int, str] = field(default_factory=dict)  # row to what was found there, secrets masked
@@ -175,7 +175,7 @@ class DataReport:
                 "",
                 f"{_MARK[f.severity]} {f.check}: {f.message}",
                 *(f"    {self._where(r)}: {' '.join(t.split())}" for r, t in list(f.excerpts.items())[:3]),
-                f"  → {f.advice}",
+                *([f"  → {f.advice}"] if f.advice else []),
             ]
         return "\n".join(lines)
 
@@ -184,7 +184,7 @@ class DataReport:
         lines = [f"# {self.verdict}", "", "| check | severity | chats | found |", "| --- | --- | --- | --- |"]
         lines += [f"| {f.check} | {f.severity} | {len(f.rows):,} | {md_cell(f.message)} |" for f in self.findings]
         for f in self.findings:
-            lines += ["", f"## {f.check}", "", _escaped(f"{f.message} {f.advice}"), ""]
+            lines += ["", f"## {f.check}", "", _escaped(f"{f.message} {f.advice}".rstrip()), ""]
             lines += [f"- {md_cell(self._where(r))}: {md_cell(t)}" for r, t in list(f.excerpts.items())[:_SHOWN]]
         return "\n".join(lines) + "\n"
 
@@ -234,7 +234,7 @@ class DataReport:
         more = f"<p>and {n:,} more {'groups' if f.groups else 'chats'}</p>" if n > 0 else ""
         head = f'<summary style="cursor:pointer"><b>{escape(f.check)}</b> <small>{f.severity}</small> — {escape(f.message)}</summary>'
         picture = bar_chart(f.bars) if f.bars else ""
-        point = f"<p>{escape(POINTS[f.point])}. <i>{escape(f.advice)}</i></p>"
+        point = f"<p>{escape(POINTS[f.point])}.{f' <i>{escape(f.advice)}</i>' if f.advice else ''}</p>"
         body = f"{point}{picture}<div style='white-space:pre-wrap;margin-top:8px'>{shown}</div>{more}"
         return f'<details style="border-left:4px solid {colour};padding:4px 10px;margin:6px 0">{head}{body}</details>'
 

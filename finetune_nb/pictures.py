@@ -48,7 +48,7 @@ class PlainLog(LogFormatterSciNotation):
 def plot_history(
     history: list[dict[str, float]],  # rows with step and loss or eval_loss
 ) -> Picture:
-    "Training and validation loss over the steps; the best look at the validation set is marked."
+    "Training and validation loss over the steps; the best look at the validation set has a ring."
     figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = {"loss": ("training", "-", "#4c78a8"), "eval_loss": ("validation", "o-", "#e45756")}
@@ -58,8 +58,7 @@ def plot_history(
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)
             if key == "eval_loss":
                 step, low = min(points, key=lambda p: p[1])
-                side = "left" if 2 * step < points[-1][0] else "right"  # or it would lie beside the axes
-                axes.annotate(f"best {low:.3f}", (step, low), xytext=(0, 10), textcoords="offset points", ha=side, color=colour)
+                axes.plot(step, low, "o", color=colour, markersize=11, fillstyle="none", label=f"best: {low:.3f} at step {step:g}")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", yscale="log")
     axes.yaxis.set(major_formatter=PlainLog(), minor_formatter=PlainLog(minor_thresholds=(1, 0.4)))
     axes.grid(alpha=0.25, which="both")

@@ -151,7 +151,8 @@ def check_openings(texts: Texts) -> list[Finding]:
     distinct, total = counted(len(openings), "distinct opening", "distinct openings"), counted(len(texts.chats), "chat", "chats")
     message = f"{distinct} (first three words of the question) in {total}, {share:.0%}."
     bars = [(" ".join(masked(example[o]).split()[:3]), n) for o, n in openings.most_common(10)]
-    return [Finding("openings", 3, severity, message, "Ask in the many ways in which users will ask.", bars=bars)]
+    advice = "Ask in the many ways in which users will ask." if severity == "warning" or share < 0.5 else ""
+    return [Finding("openings", 3, severity, message, advice, bars=bars)]
 
 # %% ../nbs/00d_quality.ipynb #4b5aa836
 _SCRIPTS = {"Cyrillic": "\u0400-\u04ff", "Greek": "\u0370-\u03ff", "Arabic": "\u0600-\u06ff", "Hebrew": "\u0590-\u05ff", "Devanagari": "\u0900-\u097f", "Thai": "\u0e00-\u0e7f", "Japanese": "\u3040-\u30ff", "Chinese": "\u4e00-\u9fff", "Korean": "\uac00-\ud7af"}  # fmt: skip  # noqa: E501
@@ -223,9 +224,8 @@ def check_lengths(texts: Texts) -> list[Finding]:
     lengths = [len(a.split()) for a in texts.answers]
     middle = sorted(lengths)[len(lengths) // 2] if lengths else 0
     rows = [i for i, n in enumerate(lengths) if n > max(10 * middle, 50)]
-    message = (
-        f"Answers have {middle:,} words in the middle, {max(lengths, default=0):,} at most; {len(rows):,} are over ten times the middle."
-    )
+    message = f"Answers have {middle:,} words in the middle, {max(lengths, default=0):,} at most"
+    message += f"; {counted(len(rows), 'is', 'are')} over ten times the middle." if rows else "."
     excerpts = {i: f"{lengths[i]:,} words: {shorten(texts.answers[i])}" for i in rows}
     turns = Counter(sum(m["role"] == "assistant" for m in c.messages) for c in texts.chats)
     listed = [(counted(n, "answer", "answers"), k) for n, k in sorted(turns.items())]
@@ -235,7 +235,7 @@ def check_lengths(texts: Texts) -> list[Finding]:
             5,
             "warning" if rows else "note",
             message,
-            "Look whether the long ones are meant.",
+            "Look whether the long ones are meant." if rows else "",
             rows,
             [],
             excerpts,
@@ -243,7 +243,8 @@ def check_lengths(texts: Texts) -> list[Finding]:
         )
     ]
     said = "Answers per chat: " + ", ".join(f"{n} in {k:,}" for n, k in sorted(turns.items())[:8]) + "."
-    return found + [Finding("turns", 5, "note", said, "Train on as many turns as users will take.", bars=listed[:12])]
+    advice = "If users will ask again, train on chats with as many turns." if set(turns) == {1} else ""
+    return found + [Finding("turns", 5, "note", said, advice, bars=listed[:12])]
 
 # %% ../nbs/00d_quality.ipynb #2b736981
 def check_number(texts: Texts) -> list[Finding]:
@@ -354,7 +355,9 @@ def check_tokens(texts: Texts, tokenizer: Any, max_length: int | None) -> list[F
     lost = [i for i in cut if counts[i][0] >= max_length]
     how = "" if tokenizer else " (estimated from words)"
     message = f"Chats have up to {max(totals, default=0):,} tokens{how}"
-    message += f"; {len(cut):,} pass max_length={max_length:,}, {len(lost):,} would lose their whole answer." if max_length else "."
+    if cut:
+        message += f"; {counted(len(cut), 'passes', 'pass')} max_length={max_length:,}, {len(lost):,} would lose their whole answer"
+    message += "; none passes max_length=" + f"{max_length:,}." if max_length and not cut else "."
     severity = "error" if lost else "warning" if cut else "note"
     excerpts = {i: f"{totals[i]:,} tokens" + ", the answer is lost" * (counts[i][0] >= max_length) for i in cut}
     return [
@@ -363,7 +366,7 @@ def check_tokens(texts: Texts, tokenizer: Any, max_length: int | None) -> list[F
             6,
             severity,
             message,
-            "Raise max_length, or shorten these chats.",
+            "Raise max_length, or shorten these chats." if cut else "",
             cut,
             [],
             excerpts,

@@ -192,7 +192,7 @@ def plot_runs(
     log: bool = True,  # a logarithmic scale
     learning_rate: bool = False,  # also the learning rate, on an axis of its own
     size: tuple[float, float] = (7.0, 3.4),  # inches
-    colour: str = "#444",  # of the axes: one that can be read on the page
+    colour: str = GREY,  # of the axes
 ) -> Picture:
     "Training (thin) and validation loss (with marks) of some runs over their steps."
     figure = Picture(figsize=size, layout="constrained")
