@@ -216,15 +216,22 @@ def skypilot_file(
     gpus: int = 8,  # on each machine
     machines: int = 1,
     name: str = "finetune",  # of the job
+    bucket: str = "",  # keeps the run when the machines go, and is made if there is none; several machines need one
 ) -> str:
-    "A file for `sky launch`. The folder is copied to each machine, so the chats go along; output_dir has to lie on storage that all of them mount and that stays when they go."
+    "A file for `sky launch`. The folder is copied to each machine, so chats that lie in it go along; the run goes into the bucket, which all machines mount."
+    if Path(config_file).is_absolute() or ".." in Path(config_file).parts:
+        raise LaunchError(f"{config_file} does not lie in the folder that SkyPilot copies: name the run file as seen from the folder in which you call `sky launch`.")
+    if machines > 1 and not bucket:
+        raise LaunchError(f"{machines} machines write and read one run: name a bucket for it, as in bucket='my-runs'.")
     words = _words_at_head(config_file, gpus, machines)
+    mounts = f"file_mounts:\n  /runs:\n    name: {_plain(bucket)}\n    mode: MOUNT_CACHED\n" if bucket else ""
+    words += " --set output_dir=/runs" if bucket else ""
     return f"""name: {_plain(name)}
 num_nodes: {machines}
 workdir: .
 resources:
   accelerators: {_plain(gpu)}:{gpus}
-setup: |
+{mounts}setup: |
   pip install "finetune_nb[qlora] @ git+https://github.com/finetune-nb/finetune_nb"
 run: |
   head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)

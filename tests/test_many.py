@@ -180,7 +180,13 @@ def test_files_for_schedulers_are_quoted(tmp_path):
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")]).returncode == 0
     heard = subprocess.run(["bash", "-c", 'srun() { printf "%s\\n" "$@"; }; scontrol() { echo node1; }; SLURM_JOB_NODELIST=x; ' + script], capture_output=True, text=True, check=True)
     assert heard.stdout.splitlines()[-1] == "it's; rm -r .yaml" and "--rdzv-endpoint=node1:29500" in heard.stdout
-    assert yaml.safe_load(skypilot_file("run.yaml", gpus=4, machines=2))["resources"] == {"accelerators": "H100:4"}
+    file = yaml.safe_load(skypilot_file("run.yaml", gpus=4, machines=2, bucket="my-runs"))
+    assert file["resources"] == {"accelerators": "H100:4"} and file["file_mounts"] == {"/runs": {"name": "my-runs", "mode": "MOUNT_CACHED"}}
+    assert file["run"].rstrip().endswith("train run.yaml --set output_dir=/runs")
+    assert "file_mounts" not in yaml.safe_load(skypilot_file("run.yaml"))
+    for asked, why in (({"machines": 2}, "name a bucket"), ({"config_file": "/a/run.yaml"}, "does not lie in the folder"), ({"config_file": "../run.yaml"}, "does not lie in the folder"), ({"bucket": "x: y"}, "letters, digits")):
+        with pytest.raises(LaunchError, match=why):
+            skypilot_file(**{"config_file": "run.yaml", **asked})
     assert slurm_script("-x.yaml").rstrip().endswith(" ./-x.yaml") and slurm_script("HEAD:x.yaml", machines=2).rstrip().endswith(" HEAD:x.yaml")
     for hours in (0, -3, 1.5):
         with pytest.raises(LaunchError, match="whole number of hours"):
