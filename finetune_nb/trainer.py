@@ -234,7 +234,8 @@ class FinetuneTrainer(CrashSafeTrainer):
         if n > 1:
             sharing = loader.batch_sampler
             sharing.batch_sampler = Share(sharing.batch_sampler.sampler, self.args.train_batch_size, n, self.args.process_index)
-            sharing.num_processes, sharing.process_index, sharing.batch_size = 1, 0, None  # it has nothing left to share out
+            sharing.num_processes, sharing.process_index = 1, 0  # it has nothing left to share out
+            sharing.batch_size, sharing.even_batches = None, False  # and nothing to fill up
         return loader
 
     def create_accelerator_and_postprocess(self):
