@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SPACE', 'ARCHITECTURES', 'PLAIN', 'BY_LLAMA_CPP',
            'cutting_rule', 'tokens_of', 'space_prefix', 'architecture_of', 'in_pairs', 'write_gguf', 'gguf_facts',
-           'known_license', 'GgufFile', 'export_gguf', 'validate_kind', 'quantize_gguf', 'compare_gguf']
+           'gguf_kind', 'known_license', 'GgufFile', 'export_gguf', 'validate_kind', 'quantize_gguf', 'compare_gguf']
 
 # %% ../nbs/09k_gguf.ipynb #add6e0a3
 import ctypes
@@ -278,6 +278,20 @@ def gguf_facts(
     from gguf import GGUFReader
 
     return {name: value.contents() for name, value in GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
+
+
+def gguf_kind(
+    path: str | Path,  # of a GGUF file
+) -> str:
+    "What a file says of its weights, such as `q8_0`; empty where it says nothing. Raises `ExportError` for a damaged file."
+    from gguf import GGUFReader, LlamaFileType
+
+    try:
+        number = GGUFReader(path).get_field("general.file_type")
+    except (ValueError, IndexError, KeyError) as error:
+        raise ExportError(f"{path} is damaged, and can't be read as a GGUF file ({error}). Export it again.") from None
+    known = {kind.value: kind.name.partition("_")[2].lower() for kind in LlamaFileType}
+    return known.get(number.contents(), "") if number else ""
 
 
 def known_license(

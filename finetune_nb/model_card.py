@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .adapter import base_facts, open_run, public_name, vllm_rank
+from .adapter import base_facts, is_own_base, open_run, public_name, vllm_rank
 from .config import changed_settings, replacing
 from .display import markdown_table, md_cell
 from .gguf_file import known_license
@@ -37,7 +37,7 @@ def how_to_run(
     name: str,  # of the repository, folder or file
     base: str,  # the base model's public name
     revision: str | None = None,  # commit of the base model, where the run names one
-    r: int = 16,  # rank of the adapter
+    r: int = 16,  # highest rank of the adapter
 ) -> dict[str, str]:
     "Commands by place; the two servers speak OpenAI's protocol on this machine."
     if kind == "gguf":
@@ -76,19 +76,21 @@ def write_model_card(
     run, export = open_run(run), Path(export)
     report = report or write_report(run)
     file = next(export.glob("*.gguf"), export)
-    kind, check, base = kind_of(file)[0], load_check(export), public_name(run.config.model_name_or_path)
+    kind, check, base = kind_of(file), load_check(export), public_name(run.config.model_name_or_path)
     license = license or base_license(run.config.model_name_or_path)
     parts = [f"# {md_cell(name or export.name)}", f"**{md_cell(report.found.headline())}**", _measured(report), _checked(check)]
     parts += ["## How it was made", markdown_table(("", ""), _made(run)), "## Licences", markdown_table(("", ""), [("base model", base_license(run.config.model_name_or_path)), ("training data", data_license or UNKNOWN), ("this model", license)])]
+    own = is_own_base(run.config.model_name_or_path)
+    base = f"/path/to/{base}" if own else base
     place = file.name if kind == "gguf" else name or f"./{export.name}"
     parts += ["## How to run it", *(f"**{where}**\n\n```\n{what}\n```" for where, what in how_to_run(kind, place, base, run.config.revision or run.facts.get("origin", {}).get("commit"), run.config.r).items())]
     with replacing(export / "README.md") as card:
-        card.write(redacted(f"---\n{_front(kind, base, license)}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
+        card.write(redacted(f"---\n{_front(kind, None if own else base, license)}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
     return export / "README.md"
 
 
-def _front(kind: str, base: str, license: str) -> str:
-    "The lines that a hub reads."
+def _front(kind: str, base: str | None, license: str) -> str:
+    "The lines that a hub reads; a base model that lies in a folder has no name there."
     known = {} if license == UNKNOWN else {"license": license}
     library = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[kind]
     return ModelCardData(base_model=base, library_name=library, pipeline_tag="text-generation", tags=["finetune_nb", *(["lora"] if kind == "adapter" else [])], **known).to_yaml().strip()

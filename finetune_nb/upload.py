@@ -48,7 +48,7 @@ class Upload:
         return found + [f"{name} has the names of the run and of its base model in it." for name in self.files if name.endswith(".gguf")]
 
     def __str__(self) -> str:
-        head = f"Sent to {self.url}" if self.url else f"Would go to {self.repo_id} ({'private' if self.private else 'public'}); nothing was sent. upload_export(…, dry_run=False) sends it"
+        head = f"Sent to {self.url}" if self.url else f"Would go to {self.repo_id} ({'private' if self.private else 'public'}); nothing was sent. To send it: upload_export(…, dry_run=False), on the command line --send"
         return "\n".join([f"{head}:", *(f"  {name:40} {size:>14}" for name, size in self.rows()), *self.notes()])
 
     def _repr_html_(self) -> str:

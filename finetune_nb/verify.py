@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'AFTER_PACKING', 'Limits', 'limits_of', 'ExportCheck', 'load_check', 'questions_of', 'ask_evaluated',
-           'compare_answers', 'verify_export', 'kind_of']
+           'compare_answers', 'verify_export', 'kind_of', 'format_of']
 
 # %% ../nbs/09m_verify.ipynb #6dbfc9df
 import json
@@ -22,6 +22,7 @@ from .data import Chat
 from .display import html_table, md_cell
 from .fresh import Answers, Questions, ask_fresh, ask_transformers
 from .generation import greedy
+from .gguf_file import gguf_kind
 from .models import find_model
 from .redact import no_key_raised
 from .training import Run
@@ -214,7 +215,9 @@ def verify_export(
 ) -> ExportCheck:
     "Loads an export in a fresh process, asks it the test chats, and writes export_check.json beside it; a failure keeps the export. Raises `ExportError` where it can't be loaded, or can't be judged here."
     run, path = open_run(run), Path(path)
-    kind, format = kind_of(path, format)
+    kind = kind_of(path)
+    format = format or format_of(path, kind)
+    limits = limits_of(format, run.config.load_in_4bit)
     asked, before = evaluated or _evaluated(run, chats, n)
     dtype, device = run.facts.get("dtype", "float32"), run.facts.get("device", "cpu")
     more: dict[str, Any] = {}
@@ -224,7 +227,7 @@ def verify_export(
         asked = replace(asked, ends=before.ends)
     run.release()
     after = ask_fresh(kind, path, asked, dtype=dtype, device=device, **more)
-    check = compare_answers(format, asked, before, after, limits_of(format, run.config.load_in_4bit), [*notes, *_notes(kind, after, dtype)])
+    check = compare_answers(format, asked, before, after, limits, [*notes, *_notes(kind, after, dtype)])
     check.save(path if path.is_dir() else path.parent)
     return check
 
@@ -236,17 +239,28 @@ def _evaluated(run: Run, chats: Sequence[Chat] | None, n: int) -> tuple[Question
 
 def kind_of(
     path: Path,  # a folder, or a GGUF file
-    format: str | None = None,  # as asked for
-) -> tuple[str, str]:
-    "How an export is loaded, and its format. Raises `ExportError` for what is none."
+) -> str:
+    "How an export is loaded: `gguf`, `adapter` or `merged`. Raises `ExportError` for what is none."
     if path.suffix == ".gguf" and path.is_file():
-        return "gguf", format or path.stem.rpartition("-")[2].lower()
+        return "gguf"
     if (path / "adapter_config.json").is_file():
-        return "adapter", format or "adapter"
+        return "adapter"
     if (path / "config.json").is_file():
-        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return "merged", format or said.get("dtype") or said.get("torch_dtype") or "float32"
+        return "merged"
     raise ExportError(f"{path} is no export: it holds no adapter, no merged model, and is no GGUF file.")
+
+
+def format_of(
+    path: Path,  # a folder, or a GGUF file
+    kind: str,  # of `kind_of`
+) -> str:
+    "The format that an export says it has; of a GGUF file what is written in it, whatever its name says."
+    if kind == "gguf":
+        return gguf_kind(path) or path.stem.rpartition("-")[2].lower()
+    if kind == "adapter":
+        return kind
+    said = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return said.get("dtype") or said.get("torch_dtype") or "float32"
 
 
 def _notes(kind: str, after: Answers, dtype: str) -> list[str]:

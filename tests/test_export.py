@@ -247,6 +247,30 @@ def test_each_fault_alone_forbids_to_ship():
         limits_of("q2")
 
 
+def test_a_gguf_file_says_its_format_itself(tmp_path):
+    from finetune_nb.verify import format_of, kind_of
+
+    whole = write_small_gguf(tmp_path / "model-q8_0.gguf", 2)
+    assert (kind_of(whole), format_of(whole, "gguf")) == ("gguf", "q4_0")
+    silent = write_small_gguf(tmp_path / "silent-q8_0.gguf", None)
+    assert format_of(silent, "gguf") == "q8_0"
+    whole.write_bytes(whole.read_bytes()[:40])
+    with pytest.raises(ExportError, match="model-q8_0.gguf is damaged"):
+        format_of(whole, "gguf")
+
+
+def write_small_gguf(path, file_type):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    if file_type is not None:
+        writer.add_file_type(file_type)
+    writer.add_name("small")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+        write()
+    return path
+
+
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -433,6 +457,7 @@ def test_one_call_and_the_command_line_export_check_and_list_what_would_go(quick
     assert "ship" in shown and "Would go to me/coder (private)" in shown and "model.safetensors" in shown
     folder = run.folder / "exports" / "merged"
     card = (folder / "README.md").read_text()
+    assert "base_model:" not in card, "a folder's name may be the name of another model on the hub"
     assert "cc0-1.0" in card and "Ship it" in card and run.facts["data"]["train"]["sha256"] in card and "vllm serve" in card
     assert main(["export", str(run.folder), "--formats", "merged", "adapter", "--upload", "me/coder"]) == 2 and "would lie over one another" in capsys.readouterr().err
     sent = upload.contents_of(folder, "me/coder")["README.md"].decode()

@@ -184,9 +184,9 @@ def test_files_for_schedulers_are_quoted(tmp_path):
     assert file["resources"] == {"accelerators": "H100:4"} and file["file_mounts"] == {"/runs": {"name": "my-runs", "mode": "MOUNT_CACHED"}}
     assert file["run"].rstrip().endswith("train run.yaml --set output_dir=/runs")
     assert "file_mounts" not in yaml.safe_load(skypilot_file("run.yaml"))
-    for asked, why in (({"machines": 2}, "name a bucket"), ({"config_file": "/a/run.yaml"}, "does not lie in the folder"), ({"config_file": "../run.yaml"}, "does not lie in the folder"), ({"bucket": "x: y"}, "letters, digits")):
+    for given, why in (({"machines": 2}, "name a bucket"), ({"config_file": "/a/run.yaml"}, "does not lie in the folder"), ({"config_file": "../run.yaml"}, "does not lie in the folder"), ({"bucket": "x: y"}, "letters, digits")):
         with pytest.raises(LaunchError, match=why):
-            skypilot_file(**{"config_file": "run.yaml", **asked})
+            skypilot_file(**{"config_file": "run.yaml", **given})
     assert slurm_script("-x.yaml").rstrip().endswith(" ./-x.yaml") and slurm_script("HEAD:x.yaml", machines=2).rstrip().endswith(" HEAD:x.yaml")
     for hours in (0, -3, 1.5):
         with pytest.raises(LaunchError, match="whole number of hours"):
