@@ -173,7 +173,8 @@ def test_llms_txt_names_every_page():
     assert sorted(where for _, where, _ in entries) == sorted(map(site_pages.address, PAGES))
     by_address = {site_pages.address(page): page for page in PAGES}
     assert all(title == site_pages.head(NBS / f"{by_address[where]}.ipynb")[0] for title, where, _ in entries)
-    assert "llms.txt" in yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"]["resources"]
+    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    assert "llms.txt" in quarto["project"]["resources"] and "commonmark" in quarto["format"], "the Markdown that it leads to"
 
 
 def commands(text):

@@ -37,7 +37,9 @@ def test_the_rendered_site(chromium, tmp_path):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "demo", "runs", "_proc", "_docs", "__pycache__"))
     subprocess.run([Path(sys.executable).parent / "nbdev_docs"], cwd=copy, check=True, capture_output=True)
     docs = copy / "_docs"
-    assert all((docs / site_pages.address(page)).is_file() for page in PAGES) and (docs / "llms.txt").is_file() and (docs / "search.json").is_file()
+    pages = [docs / site_pages.address(page) for page in PAGES]
+    assert [page for page in pages if not page.is_file()] == [] and (docs / "llms.txt").is_file() and (docs / "search.json").is_file()
+    assert [page for page in pages if not page.with_name(f"{page.name}.md").is_file()] == [], "llms.txt leads to these"
     page, complaints = chromium.new_page(viewport={"width": 1280, "height": 900}), []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     for name in PAGES:
