@@ -27,7 +27,7 @@ from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .display import notebook_shell
 from .evaluation import generate
-from .locks import held_elsewhere
+from .locks import STOP, ask_to_stop, held_elsewhere
 from .losses import inner_model
 from .models import load_tokenizer, release_memory
 from .progress import progress_to
@@ -411,10 +411,31 @@ def let_go(
     release_memory()
 
 # %% ../nbs/09a_jobs.ipynb #4dd14920
-class Watched:
-    "A run that is no job of this kernel, to look at only; `refresh` reads its folder anew."
+class _SeenPace:
+    "How fast a run of another process goes, by what is seen of it: from the first step that came while looking."
 
-    active, foreground, error, trace, result, progress = False, False, "", "", None, None
+    def __init__(self) -> None:
+        self.step, self.first = None, None
+
+    def see(self, step: int) -> None:
+        "The run is at this step."
+        if self.step is not None and step > self.step:
+            self.last = time.monotonic(), step
+            self.first = self.first or self.last
+        self.step = step
+
+    def left(self, steps: int, looks: float) -> float:
+        "How many seconds so many steps take, with the looks between them; NaN before two were seen to come."
+        if self.first is None or self.last == self.first:
+            return math.nan
+        (begun, before), (now, after) = self.first, self.last
+        return steps * (now - begun) / (after - before)
+
+
+class Watched:
+    "A run that is no job of this kernel; `refresh` reads its folder anew, `stop` leaves a wish there."
+
+    active, foreground, error, trace, result, progress, epoch = False, False, "", "", None, None, 0.0
 
     def __init__(
         self,
@@ -423,6 +444,7 @@ class Watched:
         self.folder, self.config = Path(folder), load_config(Path(folder) / "config.yaml")
         self.listeners: list[Callable[[], None]] = []
         self.lines: list[str] = []
+        self.pace = _SeenPace()
         self.refresh()
 
     def refresh(self) -> None:
@@ -431,7 +453,10 @@ class Watched:
         facts = read_facts(self.folder, "started.json") | read_facts(self.folder)
         self.step = max((int(row["step"]) for row in self.history), default=0)
         self.steps = facts.get("planned", {}).get("steps", 0)
-        self.state = "elsewhere" if self.where else how_it_ended(facts)
+        self.state = ("stopping elsewhere" if (self.folder / STOP).exists() else "elsewhere") if self.where else how_it_ended(facts)
+        self.pace.see(self.step)
 
     def stop(self) -> None:
-        "A run of another process is stopped there."
+        "Asks its process to stop after this step; raises `LockError` when none is at work there any more."
+        ask_to_stop(self.folder)
+        self.refresh()

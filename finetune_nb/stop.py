@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .config import FinetuneError
+from .locks import is_asked_to_stop
 from .processes import anyone, is_first
 
 # %% ../nbs/07d_stop.ipynb #d3094cb6
@@ -35,6 +37,7 @@ class Stop(TrainerCallback):
     def __init__(self) -> None:
         self.wanted, self.stopped_at, self.looks = False, None, False
         self.terminated = False  # the system wants the process to end
+        self.folder, self._asked = None, 0.0  # of the run, where other processes leave their wish, and when it was last looked for
 
     def check(self, goes_on: bool = False) -> None:
         "Between the stages of getting ready: raises `StoppedEarly` when the run is not wanted any more."
@@ -51,8 +54,15 @@ class Stop(TrainerCallback):
 
     def _heard(self) -> bool:
         "Whether this process, or another one of the run, is to stop; all ask at the same time."
-        self.wanted = anyone(self.wanted)
+        self.wanted = anyone(self.wanted or self._wished())
         return self.wanted
+
+    def _wished(self) -> bool:
+        "Whether another process has left a wish in the folder of the run; looked for once a second, as it may lie far away."
+        if self.folder is None or time.monotonic() - self._asked < 1:
+            return False
+        self._asked = time.monotonic()
+        return is_asked_to_stop(self.folder)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._heard():

@@ -34,7 +34,7 @@ from .pictures import inlined
 from .progress import clock_time
 from .run_folder import last_checkpoint
 from .runs import GREY, list_runs, plot_runs
-from .tasks import in_words
+from .tasks import ACTIVE, in_words
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
 STATES = {
@@ -46,7 +46,8 @@ STATES = {
     "stopped": "Stopped and saved; it can go on.",
     "finished": "Finished.",
     "failed": "It ended with an error.",
-    "elsewhere": "At work elsewhere, to look at only: it is stopped where it was started.",
+    "elsewhere": "At work elsewhere",
+    "stopping elsewhere": "Asked to stop after its step; at work elsewhere",
     "broken off": "Broken off: its process ended in the middle.",
 }
 FOREGROUND = "It runs in the foreground: interrupt the cell to stop; it is saved and can go on."
@@ -58,7 +59,7 @@ def job_figures(
     "Label to value: how far, how fast and how good."
     points = [row for row in job.history if "loss" in row]
     last, best = points[-1] if points else {}, best_look(job.history)
-    left = seconds_left(job) if job.state == "training" else float("nan")
+    left = seconds_left(job) if job.state in ("training", "elsewhere") else float("nan")
     step = max(job.step, int(job.history[-1]["step"]) if job.history else 0)
     figures = {
         "step": f"{step:,} of {job.steps:,}" if job.steps else f"{step:,}",
@@ -104,8 +105,8 @@ def job_words(
         return note(job.error, "error") + kept + more
     if job.state == "stopped" and job.error:  # before its first step
         return f'<div role="status">{note(job.error, "tight")}</div>'
-    if job.state == "elsewhere":
-        where += f", {job.where}"
+    if isinstance(job, Watched) and job.where:
+        where = f", {job.where}:{where}"
     kind = {"finished": "good", "stopped": "tight", "broken off": "tight"}.get(job.state, "")
     ended = f" Ended by {job.result.facts['ended_by']}." if job.state == "finished" and job.result is not None else ""
     foreground = note(FOREGROUND) if job.active and job.foreground else ""
@@ -195,7 +196,7 @@ class TrainView(_TrainLayout):
                 self._try(self._watch_other)
                 for act in self.listeners if self.job is not None else ():
                     self._try(act)
-            elif isinstance(job, Watched) and job.state == "elsewhere":
+            elif isinstance(job, Watched) and job.where:
                 self._try(lambda job=job: self._read_on(job))
 
     def _read_on(
@@ -207,7 +208,7 @@ class TrainView(_TrainLayout):
         job.refresh()
         if self.job is job and before != (job.state, len(job.history), len(job.samples)):
             self.show()
-            for act in () if job.state == "elsewhere" else (self.refresh_runs, *self.listeners):
+            for act in () if job.where else (self.refresh_runs, *self.listeners):
                 self._try(act)
 
     def detach(self) -> None:
@@ -260,7 +261,10 @@ class TrainView(_TrainLayout):
 
     def end(self) -> None:
         "Asks for a stop."
-        if self.job is not None:
+        if isinstance(self.job, Watched):
+            self._try(self.job.stop)
+            self.show()
+        elif self.job is not None:
             self.job.stop()
 
     def resume(self) -> None:
@@ -345,7 +349,7 @@ class TrainView(_TrainLayout):
         self.start.tooltip = reason or "start a new run with these settings"
         where = f"Settings, {self.form.specs[errors[0].name].group}, " if errors else ""
         self.why_not.value = note(f"Train waits until this is mended: {where}{reason}", "error") if errors and not active else ""
-        self.stop.disabled = not active or self.job.state == "stopping"
+        self.stop.disabled = self.job is None or self.job.state not in (*set(ACTIVE) - {"stopping"}, "elsewhere")
         can = self.job is not None and self.job.state in ("stopped", "failed", "broken off") and self.job.folder is not None
         self.go_on.disabled = not (can and last_checkpoint(self.job.folder))
 

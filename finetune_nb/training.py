@@ -858,6 +858,7 @@ def _fit(
                 write_facts(started, folder / "started.json")
             check_room(folder, trainable_parameters(model).trainable, config.save_total_limit)
     forget_after(folder, checkpoint)
+    stop.folder = folder
     stop.check(goes_on=checkpoint is not None)
     before = read_facts(folder).get("seconds", 0.0)
     begun = time.monotonic()

@@ -34,6 +34,7 @@ from finetune_nb.jobs import (
     start_alone,
     start_job,
 )
+from finetune_nb.locks import STOP
 from finetune_nb.losses import smoothed
 from finetune_nb.run_folder import last_checkpoint
 from finetune_nb.runs import read_run, trash_run
@@ -462,6 +463,27 @@ def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, t
     seen.refresh()
     assert seen.state == "broken off" and read_run(folder).state == "broken off" and read_run(folder).can_go_on
     assert continue_job(folder, False).state == "finished"
+
+
+SLOW = HOLD.replace("if state.global_step == 5:", "if True:").replace("time.sleep(600)", "time.sleep(0.6)")
+
+
+def test_a_run_of_another_process_is_asked_to_stop_and_goes_on_as_if_it_had_not(steady, whole, tmp_path, capsys):
+    from finetune_nb.cli import main
+
+    save_config(replace(steady, run_name="theirs"), tmp_path / "config.yaml")
+    other, folder = forked.Forked(SLOW, str(tmp_path / "config.yaml")), tmp_path / "runs/theirs"
+    try:
+        assert other.stdout.readline().strip() == "there"
+        assert main(["stop", str(folder)]) == 0 and "was asked to stop" in capsys.readouterr().out
+        assert Watched(folder).state == "stopping elsewhere"
+        assert other.wait() == 0
+    except BaseException:
+        other.kill()
+        raise
+    assert read_run(folder).state == "stopped" and read_run(folder).facts["steps"] < 8 and not (folder / STOP).exists()
+    assert main(["stop", str(folder)]) == 2 and "not at work in another process" in capsys.readouterr().err
+    assert continue_job(folder, False).state == "finished" and same(adapter(folder), adapter(whole.folder))
 
 
 def test_answers_are_kept_and_what_came_after_a_checkpoint_is_left_out(steady, splits):

@@ -4,6 +4,7 @@ Marked `trains` are those that need a training; the others also run with Colab's
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from finetune_nb.evaluation import evaluate_run
 from finetune_nb.export_view import FormatsView
 from finetune_nb.jobs import JOBS, WATCHERS, Job, Sample, active_job, continue_job, start_job
 from finetune_nb.live_plan import LivePlan, verdict
+from finetune_nb.locks import STOP
 from finetune_nb.panel import Panel, compare_view, config_form, data_view, export_view, panel, plan_view, runs_view, train_view
 from finetune_nb.pictures import Picture
 from finetune_nb.runs import TRASH, list_runs, plot_runs, read_run
@@ -1239,7 +1241,7 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     assert other.stdout.readline().strip() == "held"
     view = TrainView(ConfigForm(quick))
     assert view.job.state == "elsewhere" and str(other.pid) in view.status.value and "4 of 9" in view.figures.value
-    assert "What it answers" in view.samples.value and view.go_on.disabled and view.stop.disabled
+    assert "What it answers" in view.samples.value and view.go_on.disabled and not view.stop.disabled
     runs = RunsView(lambda: quick.output_dir)
     runs.chosen.value = ["theirs"]
     runs.delete.click()
@@ -1249,15 +1251,23 @@ def test_a_run_of_another_kernel_is_looked_at(quick):
     view.renew.click()
     assert "7 of 9" in view.figures.value
     check_view(view)
+    view.stop.click()
+    assert "Asked to stop after its step" in view.status.value and view.stop.disabled and (folder / STOP).is_file()
     follower = TrainView(ConfigForm(quick), background=True)
     with (folder / "history.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 1.0}\n')
     browser.until(lambda: "8 of 9" in follower.figures.value, "the view has read on by itself", 20)
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n')
+    browser.until(lambda: "9 of 9" in follower.figures.value, "the view has read on by itself", 20)
+    assert not math.isnan(follower.job.pace.left(1, 0)), "two steps were seen to come"
     other.communicate()
     browser.until(lambda: "Broken off" in follower.status.value, "the view has seen the end", 20)
     follower.detach()
+    view.stop.click()
+    assert "there is nothing to stop" in view.status.value or view.stop.disabled
     view.renew.click()
-    assert view.job.state == "broken off" and "Broken off" in view.status.value
+    assert view.job.state == "broken off" and "Broken off" in view.status.value and not (folder / STOP).exists()
 
 
 def test_still_pictures_follow_the_controls(quick, splits, monkeypatch):
