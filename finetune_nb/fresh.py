@@ -259,11 +259,11 @@ def _load(job: dict[str, Any], path: Path) -> tuple[Any, Any, str]:
 
     dtype, loader = getattr(torch, job["dtype"]), f"transformers {version('transformers')}"
     if job["kind"] == "gguf":
-        from finetune_nb.models import by_itself
+        from finetune_nb.models import by_itself, gguf_tokenizer
 
         with by_itself(path) as alone:
             model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=path.name, dtype=dtype, trust_remote_code=False)
-            return model.to(job["device"]), AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False), f"{loader}, unpacked from GGUF"
+            return model.to(job["device"]), gguf_tokenizer(alone / path.name), f"{loader}, unpacked from GGUF"
     if job["kind"] == "merged":
         check_model_files(path, str(path))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_TWIN', 'ONE_AT_A_TIME', 'SIGNS', 'FORM', 'Hardware', 'hardware', 'container_limits',
-           'suit_machine', 'cache_folder', 'convert_gguf', 'by_itself', 'find_model', 'origin_facts', 'load_tokenizer',
-           'load_model', 'with_attention', 'size_of', 'dtype_of', 'release_memory', 'is_out_of_memory', 'base_mark',
-           'base_difference', 'mark_of', 'changed_weights', 'tokenizer_mark', 'template_difference', 'ModelError',
-           'Origin']
+           'suit_machine', 'cache_folder', 'convert_gguf', 'gguf_tokenizer', 'by_itself', 'find_model', 'origin_facts',
+           'load_tokenizer', 'load_model', 'with_attention', 'size_of', 'dtype_of', 'release_memory',
+           'is_out_of_memory', 'base_mark', 'base_difference', 'mark_of', 'changed_weights', 'tokenizer_mark',
+           'template_difference', 'ModelError', 'Origin']
 
 # %% ../nbs/03_models.ipynb #91c42cd5
 import ctypes
@@ -170,7 +170,7 @@ def cache_folder() -> Path:
     return place
 
 
-_CONVERSION = "3"  # counted up when the conversion below makes something else of a file
+_CONVERSION = "4"  # counted up when the conversion below makes something else of a file
 
 
 def convert_gguf(
@@ -223,7 +223,7 @@ def _save_unquantised(file: Path, folder: Path) -> None:
     try:
         with _quiet(), redirect_stderr(io.StringIO()):  # where the reader draws a bar of its own
             with by_itself(file) as alone:
-                AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
+                gguf_tokenizer(alone / file.name).save_pretrained(folder)
                 source = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
             config, generation_config = source.config, source.generation_config
             vars(config).pop("quantization_config", None)  # newer releases of transformers mark the model, older ones (5.9) do not
@@ -235,6 +235,22 @@ def _save_unquantised(file: Path, folder: Path) -> None:
             model.save_pretrained(folder)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(f"{file.name} could not be read as a GGUF model: {error}") from error
+
+
+def gguf_tokenizer(
+    file: Path,  # a .gguf file with nothing beside it
+) -> PreTrainedTokenizerBase:
+    "The tokenizer in a GGUF file, with the special tokens that the file names: transformers 5.9 takes the first of them for all."
+    from gguf import GGUFReader
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    said = GGUFReader(file)
+    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        if number := said.get_field(f"tokenizer.ggml.{theirs}_token_id"):
+            setattr(tokenizer, ours, tokenizer.convert_ids_to_tokens(int(number.contents())))
+    for name in [name for name in tokenizer.init_kwargs if name.endswith("_token_id")]:
+        del tokenizer.init_kwargs[name]  # which would be saved, and stand against them
+    return tokenizer
 
 
 @contextmanager

@@ -36,6 +36,17 @@ def test_a_gguf_is_converted_once_and_whole(tiny_model, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name], "nothing half-made is left"
 
 
+def test_the_special_tokens_are_those_that_the_file_names(tmp_path):
+    "transformers 5.9 took the first one for all of them, and an export told servers so."
+    from gguf import GGUFReader
+
+    said, tokenizer = GGUFReader(models._embedded_gguf()), load_tokenizer()
+    ids = {name: int(said.get_field(f"tokenizer.ggml.{name}_token_id").contents()) for name in ("bos", "eos", "padding", "unknown")}
+    assert len(set(ids.values())) == 3
+    for one in (tokenizer, type(tokenizer).from_pretrained(tokenizer.save_pretrained(tmp_path) and tmp_path)):
+        assert [one.bos_token_id, one.eos_token_id, one.pad_token_id, one.unk_token_id] == list(ids.values())
+
+
 def test_conversion_keeps_every_weight(tmp_path):
     from transformers import AutoModelForCausalLM
 
