@@ -22,8 +22,8 @@ def floors(
 def main() -> None:
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
-    said = parser["DEFAULT"]
-    print("\n".join(dict.fromkeys(floors(f"{said['requirements']} {said['demo_requirements']} {said['retrieval_requirements']} {said['qlora_requirements']}"))))
+    wanted = " ".join(parser["DEFAULT"][f"{extra}requirements"] for extra in ("", "demo_", "retrieval_", "qlora_"))
+    print("\n".join(dict.fromkeys(floors(wanted))))
 
 
 if __name__ == "__main__":

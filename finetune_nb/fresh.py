@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Questions', 'Answers', 'supervised', 'judge_logits', 'ask_transformers', 'load_llama_cpp', 'ask_llama_cpp',
-           'NotJudgedError', 'unread_by_transformers', 'validate_judge', 'ask_fresh', 'answer_job']
+           'NotJudgedError', 'unread_by_transformers', 'ends_of_gguf', 'validate_judge', 'ask_fresh', 'answer_job']
 
 # %% ../nbs/09ja_fresh.ipynb #a809f04d
 import json
@@ -39,6 +39,7 @@ class Questions:
     max_new_tokens: int = 64
     kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     ends: list[int] | None = None  # tokens that end an answer; None: what the model's own files say
+    end_of_turn: int | None = None  # the token with which answers ended in training
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Answers:
     ended: list[bool]  # whether it ended them by itself
     seconds: float  # for all of it, loading included
     ends: list[int] | None = None  # tokens at which they were to end, where it was told
+    knows_end: bool = True  # whether what was loaded takes the end of the training for an end
 
 
 def supervised(
@@ -90,7 +92,8 @@ def ask_transformers(
             text, end = _text(tokenizer, said, asked, model)
             prompts, losses, likeliest = [*prompts, list(ids)], [*losses, loss], [*likeliest, best]
             texts, ended = [*texts, text], [*ended, end]
-    return Answers(loader, prompts, losses, [len(best) for best in likeliest], likeliest, texts, ended, time.perf_counter() - begun)
+    knows = asked.end_of_turn in (None, *_ends(asked, model))
+    return Answers(loader, prompts, losses, [len(best) for best in likeliest], likeliest, texts, ended, time.perf_counter() - begun, knows_end=knows)
 
 
 def _generated(model: Any, tokenizer: Any, ids: list[int], asked: Questions) -> list[int]:
@@ -101,11 +104,15 @@ def _generated(model: Any, tokenizer: Any, ids: list[int], asked: Questions) -> 
     return model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings, **own)[0, len(ids):].tolist()
 
 
+def _ends(asked: Questions, model: Any) -> list[int]:
+    "The tokens that end an answer: those that were told, or the model's own."
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return asked.ends or (own if isinstance(own, list) else [own])
+
+
 def _text(tokenizer: Any, said: list[int], asked: Questions, model: Any) -> tuple[str, bool]:
     "The answer as text, and whether it was ended."
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = asked.ends or (own if isinstance(own, list) else [own])
-    ended = bool(said) and said[-1] in ends
+    ended = bool(said) and said[-1] in _ends(asked, model)
     return tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True).strip(), ended
 
 # %% ../nbs/09ja_fresh.ipynb #f5351d09
@@ -139,7 +146,8 @@ def ask_llama_cpp(
         text, end = _said(llama_cpp, model, ids, asked.max_new_tokens)
         prompts, losses, likeliest = [*prompts, ids], [*losses, loss], [*likeliest, best]
         texts, ended = [*texts, text], [*ended, end]
-    return Answers(f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", prompts, losses, [len(best) for best in likeliest], likeliest, texts, ended, time.perf_counter() - begun)
+    knows = asked.end_of_turn is None or llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(model.model), asked.end_of_turn)
+    return Answers(f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", prompts, losses, [len(best) for best in likeliest], likeliest, texts, ended, time.perf_counter() - begun, knows_end=bool(knows))
 
 
 def _said(llama_cpp: Any, model: Any, ids: list[int], most: int) -> tuple[str, bool]:
@@ -189,6 +197,16 @@ def unread_by_transformers(
     found += [f"positions of the kind {said['rope.scaling.type']!r}"] if said.get("rope.scaling.type", "none") != "none" else []
     found += [f"heads of {heads} numbers"] if kind == "qwen3" and heads != 128 else []
     return found + (["biases"] if kind == "llama" and any(name.endswith(".bias") for name in names) else [])
+
+
+def ends_of_gguf(
+    path: str | Path,  # a GGUF file
+) -> list[int]:
+    "The tokens that end an answer by the file itself: the end of a text and that of a turn."
+    from gguf import GGUFReader
+
+    fields = [GGUFReader(path).get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    return sorted({int(field.contents()) for field in fields if field})
 
 
 def validate_judge(
@@ -263,6 +281,7 @@ def _load(job: dict[str, Any], path: Path) -> tuple[Any, Any, str]:
 
         with by_itself(path) as alone:
             model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=path.name, dtype=dtype, trust_remote_code=False)
+            model.generation_config.eos_token_id = ends_of_gguf(path)
             return model.to(job["device"]), gguf_tokenizer(alone / path.name), f"{loader}, unpacked from GGUF"
     if job["kind"] == "merged":
         check_model_files(path, str(path))

@@ -11,8 +11,9 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
 import ctypes
 import json
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .adapter import export_folder, open_run, public_name, validate_room
+from .adapter import about_export, export_folder, open_run, public_name, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
 from .fresh import load_llama_cpp
-from .kept import adapter_mark
 from .merge import BaseFiles, base_files, merge_adapter
 from .models import EMBEDDED_MODEL, _embedded_gguf
 from .sandbox import render_ids
@@ -195,7 +195,7 @@ def _tensors(files: BaseFiles, config: PreTrainedConfig, kind: str) -> Iterator[
     for name in files.where:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
-        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        place = next(filter(None, (names.get_name(whole, try_suffixes=(".weight", ".bias")) for whole in (name, f"model.{name}"))), None)
         if place is None:
             raise ExportError(f"{name} has no name in GGUF; the file would lack a part of the model.")
         weight = files.read(name).float()
@@ -232,7 +232,10 @@ def write_gguf(
 
     config, tokenizer = (kind.from_pretrained(folder, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer))
     files, architecture = base_files(str(folder)), architecture_of(config)
-    rows = files.read("model.embed_tokens.weight").shape[0]
+    embedding = next((name for name in files.where if name.endswith("embed_tokens.weight")), None)
+    if embedding is None:
+        raise ExportError(f"{folder} has no weight named embed_tokens.weight, so what its tokens are is not known here. Ship the merged model or the adapter.")
+    rows = files.read(embedding).shape[0]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type("model")
     writer.add_name(name)
@@ -329,22 +332,34 @@ def export_gguf(
     "Merges a run and writes it as one GGUF file. Raises `ExportError` with the reason where that can't be done."
     run = open_run(run)
     validate_kind(kind)
-    target = export_folder(run, f"gguf-{kind}", folder)
+    target = export_folder(run, f"gguf-{kind}", folder, base)
     name = f"{re.sub('[^A-Za-z0-9._-]+', '-', public_name(run.config.model_name_or_path).rpartition('/')[2]).removesuffix('.gguf')}-{run.folder.name}"
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with _workshop(target) as temporary:
         unpacked = base_files(base or run.config.model_name_or_path, None if base else run.config.revision).unpacked
-        merged = merge_adapter(run, Path(temporary) / "merged", "float32" if unpacked else "auto", base)
+        merged = merge_adapter(run, temporary / "merged", "float32" if unpacked else "auto", base)
         validate_room(target.parent, merged.bytes * (1.5 if kind in BY_LLAMA_CPP else 1))
-        with whole_folder(target, {"kind": "gguf", "adapter": adapter_mark(run.folder)}) as part:
+        with whole_folder(target, about_export(run, "gguf")) as part:
             path, plain = part.folder / f"{name}-{kind}.gguf", kind
             if kind in BY_LLAMA_CPP:
-                path, plain = Path(temporary) / "plain.gguf", "f16" if merged.dtype != "bfloat16" else "bf16"
+                path, plain = temporary / "plain.gguf", "f16" if merged.dtype != "bfloat16" else "bf16"
             write_gguf(merged.folder, path, plain, name, end_of_turn_id(run.tokenizer, run.config.chat_template_kwargs), known_license(base or run.config.model_name_or_path))
             notes = [*(note for note in merged.notes if "generation_config" not in note), *_window_note(AutoConfig.from_pretrained(merged.folder, trust_remote_code=False))]
             if kind in BY_LLAMA_CPP:
                 quantize_gguf(path, part.folder / f"{name}-{kind}.gguf", kind)
     written = target / f"{name}-{kind}.gguf"
     return GgufFile(written, kind, written.stat().st_size, notes)
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    "A hidden folder beside an export for what is needed on the way; that of a process which died is removed."
+    place = target.with_name(f".{target.name}.work")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _window_note(config: PreTrainedConfig) -> list[str]:

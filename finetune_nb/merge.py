@@ -22,10 +22,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 
-from .adapter import export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
+from .adapter import about_export, export_folder, open_run, save_tokenizer, size_on_disk, validate_base, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
-from .kept import adapter_mark
 from .lora import read_adapter
 from .models import EMBEDDED_MODEL, find_model, load_tokenizer
 from .origin import INDEX, weight_files
@@ -236,9 +235,9 @@ def merge_adapter(
     _validate_settings(settings)
     shape = base_shape(replace(run.config, model_name_or_path=name, revision=revision))
     plan, kind = _plan(files, weights, shape), _kind(dtype, files)
-    target = export_folder(run, "merged", folder)
+    target = export_folder(run, "merged", folder, base)
     validate_room(target.parent, sum(math.prod(about["shape"]) * kind.itemsize for file in files.shards for about in _header(files.folder / file).values()))
-    with whole_folder(target, {"kind": "merged", "adapter": adapter_mark(run.folder)}) as part:
+    with whole_folder(target, about_export(run, "merged")) as part:
         error = _write_weights(part.folder, files, plan, settings, kind, run.config.load_in_4bit)
         notes = _write_settings(part, files, plan, kind, run)
     named = [f"{base} was named as the full-precision base model. Whether the run's own was packed from it can't be told from files: look at the check of the export."] if base else []

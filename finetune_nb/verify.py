@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .adapter import open_run
-from .chat_template import neutralise, tokenize_chats
+from .chat_template import end_of_turn_id, neutralise, tokenize_chats
 from .config import ExportError, replacing
 from .data import Chat
 from .display import html_table, md_cell
@@ -83,6 +83,7 @@ class ExportCheck:
     first_difference: dict[str, str] = field(default_factory=dict)  # question, evaluated, exported: of the first answer that differs
     notes: list[str] = field(default_factory=list)  # what was not checked, in words
     seconds: float = 0.0  # that the fresh process took
+    knows_end: bool = True  # whether it takes the token for an end with which answers ended in training
 
     @property
     def problems(self) -> list[str]:
@@ -96,7 +97,10 @@ class ExportCheck:
             found.append(f"the loss per token is {gap:+.3f} off, and {loss:g} is what rounding does ({why})")
         if self.agreement < agreement:
             found.append(f"it says the same next at {self.agreement:.1%} of the tokens, and {agreement:.0%} is the least ({why})")
-        if self.ended_evaluated - self.ended_exported > max(1, self.chats // 10):
+        lost = self.ended_evaluated - self.ended_exported
+        if not self.knows_end:
+            found.append("its files do not name the token with which answers ended in training, so it would go on and on")
+        elif lost > max(1, self.chats // 10) or lost > 0 == self.ended_exported:
             found.append(f"it ends {self.ended_exported} of {self.chats} answers, the evaluated model {self.ended_evaluated}: it does not know what ends an answer")
         return found
 
@@ -109,7 +113,9 @@ class ExportCheck:
         "The verdict in one sentence."
         if not self.ok:
             return f"Do not ship it: {'; '.join(self.problems)}."
-        return f"Ship it: prompts, ends, loss and next tokens are those of what was evaluated, as far as {self.format} holds them; {self.same_answers} of {self.chats} answers are the same letter by letter."
+        ends = "ends, " if self.ended_evaluated else ""
+        unseen = "" if ends else " No answer was short enough to come to its end."
+        return f"Ship it: prompts, {ends}loss and next tokens are those of what was evaluated, as far as {self.format} holds them; {self.same_answers} of {self.chats} answers are the same letter by letter.{unseen}"
 
     def rows(self) -> list[tuple[str, str]]:
         "What was found, as texts."
@@ -152,7 +158,7 @@ def load_check(
         return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        return ExportCheck(**{name: said[name] for name in ExportCheck.__dataclass_fields__ if name != "limits"}, limits=Limits(**said["limits"]))
+        return ExportCheck(**{name: said[name] for name in ExportCheck.__dataclass_fields__ if name != "limits" and name in said}, limits=Limits(**said["limits"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} can't be read ({error!r}). Check the export again.") from None
 
@@ -171,7 +177,7 @@ def questions_of(
     chats = [neutralise(chat, run.tokenizer) for chat in chats] if run.config.control_tokens == "neutralise" else chats
     kwargs = run.config.chat_template_kwargs
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokenize_chats(chats, run.tokenizer, 10**9, train_on="last", chat_template_kwargs=kwargs)]
-    return Questions([chat.prompt for chat in chats], [chat.tools for chat in chats], rows, max_new_tokens or min(run.config.max_new_tokens, 64), dict(kwargs))
+    return Questions([chat.prompt for chat in chats], [chat.tools for chat in chats], rows, max_new_tokens or min(run.config.max_new_tokens, 64), dict(kwargs), end_of_turn=end_of_turn_id(run.tokenizer, kwargs))
 
 
 def ask_evaluated(
@@ -199,7 +205,7 @@ def compare_answers(
     return ExportCheck(
         name, after.loader, len(asked.chats), tokens, sum(before.losses) / tokens, sum(after.losses) / tokens,
         sum(x == y for x, y in pairs) / len(pairs), sum(a == b for a, b in zip(before.prompts, after.prompts, strict=True)),
-        len(asked.chats) - len(different), sum(before.ended), sum(after.ended), limits, first, list(notes), round(after.seconds, 1),
+        len(asked.chats) - len(different), sum(before.ended), sum(after.ended), limits, first, list(notes), round(after.seconds, 1), after.knows_end,
     )  # fmt: skip
 
 # %% ../nbs/09m_verify.ipynb #6e17d1c3
@@ -227,7 +233,8 @@ def verify_export(
         asked = replace(asked, ends=before.ends)
     run.release()
     after = ask_fresh(kind, path, asked, dtype=dtype, device=device, **more)
-    check = compare_answers(format, asked, before, after, limits, [*notes, *_notes(kind, after, dtype)])
+    told = [f"Asked with {', '.join(f'{name}={value!r}' for name, value in run.config.chat_template_kwargs.items())} for its chat template, as in the evaluation; a client has to set that too."] if run.config.chat_template_kwargs else []
+    check = compare_answers(format, asked, before, after, limits, [*notes, *told, *_notes(kind, after, dtype)])
     check.save(path if path.is_dir() else path.parent)
     return check
 

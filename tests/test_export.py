@@ -617,3 +617,66 @@ def test_a_system_block_that_is_always_there_is_there_in_ollama_too(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("DATE", "{{ strftime_now('%Y') }}")
     exact, notes = _how_exact(find_pieces(tokenizer), "", tokenizer, 2)
     assert not exact and "dated with the day of this export" in notes[-1]
+
+
+def test_nothing_but_an_earlier_export_of_the_same_run_is_replaced(quick, tmp_path):
+    from finetune_nb.export import export_run
+
+    run = trained(quick, 2, learning_rate=2e-2)
+    base = Path(run.config.model_name_or_path)
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    (tmp_path / "mine" / "adapter" / "thesis.txt").write_text("precious")
+    refused = {
+        tmp_path / "mine" / "adapter": "holds thesis.txt, which is no part of an export", run.folder: "belongs to the run itself", run.folder.parent: "belongs to the run itself",
+        run.folder / "adapter": "belongs to the run itself", base: "holds the base model", base / "config.json": "is a file",
+    }  # fmt: skip
+    for place, why in refused.items():
+        before = sorted(path.as_posix() for path in place.parent.rglob("*"))
+        for write in (save_adapter, merge_adapter):
+            with pytest.raises(ExportError, match=f"{why}.*Name another folder"):
+                write(run, place)
+        assert sorted(path.as_posix() for path in place.parent.rglob("*")) == before
+    found = export_run(run, ["adapter"], tmp_path / "mine", check=False, say=lambda line: None)
+    assert not found.ok and "holds thesis.txt" in str(found) and (tmp_path / "mine/adapter/thesis.txt").read_text() == "precious"
+    place = tmp_path / "theirs"
+    assert save_adapter(run, place).folder == save_adapter(run, place).folder == place, "an earlier one of its own"
+    (place / "README.md").write_text("a card")
+    save_adapter(run, place)
+    other = trained(replace(quick, run_name="other"), 2, learning_rate=1e-2)
+    with pytest.raises(ExportError, match="holds an export of another run"):
+        save_adapter(other, place)
+    (place / "notes.md").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds notes\.md"):
+        save_adapter(run, place)
+
+
+def test_a_model_that_lost_its_end_is_not_shipped(quick):
+    from dataclasses import replace as but
+
+    run = trained(quick, 2, learning_rate=2e-2)
+    merged = merge_adapter(run).folder
+    assert "No answer was short enough" in checked(run, merged).headline() or checked(run, merged).ended_evaluated
+    for name in ("generation_config.json", "config.json"):
+        said = json.loads((merged / name).read_text())
+        (merged / name).write_text(json.dumps(said | {"eos_token_id": 7}))
+    check = checked(run, merged)
+    assert not check.ok and "do not name the token with which answers ended" in check.headline()
+    one = but(check, knows_end=True, chats=1, same_prompts=1, ended_evaluated=1, ended_exported=0)
+    assert "it ends 0 of 1 answers" in one.headline() and but(one, ended_exported=1).ok
+
+
+def test_a_killed_export_leaves_nothing_and_a_base_without_prefix_is_converted(quick, monkeypatch):
+    from finetune_nb import gguf_file
+
+    base = Path(quick.model_name_or_path)
+    bare = base.with_name("bare")
+    if not bare.exists():
+        shutil.copytree(base, bare)
+        save_file({name.removeprefix("model."): weight.clone() for name, weight in load_file(base / "model.safetensors").items()}, bare / "model.safetensors", {"format": "pt"})
+    run = trained(replace(quick, model_name_or_path=str(bare)), 2, learning_rate=2e-2)
+    work = run.folder / "exports" / ".gguf-f32.work"
+    work.mkdir(parents=True)
+    (work / "of-one-that-died").write_text("")
+    written = gguf_file.export_gguf(run, "f32")
+    assert written.bytes > 0 and [path.name for path in (run.folder / "exports").iterdir()] == ["gguf-f32"]
+    assert checked(run, written.path).ok
