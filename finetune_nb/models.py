@@ -39,6 +39,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from tokenizers.decoders import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -240,15 +241,18 @@ def _save_unquantised(file: Path, folder: Path) -> None:
 def gguf_tokenizer(
     file: Path,  # a .gguf file with nothing beside it
 ) -> PreTrainedTokenizerBase:
-    "The tokenizer in a GGUF file, with the special tokens that the file names: transformers 5.9 takes the first of them for all."
+    "The tokenizer in a GGUF file, the same with each release of transformers: 5.9 takes the first special token for all, and up to 5.15 byte-level ones are part SentencePiece."
     from gguf import GGUFReader
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    said = GGUFReader(file)
+    said, backend = GGUFReader(file), tokenizer.backend_tokenizer
+    if said.get_field("tokenizer.ggml.model").contents() == "gpt2" and backend.model.byte_fallback:
+        backend.model.byte_fallback, backend.model.fuse_unk, backend.model.unk_token = False, False, None
+        backend.decoder, backend.normalizer = ByteLevel(), None
     for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         if number := said.get_field(f"tokenizer.ggml.{theirs}_token_id"):
             setattr(tokenizer, ours, tokenizer.convert_ids_to_tokens(int(number.contents())))
-    for name in [name for name in tokenizer.init_kwargs if name.endswith("_token_id")]:
+    for name in [name for name in tokenizer.init_kwargs if name.endswith("_token_id") or name == "clean_up_tokenization_spaces"]:
         del tokenizer.init_kwargs[name]  # which would be saved, and stand against them
     return tokenizer
 
@@ -258,6 +262,10 @@ def by_itself(
     file: Path,  # a .gguf file
 ) -> Iterator[Path]:
     "A folder with the file alone: transformers would take a tokenizer, an adapter or code from beside it."
+    import gguf
+
+    if not hasattr(gguf, "__version__"):  # where transformers up to 5.15 looks for it on Python 3.10
+        gguf.__version__ = version("gguf")
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         place = Path(folder) / file.name
         try:

@@ -94,7 +94,8 @@ def _check_saved(look: Look) -> Found:
     kept = {tensor.data_ptr() for tensor in own_parts(list(get_peft_model_state_dict(look.model, save_embedding_layers=False).values()))}
     lost = [name for name, p in look.model.named_parameters() if p.requires_grad and own_parts([p])[0].data_ptr() not in kept]
     if lost:
-        return "error", f"{len(lost)} tensors would be trained but not saved, such as {lost[0]}.", "Name the module in modules_to_save, or freeze it."
+        remedy = "PEFT before 0.21 loses them: pip install -U peft, or set bias to none." if look.config.bias == "lora_only" else "Name the module in modules_to_save, or freeze it."
+        return "error", f"{len(lost)} tensors would be trained but not saved, such as {lost[0]}.", remedy
     return "ok", "all that is trained is saved."
 
 # %% ../nbs/07h_preflight.ipynb #636fa285

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import forked
+import peft
 import pytest
 import torch
 from conftest import VOCABULARY, save_tiny, some_splits
@@ -91,7 +92,7 @@ def test_merged_is_what_peft_merges(quick, name):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("bias", [pytest.param("lora_only", marks=pytest.mark.skipif(peft.__version__ < "0.21", reason="PEFT before 0.21 does not save them, and the look before a run says so")), "all"])
 def test_trained_biases_are_merged(quick, biased_model, bias):
     run = trained(replace(quick, model_name_or_path=biased_model), bias=bias)
     merged = merge_adapter(run)
