@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .adapter import open_run, save_adapter, size_on_disk
+from .adapter import is_own_base, open_run, public_name, save_adapter, size_on_disk
 from .answers import shorten
 from .config import ExportError, FinetuneError
 from .display import html_table, markdown_table, text_table
@@ -21,7 +22,7 @@ from .merge import merge_adapter
 from .model_card import write_model_card
 from .modelfile import write_modelfile
 from .redact import no_key_raised, redacted
-from .report import RunReport, write_report
+from .report import write_report
 from .training import Run
 from .verify import ExportCheck, ask_evaluated, questions_of, verify_export
 
@@ -118,24 +119,33 @@ def export_run(
         say(f"Exporting {name}…")
         begun, path, notes = time.perf_counter(), None, []
         try:
-            path, notes = _write(run, name, folder, base)
+            path, told = _write(run, name, folder, base)
+            notes = told = _public(told, run, base)
             seconds, found = time.perf_counter() - begun, None
             if check:
-                found, why = _checked(run, name, path, evaluated, notes)
+                found, why = _checked(run, name, path, evaluated, told)
                 notes = [*notes, *why]
         except (ExportError, OSError, ValueError) as error:
             items.append(Exported(name, path, notes=[*notes, redacted(str(error))]))
             continue
         if card:
-            notes = [*notes, *_card(run, path, data_license, report)]
+            notes = [*notes, *_card(run, path, data_license=data_license, report=report, base=base, notes=told)]
         items.append(Exported(name, path, size_on_disk(path) if path.is_dir() else path.stat().st_size, seconds, found, notes))
     return Exports(items)
 
 
-def _card(run: Run, path: Path, data_license: str | None, report: RunReport) -> list[str]:
+def _public(notes: Sequence[str], run: Run, base: str | None) -> list[str]:
+    "What is told of an export, as it may stand beside it: a folder of this machine goes by the last part of its place."
+    places = {place: public_name(place) for place in (base, run.config.model_name_or_path) if place and is_own_base(place) and Path(place).name} | {str(run.folder): run.folder.name}
+    for place, name in places.items():
+        notes = [note.replace(place, name) for note in notes]
+    return list(notes)
+
+
+def _card(run: Run, path: Path, **said: Any) -> list[str]:
     "Puts a card beside the export; or says why there is none."
     try:
-        write_model_card(run, path if path.is_dir() else path.parent, data_license=data_license, report=report)
+        write_model_card(run, path if path.is_dir() else path.parent, **said)
         return []
     except (FinetuneError, OSError, ValueError) as error:
         return [f"It has no model card: {redacted(str(error))}"]
@@ -149,9 +159,8 @@ def _first_difference(item: Exported) -> str:
 
 def _checked(run: Run, name: str, path: Path, evaluated: tuple[Questions, Answers], notes: Sequence[str]) -> tuple[ExportCheck | None, list[str]]:
     "What the check found; or nothing, and why it could not be made: the export is kept, and is not called done."
-    packing = [note for note in notes if note.startswith("Trained beside")]
     try:
-        return verify_export(run, path, "adapter" if name == "adapter" else None, evaluated=evaluated, notes=packing), []
+        return verify_export(run, path, "adapter" if name == "adapter" else None, evaluated=evaluated, notes=notes), []
     except ExportError as error:
         return None, [redacted(str(error))]
 

@@ -21,14 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from .adapter import about_export, export_folder, open_run, public_name, validate_room
 from .chat_template import end_of_turn_id
 from .config import ExportError
 from .fresh import load_llama_cpp
 from .merge import BaseFiles, base_files, merge_adapter
-from .models import EMBEDDED_MODEL, _embedded_gguf
+from .models import EMBEDDED_MODEL, EMBEDDED_TWIN, _embedded_gguf
+from .origin import is_hub_name
 from .sandbox import render_ids
 from .training import Run
 from .whole_folder import whole_folder
@@ -299,15 +302,31 @@ def gguf_kind(
 
 def known_license(
     name: str,  # model_name_or_path of a run
+    revision: str | None = None,  # commit, tag or branch of a model on the hub
 ) -> str | None:
-    "What a base model's own files say of their licence; None where they say nothing."
+    "What a base model's own files say of their licence, on this machine or in its hub cache; None where they say nothing. Nothing is fetched."
     path = _embedded_gguf() if name == EMBEDDED_MODEL else Path(name).expanduser()
     if path and path.suffix == ".gguf" and path.is_file():
-        return gguf_facts(path).get("general.license")
-    if path and (path / "README.md").is_file():
-        lines = (path / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:60]
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
-    return None
+        return _license_in({name.removeprefix("general.").replace(".", "_"): said for name, said in gguf_facts(path).items()})
+    return _license_in(_front_matter(EMBEDDED_TWIN if name == EMBEDDED_MODEL else name, revision))
+
+
+def _license_in(said: dict[str, Any]) -> str | None:
+    "The licence; one that has a name of its own, which the hub calls `other`, with where it is to be read."
+    license, own, link = (said.get(part) for part in ("license", "license_name", "license_link"))
+    if license == "other" and (own or link):
+        return f"{own or license} ({link or license})"
+    return ", ".join(map(str, license)) if isinstance(license, list) else str(license) if license else None
+
+
+def _front_matter(name: str, revision: str | None) -> dict[str, Any]:
+    "What stands in YAML at the top of a base model's README.md; empty where there is none, or none that can be read."
+    folder = Path(name).expanduser()
+    card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(name, "README.md", revision=revision) if is_hub_name(name) else None
+    try:
+        return (metadata_load(card) if isinstance(card, str | Path) else None) or {}
+    except (OSError, ValueError, RecursionError, YAMLError):
+        return {}
 
 # %% ../nbs/09k_gguf.ipynb #0683478f
 @dataclass(frozen=True)

@@ -6,16 +6,20 @@
 __all__ = ['UNKNOWN', 'base_license', 'how_to_run', 'write_model_card']
 
 # %% ../nbs/09n_model_card.ipynb #31a99356
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .adapter import base_facts, is_own_base, open_run, public_name, vllm_rank
+from .adapter import base_facts, check_servers, is_own_base, open_run, public_name
 from .config import changed_settings, replacing
 from .display import markdown_table, md_cell
 from .gguf_file import known_license
+from .lora import ADAPTER_FILES
 from .redact import redacted
 from .report import RunReport, write_report
 from .training import Run
@@ -27,41 +31,127 @@ UNKNOWN = "unknown: look it up before you publish"
 
 def base_license(
     name: str,  # model_name_or_path of a run
+    revision: str | None = None,  # commit, tag or branch of a model on the hub
 ) -> str:
-    "What a base model's own files say of their licence."
-    return known_license(name) or UNKNOWN
+    "What a base model's own files say of their licence; nothing is fetched."
+    return known_license(name, revision) or UNKNOWN
 
 # %% ../nbs/09n_model_card.ipynb #3983e195
 def how_to_run(
     kind: str,  # "adapter", "merged" or "gguf"
     name: str,  # of the repository, folder or file
-    base: str,  # the base model's public name
+    base: str = "",  # the base model's public name; of an adapter
     revision: str | None = None,  # commit of the base model, where the run names one
-    r: int = 16,  # highest rank of the adapter
+    adapter: dict[str, Any] | None = None,  # adapter_config.json of an adapter
+    variables: dict[str, Any] | None = None,  # of the chat template, as in training and test
 ) -> dict[str, str]:
-    "Commands by place; the two servers speak OpenAI's protocol on this machine."
+    "Commands by place, or why there is none; the servers speak OpenAI's protocol on this machine."
+    variables = variables or {}
     if kind == "gguf":
-        return {
-            "llama.cpp": f"llama-cli -m {name} --jinja", "A server for any OpenAI client, by llama.cpp": f"llama-server -m {name} --jinja --port 8080",
-            "Python": f"from llama_cpp import Llama\nLlama('{name}', n_ctx=2048).create_chat_completion(messages=[{{'role': 'user', 'content': '…'}}], temperature=0)",
-            "Ollama": "ollama create NAME -f Modelfile && ollama run NAME", "LM Studio": f"lms import {name}",
-        }  # fmt: skip
-    pinned = f", revision='{revision}'" if revision else ""
-    load = f"model = AutoModelForCausalLM.from_pretrained('{base}', dtype='float32'{pinned})" if kind == "adapter" else f"model = AutoModelForCausalLM.from_pretrained('{name}')"
-    peft = f"\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, '{name}')" if kind == "adapter" else ""
-    more = filter(None, (f"--revision {revision}" if revision else "", vllm_rank(r)))
-    vllm = " ".join([f"vllm serve {base} --enable-lora --lora-modules tuned={name}", *more]) if kind == "adapter" else f"vllm serve {name}"
-    serve = f"transformers serve {name}" if kind == "merged" else "transformers serve  # after merging: it loads whole models"
-    convert = f"python convert_lora_to_gguf.py {name}" if kind == "adapter" else f"python convert_hf_to_gguf.py {name}"
+        return _run_gguf(name, variables)
+    return _run_merged(name, variables) if kind == "merged" else _run_adapter(name, base, revision, check_servers(adapter or {}), variables)
+
+
+def _run_merged(name: str, variables: dict[str, Any]) -> dict[str, str]:
+    "A whole model in a folder."
     return {
-        "Python": f"from transformers import AutoModelForCausalLM, AutoTokenizer\ntokenizer = AutoTokenizer.from_pretrained('{name}')\n{load}{peft}\n{_ASK}",
-        "vLLM": vllm, "A server for any OpenAI client, by transformers": serve, "llama.cpp": f"{convert}  # or export_gguf(run, 'q8_0')",
-        "Ollama": "finetune_nb export RUN --formats q8_0  # by whoever has the run: one GGUF file with its Modelfile\nollama create NAME -f Modelfile && ollama run NAME",
-    }  # fmt: skip
+        "Python": _python(name, f"model = AutoModelForCausalLM.from_pretrained({name!r})", variables),
+        "vLLM": f"vllm serve {name}{_flag('--default-chat-template-kwargs', variables)}",
+        "A server for any OpenAI client, by transformers": f"transformers serve {name}{_flag('--chat-template-kwargs', variables)}",
+        "llama.cpp": f"python convert_hf_to_gguf.py {name}  # or export_gguf(run, 'q8_0')",
+        "Ollama": _OLLAMA,
+    }
 
 
-_ASK = """asked = tokenizer.apply_chat_template([{'role': 'user', 'content': '…'}], add_generation_prompt=True, return_dict=True, return_tensors='pt')
-print(tokenizer.decode(model.generate(**asked, max_new_tokens=100, do_sample=False)[0, asked['input_ids'].shape[1]:], skip_special_tokens=True))"""
+def _run_adapter(name: str, base: str, revision: str | None, servers: dict[str, list[str]], variables: dict[str, Any]) -> dict[str, str]:
+    "An adapter beside its base model."
+    return {
+        "Python": _python(name, _load_adapter(name, base, revision), variables),
+        "vLLM": _vllm(name, base, revision, servers["vLLM"], variables),
+        "A server for any OpenAI client, by transformers": f"# it loads whole models: merge the adapter ({_EXPORT} merged), then\ntransformers serve ./merged{_flag('--chat-template-kwargs', variables)}",
+        "llama.cpp": _convert_adapter(name, base, servers["llama.cpp"]),
+        "Ollama": _OLLAMA,
+    }
+
+
+_EXPORT = "finetune_nb export RUN --formats"
+_OLLAMA = f"{_EXPORT} q8_0  # by whoever has the run: one GGUF file with its Modelfile\nollama create NAME -f Modelfile && ollama run NAME"
+
+# %% ../nbs/09n_model_card.ipynb #a2b56008
+def _load_adapter(name: str, base: str, revision: str | None) -> str:
+    "Lines that load base model and adapter; a GGUF file is named within its folder."
+    folder, _, file = base.rpartition("/")
+    place = f"{folder or '.'!r}, gguf_file={file!r}" if base.endswith(".gguf") else repr(base)
+    pinned = f", revision={revision!r}" if revision else ""
+    load = f"model = AutoModelForCausalLM.from_pretrained({place}, dtype='float32'{pinned})"
+    return f"{load}\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {name!r})"
+
+
+def _vllm(name: str, base: str, revision: str | None, told: Sequence[str], variables: dict[str, Any]) -> str:
+    "The command; or why vLLM can't use the adapter."
+    options = [said.removeprefix("say ") for said in told if said.startswith("say ")]
+    reasons = [said for said in told if not said.startswith("say ")]
+    if base.endswith(".gguf"):
+        reasons.append("it puts adapters beside a base model that is not quantised, and this one is a GGUF file: merge the adapter")
+    if reasons:
+        return _instead("vLLM", reasons, "merged")
+    pinned = [f"--revision {revision}"] if revision else []
+    return " ".join([f"vllm serve {quote(base)} --enable-lora --lora-modules tuned={name}", *pinned, *options]) + _flag("--default-chat-template-kwargs", variables)
+
+
+def _convert_adapter(name: str, base: str, reasons: Sequence[str]) -> str:
+    "The command that makes the adapter a file for llama.cpp; or why that can't be done."
+    if base.endswith(".gguf"):
+        reasons = [*reasons, "its converter reads config.json of the base model, and a GGUF file has none: merge the adapter"]
+    if reasons:
+        return _instead("llama.cpp", reasons, "q8_0")
+    beside = f" --base {quote(base)}" if base.startswith("/") else ""
+    return f"python convert_lora_to_gguf.py {name}{beside}  # or export_gguf(run, 'q8_0')"
+
+
+def _instead(server: str, reasons: Sequence[str], format: str) -> str:
+    "Why there is no command, and what to do."
+    return f"# {server}: {'; '.join(reasons)} ({_EXPORT} {format})"
+
+# %% ../nbs/09n_model_card.ipynb #efc56f90
+def _run_gguf(name: str, variables: dict[str, Any]) -> dict[str, str]:
+    "One file; what can't be told the variables of its chat template says so."
+    told = _flag("--chat-template-kwargs", variables)
+    python = f"from llama_cpp import Llama\nLlama({name!r}, n_ctx=2048).create_chat_completion(messages=[{{'role': 'user', 'content': '…'}}], temperature=0)"
+    ollama, studio = "ollama create NAME -f Modelfile && ollama run NAME", f"lms import {name}"
+    if variables:
+        python = "# create_chat_completion passes no variables to the chat template: start llama-server as above, and ask it with the package openai"
+        ollama += "  # a Modelfile with a TEMPLATE has the variables of the chat template in it; without one Ollama can't be told them"
+        studio += f"  # it passes no variables to the chat template: put {_set(variables)} at the beginning of its prompt template"
+    return {
+        "llama.cpp": f"llama-cli -m {name} --jinja{told}",
+        "A server for any OpenAI client, by llama.cpp": f"llama-server -m {name} --jinja --port 8080{told}",
+        "Python": python,
+        "Ollama": ollama,
+        "LM Studio": studio,
+    }
+
+
+def _python(name: str, load: str, variables: dict[str, Any]) -> str:
+    "Lines that load a model and ask it."
+    told = "".join(f", {key}={value!r}" for key, value in variables.items())
+    return "\n".join([
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        load,
+        f"asked = tokenizer.apply_chat_template([{{'role': 'user', 'content': '…'}}], add_generation_prompt=True, return_dict=True, return_tensors='pt'{told})",
+        "print(tokenizer.decode(model.generate(**asked, max_new_tokens=100, do_sample=False)[0, asked['input_ids'].shape[1]:], skip_special_tokens=True))",
+    ])  # fmt: skip
+
+
+def _flag(option: str, variables: dict[str, Any]) -> str:
+    "How a server is told the variables; nothing where there are none."
+    return f" {option} {quote(json.dumps(variables, ensure_ascii=False))}" if variables else ""
+
+
+def _set(variables: dict[str, Any]) -> str:
+    "The same in the language of the template."
+    return "".join(f"{{%- set {key} = {'none' if value is None else json.dumps(value, ensure_ascii=False)} %}}" for key, value in variables.items())
 
 # %% ../nbs/09n_model_card.ipynb #eb15528a
 def write_model_card(
@@ -71,29 +161,58 @@ def write_model_card(
     license: str | None = None,  # of the model; None: that of the base model
     data_license: str | None = None,  # of the training data
     report: RunReport | None = None,  # of `write_report`; None: made here
+    base: str | None = None,  # the base model that it was merged onto, where that is not the run's own
+    notes: Sequence[str] = (),  # what else should be known of the export; they go into the card as they are, so no place of this machine may stand in them
 ) -> Path:
     "Writes README.md with the facts of the run; returns its path."
     run, export = open_run(run), Path(export)
     report = report or write_report(run)
     file = next(export.glob("*.gguf"), export)
-    kind, check, base = kind_of(file), load_check(export), public_name(run.config.model_name_or_path)
-    license = license or base_license(run.config.model_name_or_path)
-    parts = [f"# {md_cell(name or export.name)}", f"**{md_cell(report.found.headline())}**", _measured(report), _checked(check)]
-    parts += ["## How it was made", markdown_table(("", ""), _made(run)), "## Licences", markdown_table(("", ""), [("base model", base_license(run.config.model_name_or_path)), ("training data", data_license or UNKNOWN), ("this model", license)])]
-    own = is_own_base(run.config.model_name_or_path)
-    base = f"/path/to/{base}" if own else base
-    place = file.name if kind == "gguf" else name or f"./{export.name}"
-    parts += ["## How to run it", *(f"**{where}**\n\n```\n{what}\n```" for where, what in how_to_run(kind, place, base, run.config.revision or run.facts.get("origin", {}).get("commit"), run.config.r).items())]
+    kind, check, config = kind_of(file), load_check(export), run.config
+    base = None if kind == "adapter" else base
+    own, theirs = base_license(config.model_name_or_path, _revision(run)), base_license(base) if base else None
+    license = license or theirs or own
+    licenses = [("base model", own), *([("base model that it was merged onto", theirs)] if theirs else []), ("training data", data_license or UNKNOWN), ("this model", license)]
+    parts = [f"# {md_cell(name or export.name)}", f"**{md_cell(report.found.headline())}**", _measured(report), _checked(check, notes)]
+    parts += ["## How it was made", markdown_table(("", ""), _made(run, base)), "## Licences", markdown_table(("", ""), licenses)]
+    parts += _running(run, export, kind, file.name if kind == "gguf" else name or f"./{export.name}")
+    named = base or config.model_name_or_path
     with replacing(export / "README.md") as card:
-        card.write(redacted(f"---\n{_front(kind, None if own else base, license)}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
+        card.write(redacted(f"---\n{_front(kind, None if is_own_base(named) else public_name(named), license)}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
     return export / "README.md"
+
+
+def _revision(run: Run) -> str | None:
+    "The commit of a base model on the hub, as far as it is known."
+    own = is_own_base(run.config.model_name_or_path)
+    return None if own else run.config.revision or run.facts.get("origin", {}).get("commit")
+
+
+def _running(run: Run, export: Path, kind: str, place: str) -> list[str]:
+    "How to run it, place by place, as it was evaluated."
+    name, variables = run.config.model_name_or_path, run.config.chat_template_kwargs
+    base = f"/path/to/{public_name(name)}" if is_own_base(name) else public_name(name)
+    adapter = json.loads((export / ADAPTER_FILES[0]).read_text(encoding="utf-8")) if kind == "adapter" else None
+    said = json.dumps(variables, ensure_ascii=False)
+    evaluated = [f"The answers were evaluated with these variables of the chat template: {md_cell(said)}. Without them it answers otherwise; a client may send them to vLLM, llama-server or transformers serve itself, as `chat_template_kwargs` in its `extra_body`."] if variables else []
+    commands = how_to_run(kind, place, base, _revision(run), adapter, variables)
+    return ["## How to run it", *evaluated, *(f"**{where}**\n\n```\n{what}\n```" for where, what in commands.items())]
 
 
 def _front(kind: str, base: str | None, license: str) -> str:
     "The lines that a hub reads; a base model that lies in a folder has no name there."
-    known = {} if license == UNKNOWN else {"license": license}
     library = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[kind]
-    return ModelCardData(base_model=base, library_name=library, pipeline_tag="text-generation", tags=["finetune_nb", *(["lora"] if kind == "adapter" else [])], **known).to_yaml().strip()
+    return ModelCardData(base_model=base, library_name=library, pipeline_tag="text-generation", tags=["finetune_nb", *(["lora"] if kind == "adapter" else [])], **_license_lines(license)).to_yaml().strip()
+
+
+def _license_lines(license: str) -> dict[str, Any]:
+    "A licence as a hub reads it: one that `base_license` tells with its place has a name of its own."
+    if license == UNKNOWN:
+        return {}
+    if own := re.fullmatch(r"(.+) \((.+)\)", license):
+        return {"license": "other", "license_name": own[1]} | ({"license_link": own[2]} if own[2] != "other" else {})
+    names = license.split(", ")
+    return {"license": names if len(names) > 1 else license}
 
 
 def _measured(report: RunReport) -> str:
@@ -103,22 +222,23 @@ def _measured(report: RunReport) -> str:
     return "\n\n".join(["## What was measured", markdown_table(("", ""), answers), figures])
 
 
-def _checked(check: ExportCheck | None) -> str:
-    "What the check of the export found, without the answers themselves."
-    if check is None:
-        return "## Is it what was tested?\n\n**Not checked.** `verify_export` tells."
-    rows = [row for row in check.rows() if not row[0].startswith("first difference")]
-    return f"## Is it what was tested?\n\n**{md_cell(check.headline())}**\n\n" + markdown_table(("", ""), rows)
+def _checked(check: ExportCheck | None, notes: Sequence[str]) -> str:
+    "What the check of the export found, without the answers themselves, and what else should be known."
+    verdict = f"**{md_cell(check.headline())}**" if check else "**Not checked.** `verify_export` tells."
+    rows = [row for row in check.rows() if not row[0].startswith("first difference")] if check else []
+    rows += [("note", note) for note in notes if ("note", note) not in rows]
+    return "\n\n".join(["## Is it what was tested?", verdict, *([markdown_table(("", ""), rows)] if rows else [])])
 
 
-def _made(run: Run) -> Sequence[tuple[str, str]]:
+def _made(run: Run, base: str | None) -> Sequence[tuple[str, str]]:
     "Settings and fingerprints, as texts, without places of this machine."
-    facts, base = run.facts, base_facts(run)
+    facts, own = run.facts, base_facts(run)
     private = ("output_dir", "run_name", "train_file", "validation_file", "test_file", "model_name_or_path", "columns")
     settings = {name: value for name, value in changed_settings(run.config).items() if name not in private}
-    rows: list[tuple[str, Any]] = [("base model", f"{base['name']}" + (f", commit {facts['origin']['commit']}" if facts.get("origin", {}).get("commit") else ""))]
-    rows += [(f"mark of its {name}", mark) for name, mark in base["marks"].items() if mark]
-    rows += [("note", base["note"])] if "note" in base else []
+    rows: list[tuple[str, Any]] = [("base model", f"{own['name']}" + (f", commit {facts['origin']['commit']}" if facts.get("origin", {}).get("commit") else ""))]
+    rows += [(f"mark of its {name}", mark) for name, mark in own["marks"].items() if mark]
+    rows += [("merged onto", public_name(base))] if base else []
+    rows += [("note", own["note"])] if "note" in own else []
     rows += [(f"{name} data", f"{data['chats']:,} chats, SHA-256 {data['sha256']}") for name, data in facts["data"].items()]
     rows += [("adapter", facts["parameters"]), ("settings other than usual", ", ".join(f"{k}={v!r}" for k, v in settings.items()) or "none"), ("seed", facts["seed"])]
     rows += [("steps", f"{facts['steps']}, ended by {facts['ended_by']}"), ("hardware", facts["hardware"]), ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))]
