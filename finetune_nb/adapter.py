@@ -164,6 +164,8 @@ class SavedAdapter:
         told = [f"{name}: {'; '.join(said) or 'as it is'}" for name, said in self.servers.items()]
         return "\n".join([f"Adapter of {self.keys} weights ({self.bytes / 1e6:.1f} MB) for {self.base}: {self.folder}", *told])
 
+    __repr__ = __str__
+
 
 def open_run(
     run: Run | str | Path,  # a finished run, or its folder

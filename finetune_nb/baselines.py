@@ -175,6 +175,8 @@ class BaselineReport:
     def __str__(self) -> str:
         return "\n".join([f"{self.verdict.capitalize()}. {self.reason}", *text_table(self.head, self.table()), *self.notes])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         colour = {"fine-tune": "#4c78a8", "do not fine-tune": "#2e9e4f", "can't tell": "#e0902f"}[self.verdict]
         parts = [f"<p><b style='color:{colour}'>{escape(self.verdict.capitalize())}.</b> {escape(self.reason)}</p>"]

@@ -241,6 +241,8 @@ class Comparison:
         head, *lines = text_table(self.head, self.lines())
         return "\n".join([head, "-" * max(map(len, (head, *lines))), *lines, "", f"{self.verdict.capitalize()}: {self.reason}"])
 
+    __repr__ = __str__
+
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 

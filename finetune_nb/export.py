@@ -79,6 +79,8 @@ class Exports:
         where = [f"{item.format}: {item.path}" for item in self.items if item.path]
         return "\n".join([*text_table(self.head, self.rows()), "", *where, *self.notes()])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         where = [(item.format, str(item.path)) for item in self.items if item.path]
         return html_table(self.head, self.rows()) + html_table((), [*where, *(("", note) for note in self.notes())])

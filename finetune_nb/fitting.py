@@ -425,6 +425,8 @@ class Fitting:
         table = text_table(HEAD, self.recitation.table()) if self.recitation and self.recitation.rows else []
         return "\n".join([f"{self.name}: {self.verdict}. {self.reason}", *table])
 
+    __repr__ = __str__
+
     def recited_most(
         self,
         n: int = 3,  # at most

@@ -297,6 +297,8 @@ class Forgetting:
         lost = [f"lost: {row.question!r}: {row.before!r} became {row.after!r}" for row in self.lost()]
         return "\n".join([f"{self.name}, {self.items}: {self.reason}", *text_table(HEAD, self.table()), *lost])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return _html(self)
 

@@ -341,6 +341,8 @@ class GgufFile:
     def __str__(self) -> str:
         return "\n".join([f"GGUF {self.kind}, {self.bytes / 1e6:,.1f} MB: {self.path}", *self.notes])
 
+    __repr__ = __str__
+
 
 def export_gguf(
     run: Run | str | Path,  # a finished run, or its folder

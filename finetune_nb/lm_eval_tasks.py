@@ -80,6 +80,8 @@ class TaskReport:
     def __str__(self) -> str:
         return "\n".join([f"{self.name}, lm-eval {self.version}", *text_table(HEAD, self.table()), *self.said])
 
+    __repr__ = __str__
+
     def to_markdown(self) -> str:
         "The table as Markdown."
         head = f"**{md_cell(self.name)}**, lm-eval {md_cell(self.version)}"

@@ -218,6 +218,8 @@ class Merged:
         whole = f", {self.whole} weights taken whole" if self.whole else ""
         return "\n".join([f"Merged {self.layers} layers{whole}, {self.bytes / 1e6:,.1f} MB in {self.dtype}: {self.folder}", *self.notes])
 
+    __repr__ = __str__
+
 
 def merge_adapter(
     run: Run | str | Path,  # a finished run, or its folder

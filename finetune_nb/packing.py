@@ -321,6 +321,8 @@ class PackingReport:
         }  # fmt: skip
         return "\n".join([f"Chats are {words[self.mode]}.", *(f"  {mode}: {seen}" for mode, seen in self.differences.items())])
 
+    __repr__ = __str__
+
 
 def check_packing(
     model: torch.nn.Module,  # with an adapter, or anything else that is trained

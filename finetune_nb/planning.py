@@ -346,6 +346,8 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(f"{name + ':':18}{value}" for name, value in self._rows().items())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         scale = 100 / max(self.bytes, self.available, 1)
         colours = ("#4c78a8", "#72b7b2", "#54a24b", "#eeca3b", "#f58518", "#b279a2", "#9d755d", "#bab0ac")

@@ -164,6 +164,8 @@ class RangeTest:
     def __str__(self) -> str:
         return self.reason
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.reason)}</p>{inlined(self.plot()._repr_png_(), 'loss over the learning rate')}"
 

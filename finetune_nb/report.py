@@ -205,6 +205,8 @@ class RunReport:
     def __str__(self) -> str:
         return "\n".join([f"{self.name}: {self.found.headline()}", *(f"{asked} {said}" for asked, said in self.answers)])
 
+    __repr__ = __str__
+
     def to_markdown(self) -> str:
         "The report for a pull request."
         parts = [f"# {md_cell(self.name)}: was it worth it?", f"**{md_cell(self.found.headline())}**", markdown_table(("", ""), self.answers)]

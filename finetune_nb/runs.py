@@ -159,6 +159,8 @@ class RunTable:
     def __str__(self) -> str:
         return "\n".join(text_table(*self.cells()))
 
+    __repr__ = __str__
+
 
 def _can_be(folder: Path) -> bool:
     "Whether there is such a folder; no name that is typed is too odd to ask."

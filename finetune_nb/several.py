@@ -168,6 +168,8 @@ class SeveralRuns:
     def __str__(self) -> str:
         return "\n".join([*text_table(self.head, self.table()), "", self.verdict, *self.notes])
 
+    __repr__ = __str__
+
     def to_markdown(self) -> str:
         "The comparison as Markdown."
         notes = [f"- {md_cell(note)}" for note in self.notes]

@@ -268,6 +268,8 @@ class Sweep:
     def __str__(self) -> str:
         return "\n".join([*text_table(*self.cells()), *self.failures, "", self.verdict])
 
+    __repr__ = __str__
+
     def to_markdown(self) -> str:
         "Verdict and table as Markdown."
         return "\n".join([md_cell(self.verdict), "", markdown_table(*self.cells()), "", *map(md_cell, self.failures)]).strip() + "\n"

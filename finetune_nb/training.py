@@ -266,6 +266,8 @@ class Run:
     def __str__(self) -> str:
         return "\n".join(f"{name + ':':22}{value}" for name, value in self._rows().items())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table((), list(self._rows().items())) + inlined(self.plot()._repr_png_())
 

@@ -45,6 +45,8 @@ class Upload:
         head = f"Sent to {self.url}" if self.url else f"Would go to {self.repo_id} ({'private' if self.private else 'public'}); nothing was sent. To send it: upload_export(…, dry_run=False), on the command line --send"
         return "\n".join([f"{head}:", *(f"  {name:40} {size:>14}" for name, size in self.rows()), *self.notes()])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table(("file", "size"), self.rows()) + html_table((), [("", note) for note in self.notes()])
 

@@ -130,6 +130,8 @@ class ExportCheck:
     def __str__(self) -> str:
         return "\n".join([self.headline(), *(f"{name + ':':28}{text}" for name, text in self.rows())])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return f"<p><b>{escape(self.headline())}</b></p>{html_table((), self.rows())}"
 
