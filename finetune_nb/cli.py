@@ -193,10 +193,10 @@ def serve_command(options: argparse.Namespace) -> None:
     from finetune_nb.serve import serve_model
 
     with serve_model(options.run, options.port) as served:
-        print(f"Loading {served.folder}…", flush=True)
-        served.wait()
-        print(f"{served.name} answers at {served.url}, to this machine alone. Any OpenAI client: base_url={served.url!r}, model={served.name!r}, no key. Ctrl+C ends it.", flush=True)
         try:
+            print(f"Loading {served.folder}…", flush=True)
+            served.wait()
+            print(f"{served.name} answers at {served.url}, to this machine alone. Any OpenAI client: base_url={served.url!r}, model={served.name!r}, no key. Ctrl+C ends it.", flush=True)
             served.process.wait()
         except KeyboardInterrupt:
             return

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN_BAD', 'EXTRAS', 'ROOM_GIB', 'Finding', 'Checkup', 'needed', 'unmet', 'check_packages', 'check_extras', 'Card',
            'check_precision', 'check_cards', 'check_four_bits', 'check_threads', 'usable_cores', 'check_folder',
-           'hub_answers', 'check_hub', 'check_widgets', 'check_machine', 'doctor']
+           'hub_answers', 'check_hub', 'check_widgets', 'check_torch', 'check_machine', 'doctor']
 
 # %% ../nbs/11d_doctor.ipynb #268183e1
 import os
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -304,6 +305,29 @@ def check_widgets(
     return Finding("panel", "ok", f"ipywidgets {release}{how[place]}")
 
 # %% ../nbs/11d_doctor.ipynb #5b4174be
+def check_torch(
+    load: Callable[[], object] = lambda: import_module("torch"),  # loads it
+) -> list[Finding]:
+    "Why torch can't be loaded though it is installed, mostly for a library that is not there; empty where it can."
+    try:
+        load()
+    except Exception as error:
+        text = f"{_release('torch')} is installed and can't be loaded: {_in_a_line(error)}"
+        return [Finding("torch", "error", text, "pip install --force-reinstall torch (on Windows and for old drivers: the command of pytorch.org/get-started)")]
+    return []
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _release(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "a copy without metadata"
+
+
 def check_machine() -> list[Finding]:
     "What torch finds here."
     import torch
@@ -336,16 +360,20 @@ def doctor(
         found.append(Finding("machine", "note", "not looked at while packages are missing", "install them, and ask again"))
         place = "terminal"
     else:
-        found += _attempt("machine", check_machine)
+        found += check_torch() or _attempt("machine", check_machine)
         place = _front_end()
     found += [*check_extras(), *check_folder(output_dir), check_widgets(place)]
     return Checkup([*found, *([check_hub(dict(os.environ))] if hub else [])])
 
 # %% ../nbs/11d_doctor.ipynb #b8a1da75
 def _front_end() -> str:
-    from finetune_nb.jobs import front_end
+    "Where this is shown; a terminal where what would know it can't be loaded."
+    try:
+        from finetune_nb.jobs import front_end
 
-    return front_end()
+        return front_end()
+    except Exception:
+        return "terminal"
 
 
 def _attempt(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -353,4 +381,4 @@ def _attempt(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except Exception as error:
-        return [Finding(subject, "error", f"can't be asked: {type(error).__name__}: {str(error)[:200]}", "reinstall torch and transformers, or start from an empty environment")]
+        return [Finding(subject, "error", f"can't be asked: {_in_a_line(error)}", "reinstall torch and transformers, or start from an empty environment")]

@@ -6,8 +6,13 @@
 __all__ = ['Pieces', 'find_pieces', 'Modelfile', 'write_modelfile', 'go_template']
 
 # %% ../nbs/09la_modelfile.ipynb #26012140
-from collections.abc import Sequence
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from .chat_template import end_of_turn_id
 from .config import replacing
 from .sandbox import TemplateLimit, render_chats
 from .training import Run
+from .turns import TemplateError, render, render_prompt
 
 # %% ../nbs/09la_modelfile.ipynb #19019450
 @dataclass(frozen=True)
@@ -26,43 +32,51 @@ class Pieces:
 
     around: dict[str, tuple[str, str]]  # by role: before and after
     system: str | None = None  # that the template writes by itself where a chat has none
+    start: str = ""  # before the first message, whosoever it is
 
     def render(
         self,
         messages: Sequence[dict[str, Any]],  # role and content
     ) -> str:
-        "The prompt, as Ollama's template puts it together."
-        own = [{"role": "system", "content": self.system}] if self.system is not None and messages[0]["role"] != "system" else []
-        return "".join(self.around[m["role"]][0] + m["content"] + self.around[m["role"]][1] for m in [*own, *messages]) + self.around["assistant"][0]
+        "The prompt, as Ollama's template puts it together: of messages of one role in a row it gets one."
+        said = [{"role": role, "content": "\n\n".join(m["content"] for m in row)} for role, row in groupby(messages, itemgetter("role"))]
+        own = [{"role": "system", "content": self.system}] if self.system is not None and said[0]["role"] != "system" else []
+        return self.start + "".join(self.around[m["role"]][0] + m["content"] + self.around[m["role"]][1] for m in [*own, *said]) + self.around["assistant"][0]
 
 
 def find_pieces(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     chats: Sequence[Sequence[dict[str, Any]]] = (),  # messages up to the answer, on which it is tried
     chat_template_kwargs: dict[str, Any] | None = None,  # variables of the template
+    tools: Sequence[list[dict[str, Any]] | None] | None = None,  # of each of these chats; None: they have none
 ) -> Pieces | None:
     "The pieces of a regular template; None where put together they give another text than the template for any of `chats`. Raises `TemplateLimit` for a template that goes past a bound."
-    render = lambda messages, ask=True: render_chats(tokenizer, [list(messages)], add_generation_prompt=ask, **(chat_template_kwargs or {}))[0]  # noqa: E731
-    words = ["Quartz", "Vexing", "Jumbo", "Zebras", "Sphinx"]
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    said = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    prompt = lambda messages, tools=None: render_prompt(list(messages), tokenizer, tools, chat_template_kwargs)  # noqa: E731
+    asked = list(zip(chats, tools or [None] * len(chats), strict=True))
     try:
-        gaps = _between(render(said, ask=False), words)
-        asked = render(said[:2])
-        before = asked.removeprefix(render(said[:2], ask=False))
-        tail = gaps[5]
-        user, closed = gaps[3].removeprefix(tail), gaps[2].removesuffix(before)
-        around = {"system": (gaps[0], gaps[1].removesuffix(user)), "user": (user, closed), "assistant": (before, tail)}
-        alone = _between(render(said[1:2]), words[1:2])[0]
-        start = alone.removesuffix(user)
-        default = start.removeprefix(gaps[0]).removesuffix(around["system"][1]) if start else None
-        pieces = Pieces(around, default)
-        tried = [said[:2], said[:4], said[1:2], [{**m, "content": m["content"] + " 1\n\nb"} for m in said[:4]], *chats]
-        return pieces if all(pieces.render(messages) == render(messages) for messages in tried) else None
+        pieces = _read_off(prompt, lambda messages: render_chats(tokenizer, [messages], add_generation_prompt=False, **(chat_template_kwargs or {}))[0])
+        asked += [(messages, None) for messages in (_SAID[:2], _SAID[:4], _SAID[1:2], [{**m, "content": m["content"] + " 1\n\nb"} for m in _SAID[:4]])]
+        return pieces if all(pieces.render(messages) == prompt(messages, tools) for messages, tools in asked) else None
     except TemplateLimit:
         raise
     except Exception:  # a template may refuse roles in many ways
         return None
+
+
+_WORDS = ["Quartz", "Vexing", "Jumbo", "Zebras", "Sphinx"]
+_SAID = [{"role": role, "content": word} for role, word in zip(["system", "user", "assistant", "user", "assistant"], _WORDS, strict=True)]
+
+
+def _read_off(prompt: Callable[[list[dict[str, Any]]], str], written: Callable[[list[dict[str, Any]]], str]) -> Pieces:
+    "The pieces that a regular template would have; raises `ValueError` where a word is lost."
+    gaps = _between(written(_SAID), _WORDS)
+    before, tail = prompt(_SAID[:2]).removeprefix(written(_SAID[:2])), gaps[5]
+    user, closed = gaps[3].removeprefix(tail), gaps[2].removesuffix(before)
+    after = gaps[1].removesuffix(user)
+    first = _between(written(_SAID[1:2]), _WORDS[1:2])[0].removesuffix(user)  # what a chat without a system message begins with
+    start = first if gaps[0].startswith(first) else ""  # and one with it too
+    around = {"system": (gaps[0].removeprefix(start), after), "user": (user, closed), "assistant": (before, tail)}
+    return Pieces(around, None if first == start else first.removeprefix(gaps[0]).removesuffix(after), start)
 
 
 def _between(text: str, words: list[str]) -> list[str]:
@@ -96,8 +110,7 @@ def write_modelfile(
     run, gguf = open_run(run), Path(gguf)
     tokenizer, kwargs = run.tokenizer, run.config.chat_template_kwargs
     prompts = [chat.prompt for chat in run.test]
-    pieces = find_pieces(tokenizer, prompts, kwargs)
-    pieces = None if pieces and any(_QUOTES in text for pair in pieces.around.values() for text in pair) else pieces
+    pieces, why = _pieces_for(run)
     own = {message["content"] for messages in prompts for message in messages if message["role"] == "system"}
     shared = next(iter(own)) if len(own) == 1 and all(messages[0]["role"] == "system" for messages in prompts) else None
     ends = dict.fromkeys([tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer, kwargs)), tokenizer.eos_token])
@@ -110,20 +123,66 @@ def write_modelfile(
     lines += [f'PARAMETER stop "{end}"' for end in ends if end] + ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {run.config.max_length}"]
     with replacing(gguf.parent / "Modelfile") as file:
         file.write("\n".join(lines) + "\n")
-    return Modelfile(gguf.parent / "Modelfile", *_how_exact(pieces, system, tokenizer, len(prompts)))
+    return Modelfile(gguf.parent / "Modelfile", *_how_exact(pieces, system, tokenizer, len(prompts), why, kwargs))
 
 
 _QUOTES = '"""'  # end a text in a Modelfile, and can't stand in it
 
 
-def _how_exact(pieces: Pieces | None, system: str | None, tokenizer: PreTrainedTokenizerBase, n: int) -> tuple[bool, list[str]]:
+def _pieces_for(run: Run) -> tuple[Pieces | None, str]:
+    "What the Modelfile's template is made of, or why there is none."
+    tokenizer, kwargs, prompts = run.tokenizer, run.config.chat_template_kwargs, [chat.prompt for chat in run.test]
+    pieces = find_pieces(tokenizer, (), kwargs)
+    if pieces is None:
+        return None, "The chat template is not regular"
+    if any(_QUOTES in text for text in [pieces.start, *sum(pieces.around.values(), ())]):
+        return None, f"The chat template holds {_QUOTES}, which a Modelfile can't"
+    if find_pieces(tokenizer, prompts, kwargs, [chat.tools for chat in run.test]):
+        return pieces, ""
+    if any(chat.tools for chat in run.test):
+        return None, "Test chats have tools, of which these pieces know nothing"
+    if any(a["role"] == b["role"] for messages in prompts for a, b in pairwise(messages)):
+        return None, "Test chats have messages of one role in a row, which Ollama joins into one"
+    return None, "The chat template is not regular for all test chats"
+
+
+def _how_exact(
+    pieces: Pieces | None, system: str | None, tokenizer: PreTrainedTokenizerBase, n: int, why: str = "The chat template is not regular", kwargs: dict[str, Any] | None = None
+) -> tuple[bool, list[str]]:
     "Whether Ollama gives the prompts of the evaluation, and what is to be known about it."
-    notes = ["Its chats are dated with the day of this export for ever, as the chat template writes the date of the day."] if "strftime_now" in str(tokenizer.chat_template) else []
     if not pieces:
-        return False, ["The chat template is not regular, so none was written: Ollama takes what it recognises of the one in the GGUF file. Compare a prompt before you rely on it; llama.cpp's own server reads the template as it is.", *notes]
+        given = f", and gives it the run's variables when started with --chat-template-kwargs {shlex.quote(json.dumps(kwargs))}" if kwargs else ""
+        return False, [f"{why}, so no template was written: Ollama takes what it recognises of the one in the GGUF file. Compare a prompt before you rely on it; llama.cpp's own server reads the template as it is{given}."]
+    notes = []
+    if not _begins_alike(pieces, system, tokenizer):
+        notes.append(f"Ollama begins every prompt with {tokenizer.bos_token}, as the tokenizer begins plain text; the chat template does it otherwise, or not at all.")
+    if _is_dated(tokenizer, kwargs):
+        notes.append("Its chats are dated with the day of this export for ever, as the chat template writes the date of the day.")
     if system and _QUOTES in system:
         return False, [f"The system message holds {_QUOTES}, which a Modelfile can't: send it with each chat.", *notes]
-    return not notes, [f"Its template was put together for {n} test chats and gives the very prompts of the evaluation; tools and images are not in it.", *notes]
+    what = "the prompts of the evaluation, but for what is told below" if notes else "the very prompts of the evaluation"
+    return not notes, [f"Its template was put together for {n} test chats and gives {what}; tools and images are not in it.", *notes]
+
+
+def _is_dated(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> bool:
+    "Whether the template writes the date of the day: without the function that tells it, it fails then."
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return False
+    try:
+        return not all(render(messages, tokenizer, True, None, (kwargs or {}) | {"strftime_now": ""}) for messages in (_SAID[:2], _SAID[1:2]))
+    except TemplateError:
+        return True
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    "Whether every text begins with it; the GGUF file says so too, and llama.cpp puts it there."
+    return bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def _begins_alike(pieces: Pieces, system: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    "Whether what llama.cpp puts before a prompt is what the template writes there."
+    first = pieces.start or (pieces.around["system"][0] if system is not None else "")
+    return not _adds_bos(tokenizer) or first.startswith(tokenizer.bos_token)
 
 
 def go_template(
@@ -131,17 +190,16 @@ def go_template(
     tokenizer: PreTrainedTokenizerBase,  # knows whether a beginning is added to every text
 ) -> str:
     "The template in Ollama's language."
-    bos = tokenizer.bos_token or ""
-    start = pieces.around["system"][0]
-    added = bool(bos) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    texts = {role: tuple(_in_go(text) for text in pair) for role, pair in pieces.around.items()}
-    if added and start.startswith(bos):  # llama.cpp puts it there itself
-        texts["system"] = (_in_go(start.removeprefix(bos)), texts["system"][1])
+    start, (opening, closing) = pieces.start, pieces.around["system"]
+    if _adds_bos(tokenizer):  # llama.cpp puts it there itself
+        start, opening = start.removeprefix(tokenizer.bos_token), opening if start else opening.removeprefix(tokenizer.bos_token)
+    texts = {role: tuple(_in_go(text) for text in pair) for role, pair in (pieces.around | {"system": (opening, closing)}).items()}
     turns = "".join(f'{{{{ {word} eq .Role "{role}" }}}}{texts[role][0]}{{{{ .Content }}}}{texts[role][1]}' for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")))
     blank = "".join(texts["system"]) if pieces.system == "" else ""  # Ollama adds a system message only where it says something
     first = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{blank}{{{{ end }}}}' if blank else ""
-    return f"{first}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{texts['assistant'][0]}"
+    return f"{_in_go(start)}{first}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{texts['assistant'][0]}"
 
 
 def _in_go(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    "The text, without braces that Go would take for the beginning of its own: also one at the end, where such a beginning follows."
+    return re.sub(r"\{{2,}|\{\Z", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)

@@ -8,10 +8,12 @@ __all__ = ['HOST', 'servable', 'validate_server', 'free_port', 'ServedModel', 's
 # %% ../nbs/09p_serve.ipynb #0a530820
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +27,7 @@ from .kept import adapter_mark
 from .merge import merge_adapter
 from .redact import redacted
 from .verify import load_check
-from .whole_folder import read_about
+from .whole_folder import MANIFEST, check_whole, read_about
 
 # %% ../nbs/09p_serve.ipynb #6952f09e
 def servable(
@@ -38,16 +40,23 @@ def servable(
     if (place / "adapter_config.json").is_file():
         raise ExportError(f"{place}: an adapter is no whole model. Name the run, so that it is merged, or serve it by vLLM.")
     if (place / "config.json").is_file():
-        return place
+        return _as_it_was_written(place) if (place / MANIFEST).is_file() else place
     merged = place / "exports" / "merged"
     if not (merged / "config.json").is_file():
         return merge_adapter(place).folder
-    if read_about(merged).get("adapter") != adapter_mark(place):
+    if read_about(_as_it_was_written(merged)).get("adapter") != adapter_mark(place):
         print(f"{merged} was made of an earlier adapter of this run, so it is merged again.")
         return merge_adapter(place).folder
-    if (check := load_check(merged)) and not check.ok:
-        print(f"{merged}: {check.headline()}")
     return merged
+
+
+def _as_it_was_written(folder: Path) -> Path:
+    "The folder, and a word where its check was not passed; raises `ExportError` where a file is not as it was written."
+    if faults := check_whole(folder):
+        raise ExportError(f"{folder} is not as it was exported ({faults[0]}), and is not served. Export it again: finetune_nb export RUN --formats merged")
+    if (check := load_check(folder)) and not check.ok:
+        print(f"{folder}: {check.headline()}")
+    return folder
 
 
 def validate_server() -> None:
@@ -81,6 +90,7 @@ class ServedModel:
     device: str = "auto"  # "cpu", "cuda"
     process: subprocess.Popen | None = None
     _log: Any = field(default=None, repr=False)  # what the server says
+    _listens: bool = field(default=False, repr=False)  # whether SIGTERM ends the block
 
     @property
     def name(self) -> str:
@@ -94,13 +104,15 @@ class ServedModel:
 
     def command(self) -> list[str]:
         "What is run, in the folder that the model's lies in."
-        code = "import sys; sys.path[:] = [p for p in sys.path if p]; from transformers.cli.transformers import main; main()"  # no module that lies beside the model
-        return [sys.executable, "-c", code, "serve", self.name, "--host", HOST, "--port", str(self.port), "--device", self.device]
+        return [sys.executable, "-c", _PROGRAM, "serve", self.name, "--host", HOST, "--port", str(self.port), "--device", self.device]
 
     def __enter__(self) -> "ServedModel":
         self._log = tempfile.TemporaryFile()
         command = self.command()
-        self.process = subprocess.Popen(command, cwd=self.folder.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, cwd=self.folder.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT)
+        self._listens = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._listens:
+            signal.signal(signal.SIGTERM, _leave)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,7 +122,11 @@ class ServedModel:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._log.close()
+        finally:
+            self.process.stdin.close()
+            self._log.close()
+            if self._listens:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def wait(
         self,
@@ -127,6 +143,21 @@ class ServedModel:
         self._log.seek(0)
         said = [line for line in redacted(self._log.read().decode(errors="replace")).splitlines() if line.strip()]
         raise ExportError(f"transformers serve does not answer on port {self.port}: {said[-1][:500] if said else 'it said nothing'}")
+
+
+_PROGRAM = """
+import sys
+sys.path[:] = [p for p in sys.path if p]  # no module that lies beside the model
+import os, threading
+if os.name != "nt":  # where a thread that reads holds up others that ask what kind of file it is
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # nothing is ever said there: the reading ends with the process that holds the other end
+from transformers.cli.transformers import main
+main()
+"""
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # which ends the block
 
 
 def serve_model(

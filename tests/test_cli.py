@@ -272,6 +272,16 @@ print(found.ok, [f.remedy for f in found.findings if f.subject == "torch"], [f.t
     assert "not looked at" in said.stdout
 
 
+def test_doctor_tells_what_is_wrong_with_a_torch_that_can_not_be_loaded(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file\\nNo such file')")
+    code = "import sys; sys.path.insert(0, sys.argv.pop()); from finetune_nb.cli import main; sys.exit(main(['doctor', '--no-hub', '--folder', 'runs']))"
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert said.returncode == 1 and said.stderr == ""
+    assert re.search(r"^error +torch +.* can't be loaded: OSError: libcudart.so.13: cannot open shared object file No such file -> pip install --force-reinstall torch", said.stdout, re.M), said.stdout
+    assert all(re.search(rf"^\w+ +{subject} ", said.stdout, re.M) for subject in ("Python", "packages", "output_dir", "panel"))
+
+
 def test_a_shell_completes_commands_options_and_values(capsys):
     import shutil
 

@@ -1,7 +1,9 @@
 """Exports: what was trained is what is shipped, to the bit where it can be, and refused where it can't."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -572,6 +574,84 @@ def test_what_can_not_be_served_is_told(tmp_path, monkeypatch):
         taken.listen()
         with pytest.raises(ExportError, match="Port .* can't be had"):
             serve.serve_model(tmp_path, taken.getsockname()[1])
+
+
+def test_what_was_changed_since_its_export_is_not_served(tmp_path, capsys):
+    from finetune_nb.serve import servable
+
+    merged = tmp_path / "run-001" / "exports" / "merged"
+    merged.parent.mkdir(parents=True)
+    with whole_folder(merged) as part:
+        part.write("config.json", b"{}")
+    (merged / "export_check.json").write_text("no check")
+    with pytest.raises(ExportError, match=r"export_check.json can't be read"):
+        servable(merged)
+    (merged / "export_check.json").unlink()
+    assert servable(merged) == merged
+    (merged / "config.json").write_text("[]")
+    for place in (merged, tmp_path / "run-001"):
+        with pytest.raises(ExportError, match=r"merged is not as it was exported .config.json is not as it was written., and is not served. Export it again"):
+            servable(place)
+    (merged / "MANIFEST.json").unlink()
+    with pytest.raises(ExportError, match=r"merged is not as it was exported .MANIFEST.json is missing"):
+        servable(tmp_path / "run-001")
+    assert servable(merged) == merged, "a folder from elsewhere has no manifest"
+
+
+SERVER = """
+import socket, sys, time
+def main():
+    if sys.argv[2] == "slow":
+        time.sleep(600)
+    with socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1]))) as server:
+        while True:
+            with server.accept()[0] as asked:
+                asked.recv(1000)
+                asked.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+"""
+SERVE = "import sys; from finetune_nb import cli, serve; serve.find_spec = str; sys.exit(cli.main(['serve', sys.argv[1], '--port', sys.argv[2]]))"
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    "A server that loads nothing, where transformers is looked for; the folder of a model, and one that is long in the loading."
+    for name, text in (("__init__", ""), ("cli/__init__", ""), ("cli/transformers", SERVER)):
+        (file := tmp_path / "lib" / "transformers" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for name in ("model", "slow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return {"PYTHONPATH": str(tmp_path / "lib")}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked")
+@pytest.mark.parametrize("name, number, ended", [("model", signal.SIGTERM, 128 + signal.SIGTERM), ("model", signal.SIGINT, 0), ("slow", signal.SIGTERM, 128 + signal.SIGTERM), ("slow", signal.SIGINT, 0)])
+def test_a_server_ends_with_the_command_that_started_it(name, number, ended, stand_in, tmp_path):
+    import psutil
+
+    from finetune_nb.serve import free_port
+
+    command = forked.Forked(SERVE, str(tmp_path / name), str(free_port()), env=stand_in)
+    for line in command.stdout:
+        if (name == "model" and "answers at" in line) or (name == "slow" and "Loading" in line):
+            break
+    (server,) = psutil.Process(command.pid).children()
+    os.kill(command.pid, number)
+    _, errors = command.communicate()
+    assert command.returncode == ended and errors == "" and not server.is_running()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it does not listen")
+def test_a_server_ends_when_nobody_holds_it_any_more(stand_in, tmp_path, monkeypatch):
+    from finetune_nb.serve import ServedModel, free_port
+
+    monkeypatch.setenv("PYTHONPATH", stand_in["PYTHONPATH"])
+    before = signal.getsignal(signal.SIGTERM)
+    with ServedModel(tmp_path / "model", free_port()) as served:
+        served.wait()
+        served.process.stdin.close()  # as the system closes it after a process that is killed
+        assert served.process.wait(30) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_nothing_that_is_no_part_of_an_export_goes(tmp_path):
