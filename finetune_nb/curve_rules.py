@@ -146,9 +146,11 @@ def too_few_steps(record: RunRecord) -> Found | None:
 
 
 def still_learning(record: RunRecord) -> Found | None:
-    "The plan ended while the validation loss was falling fast: by a tenth, and by more than 0.05 nats, since the look before."
-    if record.facts.get("ended_by") != "the plan" or len(record.looks) < 3:
+    "The plan ended while the validation loss was falling fast: by a tenth, and by more than 0.05 nats, since the look before. After a single look the training loss tells."
+    if record.facts.get("ended_by") != "the plan":
         return None
+    if len(record.looks) < 3:
+        return _falling_to_the_end(record)
     (_, before), (step, last) = record.looks[-2:]
     if before - last < max(0.1 * before, 0.05) or last > record.looks[0][1]:  # where it only comes back, it ran away before
         return None
@@ -156,6 +158,21 @@ def still_learning(record: RunRecord) -> Found | None:
         "The run ended while it was still learning fast: too few steps, or too low a learning rate.",
         f"Double num_train_epochs; early stopping ends it when there is no more to gain. Or raise learning_rate. {RANGE_TEST}",
         {"validation loss": f"{before:.4f} at the look before, {last:.4f} at step {step}, the last"},
+    )
+
+
+def _falling_to_the_end(record: RunRecord) -> Found | None:
+    "A short run whose training loss fell from its third quarter to its last one, by more than its points jump."
+    n = len(record.losses) // 4
+    if n < 2 or record.steps > 50:
+        return None
+    before, last = (sum(part) / n for part in (record.losses[-2 * n : -n], record.losses[-n:]))
+    if before - last < max(0.1 * before, 0.05, 3 * jump_of(record.losses) * math.sqrt(2 / n)):
+        return None
+    return Found(
+        f"The run took {record.steps} steps only, and was still learning fast when it ended.",
+        f"Double num_train_epochs; early stopping ends it when there is no more to gain. Or raise learning_rate. {RANGE_TEST}",
+        {"training loss": f"{before:.4f} in the third quarter of the run, {last:.4f} in the last"},
     )
 
 # %% ../nbs/09dc_curve_rules.ipynb #3dd6bfb0

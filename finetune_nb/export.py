@@ -61,11 +61,11 @@ class Exports:
     @property
     def head(self) -> tuple[str, ...]:
         "The names of the columns of `rows`."
-        return "format", "verdict", "loss difference", "same next token", "same answers", "size", "time"
+        return "format", "verdict", "loss difference", "same next token", "same answers", "size", "to write", "to check"
 
     def rows(self) -> list[tuple[str, ...]]:
         "One row for each, as texts."
-        return [(item.format, item.verdict, *_figures(item.check), f"{item.bytes / 1e6:,.1f} MB" if item.path else "", f"{item.seconds:.1f} s") for item in self.items]
+        return [(item.format, item.verdict, *_figures(item.check), f"{item.bytes / 1e6:,.1f} MB" if item.path else "", f"{item.seconds:.1f} s" if item.path else "", f"{item.check.seconds:.1f} s" if item.check else "") for item in self.items]
 
     def notes(self) -> list[str]:
         "What else should be known: reasons, first differences, remarks."
@@ -93,7 +93,7 @@ class Exports:
 def _figures(check: ExportCheck | None) -> tuple[str, str, str]:
     if check is None:
         return "", "", ""
-    return f"{check.loss_exported - check.loss_evaluated:+.4f}", f"{check.agreement:.1%}", f"{check.same_answers} of {check.chats}"
+    return f"{check.loss_exported - check.loss_evaluated:+.4f} (up to {check.limits.loss:g})", f"{check.agreement:.1%} (from {check.limits.agreement:.0%})", f"{check.same_answers} of {check.chats}"
 
 # %% ../nbs/10_export.ipynb #7c7002e4
 @no_key_raised()
@@ -114,6 +114,7 @@ def export_run(
     evaluated, items = None, []
     if check:
         asked = questions_of(run, n=n)
+        say(f"Asking the evaluated model {len(asked.chats)} test chats…")
         evaluated = asked, ask_evaluated(run, asked)
         run.release()
     report = write_report(run) if card else None
@@ -125,6 +126,7 @@ def export_run(
             notes = told = _public(told, run, base)
             seconds, found = time.perf_counter() - begun, None
             if check:
+                say(f"Asking {name} the same in a fresh process…")
                 found, why = _checked(run, name, path, evaluated, told)
                 notes = [*notes, *why]
         except (ExportError, OSError, ValueError) as error:

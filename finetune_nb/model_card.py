@@ -227,6 +227,7 @@ def _checked(check: ExportCheck | None, notes: Sequence[str]) -> str:
     verdict = f"**{md_cell(check.headline())}**" if check else "**Not checked.** `verify_export` tells."
     rows = [row for row in check.rows() if not row[0].startswith("first difference")] if check else []
     rows += [("note", note) for note in notes if ("note", note) not in rows]
+    rows += [("note", "Both were asked anew for this, one chat at a time, so that the figures above may differ from these in their last digits.")] if check else []
     return "\n\n".join(["## Is it what was tested?", verdict, *([markdown_table(("", ""), rows)] if rows else [])])
 
 

@@ -338,6 +338,7 @@ def check_packing(
     low = inner_model(model).dtype in (torch.bfloat16, torch.float16)
     loss_tolerance, angle_tolerance = (5e-3, 1e-3) if low else (1e-5, 1e-8)
     leak_tolerance = loss_tolerance if _has_experts(model) else 0.0 if inner_model(model).device.type == "cpu" else 1e-6
+    told = f"equal, as far as {str(inner_model(model).dtype).removeprefix('torch.')} can tell" if low else "exact"
     found: dict[str, str] = {}
     alone: dict[str, Any] = {}
     with _stirred(model):
@@ -360,7 +361,7 @@ def check_packing(
             loss, angle = _difference(alone[attention][0], together[0], chats), _angle(alone[attention][1], together[1])
             leak = _leak(model, chats, collator) if mode in IN_ROWS else 0.0
             exact = loss <= loss_tolerance and angle <= angle_tolerance and leak <= leak_tolerance
-            found[name] = f"loss differs by {loss:.1e}, gradient by {angle:.1e} (1 - cosine): {'exact' if exact else 'not exact'}"
+            found[name] = f"loss differs by {loss:.1e}, gradient by {angle:.1e} (1 - cosine): {told if exact else 'not exact'}"
             if leak:
                 found[name] += f"; other tokens in the other chats change a loss by {leak:.1e}"
             if exact:

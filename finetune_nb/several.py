@@ -230,7 +230,7 @@ def compare_runs(
         raise ConfigError(f"{first.name} can't be what others are held against: {learned} Put another run first, or give chats=… that none of them has seen.")
     reports, left_out = [resting_on(first, score)], {}
     for one in runs[1:]:
-        name = _new_name(_name(one), [*(report.name for report in reports), *left_out])
+        name = _new_name(one, [*(report.name for report in reports), *left_out])
         try:
             report = asked.report(one, first)
             why = (why_not(first, report) or asked.learned(one, first)) if report else "has no report on these chats"
@@ -248,7 +248,11 @@ def _name(one: Any) -> str:
     return one.name if isinstance(one, EvalReport) else one.folder.name if isinstance(one, Run) else Path(one).name
 
 
-def _new_name(name: str, taken: Sequence[str]) -> str:
+def _new_name(one: Any, taken: Sequence[str]) -> str:
+    "Its name; with the folder that it stands in, or else a number, where another one has it."
+    name, folder = _name(one), None if isinstance(one, EvalReport) else one.folder if isinstance(one, Run) else Path(one)
+    if name in taken and folder and folder.parent.name:
+        name = f"{folder.parent.name}/{name}"
     n = 1 + sum(other == name or other.startswith(f"{name} (") for other in taken)
     return name if n == 1 else f"{name} ({n})"
 

@@ -48,6 +48,7 @@ LIMITS = {
     "q4_0": Limits(0.25, 0.83, "4 bits a weight, with one scale for 32"),
 }
 LIMITS |= {"f32": LIMITS["float32"], "f16": LIMITS["float16"], "bf16": LIMITS["bfloat16"]}
+_TOLD = 0.05  # nats per token above what was evaluated, from which on it also has to be less than half as much again
 AFTER_PACKING = Limits(0.15, 0.88, "it was trained beside weights in 4 bits, and stands beside full ones now")
 
 
@@ -95,6 +96,8 @@ class ExportCheck:
             found.append(f"{self.chats - self.same_prompts} of {self.chats} prompts are other tokens: the chat template or the tokenizer is not the one of the training")
         if not abs(gap) <= loss:  # also where it is no number
             found.append(f"the loss per token is {gap:+.3f} off, and {loss:g} is what rounding does ({why})")
+        elif gap > max(_TOLD, self.loss_evaluated / 2):
+            found.append(f"the loss per token is {self.loss_exported:.3f}, where {self.loss_evaluated:.3f} was evaluated: {self.format} rounds as it does, and here that is too much")
         if self.agreement < agreement:
             found.append(f"it says the same next at {self.agreement:.1%} of the tokens, and {agreement:.0%} is the least ({why})")
         lost = self.ended_evaluated - self.ended_exported

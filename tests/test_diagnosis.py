@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_nb.config import FinetuneConfig, FinetuneError
-from finetune_nb.curve_rules import RULES, is_gibberish, not_falling, overfitted, rate_too_high
+from finetune_nb.curve_rules import RULES, is_gibberish, not_falling, overfitted, rate_too_high, still_learning
 from finetune_nb.diagnosis import Diagnosis, diagnose
 from finetune_nb.models import base_mark
 from finetune_nb.record import RunRecord, read_record
@@ -219,6 +219,10 @@ def test_jumps_of_a_curve_are_no_rise():
 def test_overfitting_is_a_turn_of_validation_with_training_going_on():
     fell = [2 - 0.03 * i for i in range(60)]
     turned = [(0, 2.2), (20, 1.5), (40, 1.7), (60, 1.9)]
+    assert still_learning(record_of([5 - 0.3 * i for i in range(8)], [(0, 5.0), (8, 2.9)], ended_by="the plan")), "a short run with one look is judged by its training loss"
+    for quiet in ([5, 4, 3, 2.9, 2.9, 2.9, 2.9, 2.9], [5 - 0.3 * i for i in range(7)]):
+        assert not still_learning(record_of(quiet, [(0, 5.0), (8, 2.9)], ended_by="the plan")), "it had learned; or too few points to tell"
+    assert not still_learning(record_of([5 - 0.3 * i for i in range(8)], [(0, 5.0), (8, 2.9)], ended_by="the user"))
     assert overfitted(record_of(fell, turned)) and not overfitted(record_of(fell, [(0, 2.2), (20, 1.5), (40, 1.52), (60, 1.53)]))
     assert not overfitted(record_of([2.0] * 60, turned)), "both rise: that is no learning by heart"
 

@@ -246,6 +246,9 @@ def test_each_fault_alone_forbids_to_ship():
     assert good.ok
     for fault in ({"loss_exported": 1.2}, {"loss_exported": 0.7}, {"loss_exported": float("nan")}, {"agreement": 0.8}, {"same_prompts": 15}, {"ended_exported": 3}):
         assert not but(good, **fault).ok, fault
+    coarse = but(good, format="q4_0", limits=limits_of("q4_0"), agreement=0.9)
+    assert but(coarse, loss_exported=1.2).ok and "0.390, where 0.190 was evaluated" in but(coarse, loss_evaluated=0.19, loss_exported=0.39).headline()
+    assert but(coarse, loss_evaluated=0.01, loss_exported=0.05).ok, "so little is told by no answer"
     with pytest.raises(ExportError, match="no limits"):
         limits_of("q2")
 

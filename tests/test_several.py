@@ -15,7 +15,7 @@ from finetune_nb.config import ConfigError
 from finetune_nb.data import Splits
 from finetune_nb.evaluation import evaluate_run, load_comparison
 from finetune_nb.scores import LENGTH, LOSS, PERPLEXITY, EvalReport
-from finetune_nb.several import compare_runs
+from finetune_nb.several import _new_name, compare_runs
 from finetune_nb.training import load_run, train
 
 
@@ -122,6 +122,7 @@ def test_figures_that_mean_something_else_are_not_compared():
 
 
 def test_names_are_told_apart_and_escaped():
+    assert [_new_name(Path(one), ["run-001"]) for one in ("runs/run-002", "other/run-001", "run-001")] == ["run-002", "other/run-001", "run-001 (2)"]
     evil = "<img src=x onerror=alert(1)>"
     found = compare_runs([replace(report("a"), name=evil)] * 3)
     assert [r.name for r in found.reports] == [evil, f"{evil} (2)", f"{evil} (3)"]
