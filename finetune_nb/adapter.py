@@ -45,6 +45,8 @@ def export_folder(
     target = Path(folder) if folder else run.folder / "exports" / name
     if why := _why_not_there(run, target, base):
         raise ExportError(f"{target} {why}, and an export would replace it. Name another folder.")
+    if file := next((place for place in target.parents if place.is_file()), None):
+        raise ExportError(f"{file} is a file, and an export goes into a folder. Name another one.")
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return target
 

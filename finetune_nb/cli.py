@@ -88,6 +88,9 @@ def _show(run: Any, options: argparse.Namespace) -> None:
     _print(f"\n{run}")
     if run.config.fsdp and several:  # it may not fit on one GPU
         print(f"\nThe model lay in parts. Evaluate it with: finetune_nb evaluate {run.folder}", flush=True)
+    elif run.facts["ended_by"] == "the user":
+        said = ", and the test set was left alone" if run.test and not options.no_evaluate else ""
+        _print(f"\nIt was stopped after {run.facts['steps']} steps{said}. Go on: finetune_nb resume {shlex.quote(str(run.folder))}. Or judge it as it is: finetune_nb evaluate {shlex.quote(str(run.folder))}")
     elif run.test and not options.no_evaluate:
         _evaluate(run, score=options.score)
 
@@ -641,11 +644,17 @@ def main(
             _in_processes(options.num_processes, sys.argv[1:] if argv is None else argv)
         else:
             options.run_command(options)
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _end(1)
+    except KeyboardInterrupt:
+        print(f"\nfinetune_nb: interrupted.{_GOES_ON if options.run_command in (train_command, resume_command) else ''}", file=sys.stderr, flush=True)
+        return _end(130)
     except (FinetuneError, OSError, ImportError) as error:
         if "WORLD_SIZE" not in os.environ or _is_to_say(error):
             asked = getattr(options, "run_command", None) is doctor_command
             hint = f" ({'pip install finetune_nb brings what it needs' if asked else 'finetune_nb doctor says what to do'})" if isinstance(error, ImportError) else ""
-            print(f"finetune_nb: {visible(redacted(str(error)))}{hint}", file=sys.stderr, flush=True)
+            print(f"finetune_nb: {visible(redacted(_in_words(error)))}{hint}", file=sys.stderr, flush=True)
         return _end(2)
     except Exception as error:
         if "WORLD_SIZE" in os.environ and not _is_to_say(error):
@@ -654,6 +663,15 @@ def main(
             raise clean from None
         raise
     return 0
+
+
+_GOES_ON = " A run that had saved a checkpoint goes on from there: finetune_nb resume RUN"
+
+
+def _in_words(error: Exception) -> str:
+    "What an error says; one of the system without its number."
+    plain = isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror and error.filename
+    return f"{error.filename}: {error.strerror}" if plain else str(error)
 
 
 def _is_to_say(error: Exception) -> bool:

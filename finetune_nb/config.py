@@ -360,7 +360,11 @@ def replacing(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link) as file:
+        opened = open(temporary, "w", encoding="utf-8", newline="\n", opener=no_link)  # noqa: SIM115
+    except OSError as error:  # nobody knows the other name
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    try:
+        with opened as file:
             yield file
             file.flush()
             wait_for_disk(file.fileno())

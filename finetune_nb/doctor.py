@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -55,11 +56,19 @@ class Checkup:
         order = ("error", "warning", "note", "ok")
         return [(f.level, f.subject, f.text + (f" -> {f.remedy}" if f.remedy else "")) for f in sorted(self.findings, key=lambda f: order.index(f.level))]
 
+    @property
+    def verdict(self) -> str:
+        "In one sentence."
+        if not self.ok:
+            return "No run can work here before the errors are mended."
+        more = any(f.level != "ok" for f in self.findings)
+        return "This machine can train." + (" The notes say what could be added, and is not needed for that." if more else "")
+
     def __repr__(self) -> str:
-        return "\n".join(text_table(("", "what", "found"), self._rows()))
+        return "\n".join([*text_table(("", "what", "found"), self._rows()), "", self.verdict])
 
     def _repr_html_(self) -> str:
-        return html_table(("", "what", "found"), self._rows())
+        return f"<p><b>{escape(self.verdict)}</b></p>" + html_table(("", "what", "found"), self._rows())
 
 # %% ../nbs/11d_doctor.ipynb #7bc22bf6
 KNOWN_BAD = {  # package: releases, and what they do to a run

@@ -21,7 +21,7 @@ from .display import markdown_table, md_cell
 from .gguf_file import known_license
 from .lora import ADAPTER_FILES
 from .redact import redacted
-from .report import RunReport, write_report
+from .report import HINTS, RunReport, write_report
 from .training import Run
 from .verify import ExportCheck, kind_of, load_check
 
@@ -218,6 +218,8 @@ def _license_lines(license: str) -> dict[str, Any]:
 def _measured(report: RunReport) -> str:
     "Verdict and figures with their intervals; no chat."
     answers = [(asked, said.partition(" First: ")[0]) for asked, said in report.answers]  # what stands first is a place in the data
+    for hint in HINTS.values():  # which are not for those who read a card
+        answers = [(asked, said.replace(hint, "")) for asked, said in answers]
     figures = markdown_table(report.found.comparison.head, report.found.comparison.lines()) if report.found.comparison else "It was not evaluated on held-out chats."
     return "\n\n".join(["## What was measured", markdown_table(("", ""), answers), figures])
 

@@ -90,7 +90,7 @@ class Hardware:
 
     def __str__(self) -> str:
         kind = "bf16 in hardware" if self.bf16 else "no bf16 in hardware"
-        return f"{self.name} ({self.device}), {self.memory_gib:.0f} GiB, {self.cores} CPU threads, {kind}"
+        return f"{self.name} ({self.device}), {self.memory_gib:.0f} GiB, {self.cores} CPU thread{'s' * (self.cores != 1)}, {kind}"
 
 
 def hardware(

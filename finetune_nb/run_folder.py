@@ -366,4 +366,5 @@ def runs_inside(
     if inside := names(folder):
         return f" It holds the runs {inside}; name one of them."
     beside = "" if folder.exists() else names(folder.parent)
-    return f" {folder.parent} holds the runs {beside}; name one of them." if beside else ""
+    place = "This folder" if folder.parent == Path() else str(folder.parent)
+    return f" {place} holds the runs {beside}; name one of them." if beside else ""

@@ -37,7 +37,7 @@ from .checkpoints import FREE, check_computed, check_room, check_unchanged, how_
 from .config import ConfigError, FinetuneConfig, load_config, save_config
 from .data import FEWEST, Chat, Splits, fingerprint, icd10_chats, leak_report, load_chats, save_chats, split_chats
 from .display import html_table, visible
-from .locks import LockError, hold, is_mine, validate_held
+from .locks import LockError, held_elsewhere, hold, is_mine, validate_held
 from finetune_nb.lora import (
     AdapterError,
     adapter_norm,
@@ -1027,6 +1027,17 @@ def _compared(config: FinetuneConfig, model: torch.nn.Module, tokenizer: PreTrai
         most = shorter[-1]
 
 # %% ../nbs/08_training.ipynb #76c9e90a
+def _why_no_run(folder: Path) -> str:
+    "What a folder is that holds no finished run, and what to do."
+    if not folder.exists():
+        return "does not exist."
+    if where := held_elsewhere(folder):
+        return f"is a run that is at work {where}: wait until it has ended."
+    if (folder / "started.json").is_file() and last_checkpoint(folder):
+        return f"is a run that broke off. It goes on from its last checkpoint: finetune_nb resume {folder}, or resume({str(folder)!r})."
+    return "is not the folder of a finished run: run.json is missing."
+
+
 @no_key_raised()
 def load_run(
     folder: str | Path,  # a folder that `train` made
@@ -1034,7 +1045,7 @@ def load_run(
     "A run as it was kept; its model is loaded when it is first asked for. Raises `TrainingError` when the folder holds no finished run."
     folder = Path(folder)
     if not (folder / "run.json").is_file():
-        raise TrainingError(f"{folder} is not the folder of a finished run: run.json is missing.{runs_inside(folder)}")
+        raise TrainingError(f"{folder} {_why_no_run(folder)}{runs_inside(folder)}")
     if any(folder.glob(".*.gone")):  # a process died while it put something in its place
         with suppress(LockError, OSError), hold(folder):
             clear_leftovers(folder)

@@ -142,7 +142,7 @@ def test_bad_words_are_one_clear_error(tmp_path, capsys, monkeypatch):
         (["train", "config.yaml", "--set", "r"], "expected NAME=VALUE"),
         (["train", "config.yaml", "--set", "model_name_or_path=no/where"], "neither in a package"),
         (["train", "nowhere.yaml"], "does not exist"),
-        (["evaluate", "nowhere"], "run.json is missing"),
+        (["evaluate", "nowhere"], "nowhere does not exist"),
         (["diagnose", "nowhere"], "not the folder of a run"),
         (["config", "config.yaml"], "is not overwritten"),
     ):

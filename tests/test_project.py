@@ -174,7 +174,7 @@ def test_wheel_carries_requirements_tutorials_and_types(built, settings):
     required = {re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
     assert {re.match(r"[\w-]+", r)[0] for r in settings["requirements"].split()} <= required
     assert "Provides-Extra: qlora" in metadata and "nbdev==2.4.14; extra == \"dev\"" in metadata
-    assert "finetune_nb = finetune_nb.cli:main" in scripts
+    assert "finetune_nb = finetune_nb.__main__:main" in scripts
 
 
 def test_the_source_archive_holds_all_that_is_in_the_repository(built, settings):

@@ -306,7 +306,7 @@ def test_from_the_command_line(run, capsys, monkeypatch, tmp_path):
     assert "Not judged yet" in said and "run-001/report.html" in said
     evaluate_run(run)
     assert main(["compare", "run-001", "run-001"]) == 0 and "run-001 (2)" in capsys.readouterr().out
-    assert main(["report", "nowhere"]) == 2 and "not the folder of a finished run" in capsys.readouterr().err
+    assert main(["report", "nowhere"]) == 2 and "nowhere does not exist. This folder holds the runs run-001" in capsys.readouterr().err
 
 
 def test_broken_files_are_named(run):

@@ -307,11 +307,11 @@ def test_what_is_no_configuration_is_told(given, said):
 
 def test_a_run_is_given_as_such_or_by_its_folder(tmp_path):
     for ask in (evaluate_run, measure_forgetting, measure_fitting, write_report):
-        with pytest.raises(TrainingError, match="nowhere is not the folder of a finished run"):
+        with pytest.raises(TrainingError, match="nowhere does not exist"):
             ask(tmp_path / "nowhere")
     (tmp_path / "run-001").mkdir()
     (tmp_path / "run-001" / "run.json").write_text("{}")
-    with pytest.raises(TrainingError, match=r"run-9 is not the folder of a finished run: run.json is missing. .* holds the runs run-001; name one of them"):
+    with pytest.raises(TrainingError, match=r"run-9 does not exist\. .* holds the runs run-001; name one of them"):
         evaluate_run(tmp_path / "run-9")
     with pytest.raises(TrainingError, match="run.json is missing. It holds the runs run-001; name one of them"):
         evaluate_run(tmp_path)
