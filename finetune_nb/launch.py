@@ -162,20 +162,31 @@ def start_processes(
     validate_run_name(config)
     parent = Path(config.output_dir)
     parent.mkdir(parents=True, exist_ok=True)
+    for begun, process in [*_STARTED.items()]:
+        if process.poll() is not None:
+            _let_go(begun, process)
     names = [config.run_name] if config.run_name else (f"run-{number:03}" for number in range(1, 10**6))
     name = next((name for name in names if _reserved(parent, name)), None)
     if name is None:
         raise TrainingError(f"{parent / str(config.run_name)} was started already, and is about to begin. Choose another run_name, or leave it empty for the next free number.")
     folder, file, log = parent / name, parent / f".{name}.yaml", parent / f".{name}.log"
-    save_config(replace(config, run_name=name), file)
+    try:
+        process = _STARTED[file.resolve()] = _launched(replace(config, run_name=name), n, file, log)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return Started(process, folder, log)
+
+
+def _launched(config: FinetuneConfig, n: int, file: Path, log: Path) -> subprocess.Popen:
+    "A launcher that reads `file` and writes what it says into `log`."
+    save_config(config, file)
     for kept in (file, log):
         kept.touch()
         kept.chmod(0o600)
     words = [sys.executable, "-m", "finetune_nb", "train", str(file), "--num-processes", str(n), "--no-evaluate"]
     with log.open("wb") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-    _STARTED[file.resolve()] = process
-    return Started(process, folder, log)
+        return subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 _STARTED: dict[Path, subprocess.Popen] = {}  # by the file that reserves the name
@@ -188,8 +199,7 @@ def _reserved(parent: Path, name: str) -> bool:
     if (parent / name).exists():
         return False
     with suppress(FileNotFoundError):
-        ended = _STARTED[file.resolve()].poll() is not None if file.resolve() in _STARTED else time.time() - file.stat().st_mtime > _STALE
-        if not ended:
+        if file.resolve() in _STARTED or time.time() - file.stat().st_mtime < _STALE:
             return False
         file.unlink()
     try:

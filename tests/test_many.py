@@ -215,7 +215,7 @@ def test_two_starts_in_a_row_are_two_runs_and_a_failed_one_gives_its_name_back(t
     assert not (tmp_path / ".run-002.yaml").exists()
     three = start_processes(config, 2)
     three.process.wait()
-    four = start_processes(config, 2)
+    four = start_processes(config, 2)  # also where nobody waited for the third
     with pytest.raises(LaunchError):
         three.wait()
     assert three.folder == four.folder == two.folder and (tmp_path / ".run-002.yaml").exists(), "it is that of the fourth by now"
@@ -231,6 +231,10 @@ def test_two_starts_in_a_row_are_two_runs_and_a_failed_one_gives_its_name_back(t
     os.utime(tmp_path / ".run-001.yaml", (1, 1))
     with pytest.raises(LaunchError):
         start_processes(replace(config, run_name="run-001"), 2).wait()
+    assert not programs
+    with pytest.raises(IndexError):  # nothing can be started
+        start_processes(config, 2)
+    assert list(tmp_path.glob(".*.yaml")) == [tmp_path / ".run-002.yaml"], "of the kernel that is gone"
 
 
 def test_a_run_of_somebody_else_is_not_taken_for_the_one_that_was_started(many, tmp_path):
