@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import yaml
 
 import finetune_nb
-from .completion import SHELLS, to_completion
+from .completion import SHELLS, offer, to_completion
 from finetune_nb.config import (
     NICKNAMES,
     ConfigError,
@@ -102,7 +103,12 @@ def _without(words: list[str], option: str) -> list[str]:
 
 
 def _in_processes(n: str, words: list[str]) -> None:
-    "Runs the same command in several processes."
+    "Runs the same command in several processes. Raises `ConfigError` in one of several: each would start several more."
+    if started := next((name for name in ("FINETUNE_NB_LAUNCHED", "WORLD_SIZE") if name in os.environ), None):
+        raise ConfigError(
+            f"--num-processes {n}: this process was itself started as one of several ({started} is set). The launcher decides how many there are: "
+            f"leave the option out; or, where no launcher is at work, unset {started}."
+        )
     from finetune_nb.launch import run_processes
 
     if n == "all":
@@ -477,9 +483,15 @@ def _takes_run(commands: Any, name: str, command: Callable[[argparse.Namespace],
     return parser
 
 
+def _takes_settings(parser: argparse.ArgumentParser, about: str) -> None:
+    "Lets the user change settings."
+    offer(parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help=about), [f"{name}=" for name in field_help(FinetuneConfig)])
+
+
 def _takes_processes(parser: argparse.ArgumentParser) -> None:
     "Lets the user start several processes."
-    parser.add_argument("--num-processes", metavar="N", type=_count, help="start N processes, one for each GPU, or 'all' for as many as there are GPUs; a step then has N times the chats")
+    about = "start N processes, one for each GPU, or 'all' for as many as there are GPUs; a step then has N times the chats"
+    offer(parser.add_argument("--num-processes", metavar="N", type=_count, help=about), ["all"])
 
 
 def _count(text: str) -> str:
@@ -503,21 +515,23 @@ def make_parser() -> argparse.ArgumentParser:
         "With your own chats, one {\"messages\": [...]} a line:\n  finetune_nb check chats.jsonl\n"
         "  finetune_nb config config.yaml --set train_file=chats.jsonl\n  finetune_nb train config.yaml\n"
         "  finetune_nb ask runs/run-001 \"a question of yours\"\n  finetune_nb export runs/run-001",
+        allow_abbrev=False,  # `_without` knows an option by its whole name
         **raw,
     )  # fmt: skip
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--trust-remote-code", metavar="MODEL", action="append", default=[], help="run the Python code that comes with this one model; read it first")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=partial(argparse.ArgumentParser, allow_abbrev=False))
 
     train = commands.add_parser("train", help="train from a configuration file, then evaluate", epilog=_settings_help(), **raw)
     train.add_argument("config", metavar="CONFIG", help="a YAML file of settings, as `finetune_nb config` writes it")
-    train.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="change settings for this run")
+    _takes_settings(train, "change settings for this run")
     train.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
     _takes_processes(train)
     train.set_defaults(run_command=train_command)
 
     resumed = _takes_run(commands, "resume", resume_command, "go on with a run from its newest whole checkpoint, as if it had never stopped", "a run that was stopped, or whose process ended")
-    resumed.add_argument("--allow-change", metavar="NAME", nargs="+", action="extend", default=[], help="what may be different from what the run began with: a setting, train_chats, torch, …")
+    allowed = resumed.add_argument("--allow-change", metavar="NAME", nargs="+", action="extend", default=[], help="what may be different from what the run began with: a setting, train_chats, torch, …")
+    offer(allowed, field_help(FinetuneConfig))
     resumed.add_argument("--no-evaluate", action="store_true", help="leave the test set alone for now")
     _takes_processes(resumed)
 
@@ -538,7 +552,8 @@ def make_parser() -> argparse.ArgumentParser:
     asked.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer, in tokens (default: %(default)s)")
 
     exported = _takes_run(commands, "export", export_command, "adapter, merged model, GGUF: written, asked in a fresh process, and held against what was evaluated")
-    exported.add_argument("--formats", metavar="NAME", nargs="+", default=["adapter", "merged", "q8_0"], help="adapter, merged, f32, f16, bf16, q8_0, q4_0, and by llama.cpp q3_k_m, q4_k_m, q5_k_m, q6_k (default: adapter merged q8_0)")
+    formats = exported.add_argument("--formats", metavar="NAME", nargs="+", default=["adapter", "merged", "q8_0"], help="adapter, merged, f32, f16, bf16, q8_0, q4_0, and by llama.cpp q3_k_m, q4_k_m, q5_k_m, q6_k (default: adapter merged q8_0)")
+    offer(formats, "adapter merged f32 f16 bf16 q8_0 q4_0 q3_k_m q4_k_m q5_k_m q6_k".split())
     exported.add_argument("--folder", metavar="FOLDER", help="where to (default: exports in the folder of the run)")
     exported.add_argument("--base", metavar="MODEL", help="the full-precision base model, where the run's own is packed")
     exported.add_argument("--no-check", action="store_true", help="only write")
@@ -557,13 +572,13 @@ def make_parser() -> argparse.ArgumentParser:
     for judging in (train, resumed, evaluate, reported, compared):
         _takes_score(judging)
 
-    tried = commands.add_parser("sweep", help="try several values of settings, such as --r 8,16 --learning_rate 1e-4,2e-4, and say which to take", allow_abbrev=False)
+    tried = commands.add_parser("sweep", help="try several values of settings, such as --r 8,16 --learning_rate 1e-4,2e-4, and say which to take")
     tried.add_argument("config", metavar="CONFIG", help="a YAML file of the settings that all runs have in common")
     tried.add_argument("--name", default="sweep", help="folder within output_dir for the runs; the same name goes on with a sweep (default: %(default)s)")
     tried.add_argument("--rungs", metavar="STEPS,STEPS", help="steps at which the worse runs are stopped, such as 50,100 (default: none are)")
     tried.add_argument("--keep", type=float, default=0.5, help="share of the runs that goes on from each rung (default: %(default)s)")
     tried.add_argument("--retry", action="store_true", help="try again what failed before")
-    tried.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="change settings for all runs")
+    _takes_settings(tried, "change settings for all runs")
     for name in field_help(FinetuneConfig):
         nicknames = [f"--{nick}" for nick, meant in NICKNAMES.items() if meant == name and nick not in field_help(FinetuneConfig)]
         shown = "values to try" if name in ("r", "learning_rate") else argparse.SUPPRESS
@@ -575,7 +590,7 @@ def make_parser() -> argparse.ArgumentParser:
     tested.add_argument("--low", type=float, default=1e-6, help="learning rate of the first step (default: %(default)s)")
     tested.add_argument("--high", type=float, default=1e-1, help="learning rate of the last step (default: %(default)s)")
     tested.add_argument("--steps", type=int, default=100, help="how many steps (default: %(default)s)")
-    tested.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="change settings for this test")
+    _takes_settings(tested, "change settings for this test")
     tested.add_argument("--save", metavar="PATH", help="write the curve: .png, .svg or .pdf")
     tested.set_defaults(run_command=range_test_command)
 
@@ -591,7 +606,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="write a configuration with every setting explained")
     config.add_argument("path", metavar="PATH", nargs="?", default="config.yaml", help="default: %(default)s")
-    config.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="with these settings, such as --set train_file=chats.jsonl")
+    _takes_settings(config, "with these settings, such as --set train_file=chats.jsonl")
     config.set_defaults(run_command=config_command)
 
     demo = commands.add_parser("demo", help="the main job on the embedded model and data, with progress")

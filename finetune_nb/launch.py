@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def run_processes(
     seconds = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // n, 1)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ["FINETUNE_NB_LAUNCHED"] = "1"
+    os.environ["FINETUNE_NB_LAUNCHED"] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="finetune_nb_") as logs:
         config = LaunchConfig(1, 1, n, DefaultLogsSpecs(logs), uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
         with _handlers_put_back():
@@ -88,6 +88,8 @@ def run_processes(
             except SignalException as error:
                 print(f"The {n} processes were asked to end, and had up to {seconds} s for a last checkpoint: go on with `finetune_nb resume RUN`.", file=sys.stderr)
                 raise SystemExit(128 + error.sigval) from None
+            finally:
+                del os.environ["FINETUNE_NB_LAUNCHED"]  # it's said of those that were started
 
 
 @contextmanager
@@ -136,11 +138,14 @@ class Started:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> "Run":
-        "The run when it has ended; raises `LaunchError` with its last words when it has failed."
+        "The run when it has ended; raises `LaunchError` with its last words when it has failed, also where the folder holds the run of somebody else."
+        from finetune_nb.run_folder import read_facts
         from finetune_nb.training import load_run
 
-        self.process.wait()
-        if not (self.folder / "run.json").is_file():
+        code = self.process.wait()
+        _let_go(self.log.with_suffix(".yaml"), self.process)
+        facts = read_facts(self.folder)
+        if not facts or code and facts.get("launcher") != self.process.pid:
             last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise LaunchError(f"{self.folder} came to no result: {last[-1].removeprefix('finetune_nb: ') if last else 'nothing was said'}")
         return load_run(self.folder)
@@ -152,24 +157,63 @@ def start_processes(
 ) -> Started:
     "Starts a training in `n` processes and returns at once; raises `TrainingError` when the name of the run is taken."
     from finetune_nb.run_folder import validate_run_name
+    from finetune_nb.stop import TrainingError
 
-    config = config if config.run_name else replace(config, run_name=_free_name(Path(config.output_dir)))
     validate_run_name(config)
-    folder = Path(config.output_dir) / config.run_name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file, log = (folder.parent / f".{config.run_name}{ending}" for ending in (".yaml", ".log"))
+    parent = Path(config.output_dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    for begun, process in [*_STARTED.items()]:
+        if process.poll() is not None:
+            _let_go(begun, process)
+    names = [config.run_name] if config.run_name else (f"run-{number:03}" for number in range(1, 10**6))
+    name = next((name for name in names if _reserved(parent, name)), None)
+    if name is None:
+        raise TrainingError(f"{parent / str(config.run_name)} was started already, and is about to begin. Choose another run_name, or leave it empty for the next free number.")
+    folder, file, log = parent / name, parent / f".{name}.yaml", parent / f".{name}.log"
+    try:
+        process = _STARTED[file.resolve()] = _launched(replace(config, run_name=name), n, file, log)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return Started(process, folder, log)
+
+
+def _launched(config: FinetuneConfig, n: int, file: Path, log: Path) -> subprocess.Popen:
+    "A launcher that reads `file` and writes what it says into `log`."
     save_config(config, file)
     for kept in (file, log):
         kept.touch()
         kept.chmod(0o600)
     words = [sys.executable, "-m", "finetune_nb", "train", str(file), "--num-processes", str(n), "--no-evaluate"]
     with log.open("wb") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-    return Started(process, folder, log)
+        return subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _free_name(parent: Path) -> str:
-    return next(name for number in range(1, 10**6) if not (parent / (name := f"run-{number:03}")).exists())
+_STARTED: dict[Path, subprocess.Popen] = {}  # by the file that reserves the name
+_STALE = 600  # seconds after which a name counts as free that nobody made use of: whoever reserved it is gone
+
+
+def _reserved(parent: Path, name: str) -> bool:
+    "Whether the name was free and is ours now, by a file that only one can make."
+    file = parent / f".{name}.yaml"
+    if (parent / name).exists():
+        return False
+    with suppress(FileNotFoundError):
+        if file.resolve() in _STARTED or time.time() - file.stat().st_mtime < _STALE:
+            return False
+        file.unlink()
+    try:
+        file.touch(0o600, exist_ok=False)
+    except FileExistsError:  # somebody was faster
+        return False
+    return True
+
+
+def _let_go(file: Path, process: subprocess.Popen) -> None:
+    "Removes what reserved a name, unless it does so for another start by now."
+    if _STARTED.get(file.resolve()) is process:
+        del _STARTED[file.resolve()]
+        file.unlink(missing_ok=True)
 
 # %% ../nbs/08g_launch.ipynb #e5f0389e
 def torchrun_words(
@@ -206,6 +250,7 @@ def slurm_script(
 set -eu
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-{4 * gpus}}}
 srun {words}
 """
 
@@ -224,13 +269,13 @@ def skypilot_file(
     if machines > 1 and not bucket:
         raise LaunchError(f"{machines} machines write and read one run: name a bucket for it, as in bucket='my-runs'.")
     words = _words_at_head(config_file, gpus, machines)
-    mounts = f"file_mounts:\n  /runs:\n    name: {_plain(bucket)}\n    mode: MOUNT_CACHED\n" if bucket else ""
+    mounts = f'file_mounts:\n  /runs:\n    name: "{_plain(bucket)}"\n    mode: MOUNT_CACHED\n' if bucket else ""
     words += " --set output_dir=/runs" if bucket else ""
-    return f"""name: {_plain(name)}
+    return f"""name: "{_plain(name)}"
 num_nodes: {machines}
 workdir: .
 resources:
-  accelerators: {_plain(gpu)}:{gpus}
+  accelerators: "{_plain(gpu)}:{gpus}"
 {mounts}setup: |
   pip install "finetune_nb[qlora] @ git+https://github.com/finetune-nb/finetune_nb"
 run: |

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Batch', 'HeadLoss', 'token_losses', 'supervised_states', 'inner_model', 'plain_head', 'recompute_blocks',
-           'gradients', 'part_like', 'needs_autocast', 'mixed_precision', 'mean_loss', 'smoothed']
+           'gradients', 'part_like', 'take_apart', 'needs_autocast', 'mixed_precision', 'mean_loss', 'smoothed']
 
 # %% ../nbs/04b_losses.ipynb #88b667c0
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -208,6 +209,15 @@ def part_like(
     if not isinstance(own, DTensor) or isinstance(tensor, DTensor) or tensor.shape != own.shape:
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def take_apart(
+    model: torch.nn.Module,  # in any wrapper
+) -> None:
+    "Lets go of what was put together and kept, so that each weight is this process's part again."
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 # %% ../nbs/04b_losses.ipynb #fe1fb117
 def needs_autocast(

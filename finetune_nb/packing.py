@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .attention import PACKED, WAYS, Layout, NotPackable, Segment, attention_of, seconds_by_way
 from .chat_template import NO_LOSS
 from .config import ConfigError, replacing
-from .losses import Batch, gradients, inner_model, mixed_precision, part_like, token_losses
+from .losses import Batch, gradients, inner_model, mixed_precision, part_like, take_apart, token_losses
 from .models import cache_folder, is_out_of_memory
 
 # %% ../nbs/06_packing.ipynb #410ce780
@@ -387,7 +388,8 @@ def _try_in_training(model: torch.nn.Module, chat: dict[str, Any], collator: Pac
 
 
 def _losses_and_gradient(model: torch.nn.Module, chats: Sequence[dict[str, Any]], collator: PackingCollator) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    "The summed loss of each chat, and the gradient of all that is trained."
+    "The summed loss of each chat, and the gradient of all that is trained, or of this process's parts of it."
+    take_apart(model)  # what a model in parts has put together and kept gets no gradient
     trained, device = [p for p in model.parameters() if p.requires_grad], inner_model(model).device
     losses = torch.zeros(len(chats), dtype=torch.float64)
     gradient = [torch.zeros_like(p) for p in trained]
@@ -431,13 +433,20 @@ def _has_experts(model: torch.nn.Module) -> bool:
 
 def _angle(one: list[torch.Tensor], two: list[torch.Tensor]) -> float:
     "One minus the cosine between two gradients: half the square of their relative distance, when that is small."
-    product, first, second = (sum((a.double() * b.double()).sum().item() for a, b in zip(x, y, strict=True)) for x, y in ((one, two), (one, one), (two, two)))
+    product, first, second = (sum(_dot(a, b) for a, b in zip(x, y, strict=True)) for x, y in ((one, two), (one, one), (two, two)))
     return float("nan") if first == 0 or second == 0 else max(1 - product / (first * second) ** 0.5, abs(1 - (second / first) ** 0.5) ** 2 / 2)
+
+
+def _dot(one: torch.Tensor, two: torch.Tensor) -> float:
+    "The inner product; that of two tensors in parts is summed over all processes, which must all call it."
+    product = (one.double() * two.double()).sum()
+    return (product.full_tensor() if isinstance(product, DTensor) else product).item()
 
 
 @contextmanager
 def _stirred(model: torch.nn.Module) -> Iterator[None]:
     "While inside, no half of an adapter is zero, and nothing is dropped at random."
+    take_apart(model)
     zero = {p: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name and not p.any()}
     training, state = model.training, torch.get_rng_state()
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fill', 'blocks_of', 'shard', 'is_sharded', 'fill_from_files', 'fill_from_first', 'Handed', 'whole', 'own_parts',
-           'outside_whole', 'take_apart']
+           'outside_whole']
 
 # %% ../nbs/07cb_sharding.ipynb #bed9b920
 import ctypes
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .losses import inner_model, part_like, plain_head
+from .losses import inner_model, part_like, plain_head, take_apart
 from .processes import is_first, n_processes
 
 # %% ../nbs/07cb_sharding.ipynb #7151d502
@@ -163,12 +163,3 @@ def outside_whole(
         yield
     finally:
         take_apart(model)
-
-
-def take_apart(
-    model: nn.Module,  # in any wrapper
-) -> None:
-    "Lets go of what was put together and kept, so that each weight is this process's part again."
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -102,6 +102,7 @@ from finetune_nb.run_folder import (
     forget_after,
     hold_run,
     how_it_ended,
+    last_checkpoint,
     read_answers,
     read_facts,
     read_history,
@@ -363,7 +364,7 @@ def check_kinds(
 
 
 def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[TrainerCallback], stop: Stop, say: Callable[[str], None], base: tuple[Any, Any] | None) -> Run:
-    config = _join(config)
+    config = _join(config, say)
     say = say if is_first() else _say_nothing
     with together():
         if is_first():
@@ -389,10 +390,14 @@ def _train(config: FinetuneConfig, splits: Splits | None, callbacks: list[Traine
         return _run(config, folder, ready, _starting_facts(config, splits, ready, _fingerprints(splits)), callbacks, stop, say)
 
 
-def _join(config: FinetuneConfig) -> FinetuneConfig:
-    "Joins the other processes, when torchrun or accelerate has started several; what accelerate was told of FSDP becomes the setting."
+def _join(config: FinetuneConfig, say: Callable[[str], None]) -> FinetuneConfig:
+    "Joins the other processes, when torchrun or accelerate has started several; what accelerate was told of FSDP becomes the setting, what it was told of precision is left to the run."
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
+    told = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no").lower()
     PartialState(cpu=config.use_cpu)
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype_of(config), "no")
+    if told not in ("no", own) and is_first():
+        _tell(say, f"Accelerate was told mixed_precision={told} (ACCELERATE_MIXED_PRECISION), which is left out: the setting bf16 decides, and the run computes in {str(dtype_of(config)).removeprefix('torch.')}.")
     return replace(config, fsdp=True) if sharded else config
 
 
@@ -417,8 +422,8 @@ def _check_parts(config: FinetuneConfig) -> None:
         return
     if config.init_lora_weights == "pissa":
         raise TrainingError('fsdp=True does not go with init_lora_weights="pissa", whose adapter is converted with the whole base model at the end. Take another one, or fsdp=False.')
-    if config.optim == "paged_adamw_8bit":
-        raise TrainingError('fsdp=True does not go with optim="paged_adamw_8bit", which knows no weights in parts. Take adamw_torch: it too is shared out.')
+    if config.optim in ("paged_adamw_8bit", "adafactor"):
+        raise TrainingError(f'fsdp=True does not go with optim="{config.optim}", which knows no weights in parts. Take adamw_torch: it too is shared out.')
 
 # %% ../nbs/08_training.ipynb #d0a71884
 @no_key_raised()
@@ -435,7 +440,7 @@ def resume(
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise TrainingError(f"{folder} is not the folder of a run that began training: config.yaml is missing.{runs_inside(folder)}")
-    config = _join(load_config(folder / "config.yaml"))
+    config = _join(load_config(folder / "config.yaml"), say)
     stop = stop or Stop()
     with stop.ending(), _alone(), hold_run(folder):
         return _go_on(config, folder, splits, callbacks or [], stop, say if is_first() else _say_nothing, base, [allow_change] if isinstance(allow_change, str) else allow_change)
@@ -446,6 +451,7 @@ def _go_on(
     allow_change: Sequence[str],
 ) -> Run:  # fmt: skip
     with together():
+        _check_parts(config)
         from_first(lambda: clear_leftovers(folder))
         if how_it_ended(ended := read_facts(folder)) == "finished":
             raise TrainingError(why_not_on(folder, ended))
@@ -534,9 +540,14 @@ def _check_step_size(before: dict[str, Any], config: FinetuneConfig) -> None:
     now = {"processes": n_processes(), "per_device_train_batch_size": config.per_device_train_batch_size, "gradient_accumulation_steps": config.gradient_accumulation_steps}
     was, is_now = math.prod(before[name] for name in now), math.prod(now.values())
     if before["processes"] != now["processes"] and was != is_now:
+        n = now["processes"]
+        numbers = ", ".join(str(i) for i in range(1, was + 1) if was % i == 0)
+        first = f"No whole number of chats for each makes {was} in {n} processes: start a number that divides it ({numbers}), and set" if was % n else "Set"
+        each = "number of processes" if was % n else str(n)
         raise TrainingError(
-            f"A step had {was} chats in {before['processes']} processes, and would have {is_now} in {now['processes']}: the place in the data would be another. "
-            f"Set gradient_accumulation_steps in config.yaml of the run so that their product with per_device_train_batch_size is {was} again, and allow both changes by name."
+            f"A step had {was} chats in {before['processes']} processes, and would have {is_now} in {n}: the place in the data would be another. "
+            f"{first} per_device_train_batch_size and gradient_accumulation_steps in config.yaml of the run so that {each} × per_device_train_batch_size × gradient_accumulation_steps is {was} again, "
+            "and allow what you change by name, processes too."
         )
 
 
@@ -717,9 +728,16 @@ def _starting_facts(config: FinetuneConfig, splits: Splits, ready: _Ready, marks
         "dtype": str(ready.model.dtype).removeprefix("torch."),
         "device": hardware(config.use_cpu).device,
         "processes": n_processes(),
+        "launcher": _launcher(),
         "origin": origin_facts(config.model_name_or_path, config.revision),
         "marks": {"base": mark_of(ready.model)} | tokenizer_mark(ready.tokenizer, config.chat_template_kwargs),
     }
+
+
+def _launcher() -> int | None:
+    "The process that started this one as one of several, by its number; None where none of ours did."
+    number = os.environ.get("FINETUNE_NB_LAUNCHED", "")
+    return int(number) if number.isdecimal() else None
 
 
 def _run(

@@ -58,7 +58,7 @@ def half_masked(config):
         training._all_tokenized = made
 
 
-PACKED = dict(load_in_4bit=True, eval_strategy="no", max_steps=2, target_modules="all-linear")
+PACKED = dict(load_in_4bit=True, eval_strategy="no", max_steps=2, target_modules="all-linear", modules_to_save=["lm_head"])
 MASKED = dict(a_step=2, gradient_accumulation_steps=1, packing="padded", eval_strategy="no", num_train_epochs=1)
 
 

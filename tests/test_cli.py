@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from conftest import ROOT
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneConfig, field_help, load_config, save_config
 from finetune_nb.data import save_chats
+from finetune_nb.export import FORMATS
 
 
 @pytest.fixture
@@ -282,7 +284,7 @@ def test_doctor_tells_what_is_wrong_with_a_torch_that_can_not_be_loaded(tmp_path
     assert all(re.search(rf"^\w+ +{subject} ", said.stdout, re.M) for subject in ("Python", "packages", "output_dir", "panel"))
 
 
-def test_a_shell_completes_commands_options_and_values(capsys):
+def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
     import shutil
 
     if shutil.which("bash") is None:
@@ -300,10 +302,20 @@ def test_a_shell_completes_commands_options_and_values(capsys):
     assert offered("check", "--on-error", "") == ["raise", "skip"] and offered("check", "a.jsonl", "--max") == ["--max-length"]
     assert offered("train", "") == [], "names of files, by -o default"
     assert offered("completion", "z") == ["zsh"]
+    assert offered("train", "run.yaml", "--num-processes", "") == ["all"] and offered("train", "run.yaml", "--set", "learning") == ["learning_rate="]
+    assert offered("train", "run.yaml", "--set", "r", "=", "8", "train_f") == ["train_file="] and offered("train", "run.yaml", "--set", "train_file", "=", "r") == [], "the value is a file, perhaps"
+    assert offered("export", "runs/run-001", "--formats", "adapter", "q4") == ["q4_0", "q4_k_m"] and offered("export", "runs/run-001", "--formats", "adapter", "--no") == ["--no-check"]
+    assert offered("resume", "runs/run-001", "--allow-change", "optim", "pack") == ["packing"]
+    assert (set(offered("export", "runs/run-001", "--formats", "")), len(offered("train", "run.yaml", "--set", ""))) == (set(FORMATS), len(field_help(FinetuneConfig)))
     with pytest.raises(SystemExit):
         main(["completion", "tcsh"])
+    if shutil.which("zsh"):
+        assert main(["completion", "zsh"]) == 0
+        asked = capsys.readouterr().out + 'print ${_comps[finetune_nb]}'
+        done = subprocess.run(["zsh", "-f", "-c", asked], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "ZDOTDIR": str(tmp_path)})
+        assert (done.returncode, done.stderr) == (0, "") and "_finetune_nb" in done.stdout, "also in one that has loaded nothing"
     if shutil.which("fish"):
         assert main(["completion", "fish"]) == 0
-        asked = capsys.readouterr().out + '\ncomplete -C "finetune_nb check --on-error "; complete -C "finetune_nb do"'
+        asked = capsys.readouterr().out + '\ncomplete -C "finetune_nb check --on-error "; complete -C "finetune_nb do"; complete -C "finetune_nb train run.yaml --set learning"'
         said = subprocess.run(["fish", "-N", "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
-        assert [line.split("\t")[0] for line in said[:3]] == ["raise", "skip", "doctor"], said
+        assert [line.split("\t")[0] for line in said[:4]] == ["raise", "skip", "doctor", "learning_rate="], said
