@@ -612,7 +612,7 @@ def main():
                 asked.recv(1000)
                 asked.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
 """
-SERVE = "import sys; from finetune_nb import cli, serve; serve.find_spec = str; sys.exit(cli.main(['serve', sys.argv[1], '--port', sys.argv[2]]))"
+SERVE = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from finetune_nb import cli, serve; serve.find_spec = str; sys.exit(cli.main(['serve', sys.argv[1], '--port', sys.argv[2]]))"
 
 
 @pytest.fixture
