@@ -642,7 +642,11 @@ def main(
 ) -> int:
     "Runs a command; a mistake of the user's becomes one sentence on stderr and exit code 2."
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word[2:].partition("=")[0] for word in unknown if word.startswith("--")), "")
+        settings = hasattr(options, "set") and name.replace("-", "_") in field_help(FinetuneConfig)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f". Settings go behind --set: --set {name.replace('-', '_')}=VALUE" if settings else ""))
     if options.version:
         print(finetune_nb.__version__)
         return 0

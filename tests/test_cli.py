@@ -136,6 +136,13 @@ def test_bad_data_is_one_clear_error_and_no_run(content, said, tmp_path, capsys,
     assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml", "chats.jsonl"}
 
 
+def test_a_setting_that_is_no_option_is_told_where_it_goes(capsys):
+    for words, hint in ((["train", "config.yaml", "--r", "8"], "Settings go behind --set: --set r=VALUE"), (["train", "config.yaml", "--learning-rate=1e-4"], "--set learning_rate=VALUE"), (["train", "config.yaml", "--nonsense"], "--nonsense\n")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert hint in capsys.readouterr().err
+
+
 def test_bad_words_are_one_clear_error(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("train_file: icd10")
