@@ -3,11 +3,13 @@
 import importlib.util
 import math
 import threading
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import save_tiny
+from packaging.version import Version
 
 from finetune_nb import models
 from finetune_nb.config import FinetuneConfig
@@ -183,4 +185,6 @@ def test_weights_that_bitsandbytes_unpacks_wrongly_are_told(width, wrong, tmp_pa
     plain, _ = load_model(str(folder), torch.float32, use_cpu=True, say=lambda line: None)
     packed, _ = load_model(str(folder), torch.float32, use_cpu=True, quantization_config=nf4_config(torch.float32), say=said.append)
     one, other = (model.get_submodule("model.layers.0.mlp.up_proj")(torch.eye(width)) for model in (plain, packed))
-    assert ((one - other).norm() / one.norm() > 0.13) == wrong == any("wrongly on a CPU" in line for line in said)
+    assert wrong == any("wrongly on a CPU" in line for line in said)
+    if Version(version("bitsandbytes")) >= Version("0.49"):  # those before did it rightly
+        assert ((one - other).norm() / one.norm() > 0.13) == wrong

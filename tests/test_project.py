@@ -248,6 +248,12 @@ def test_a_freeze_of_colab_becomes_constraints(tmp_path):
     assert refused.returncode and "pip-freeze.gpu.txt" in refused.stderr
 
 
+def test_floors_are_those_of_the_settings(settings):
+    said = subprocess.run([sys.executable, str(ROOT / ".ci/floors.py")], capture_output=True, text=True, check=True).stdout.split()
+    wanted = {word.partition(">=")[0]: word.partition(">=")[2].partition(",")[0] for word in settings["requirements"].split()}
+    assert all(f"{name}=={floor}.*" in said for name, floor in wanted.items()) and len(said) == len(set(said)) > len(wanted)
+
+
 def test_every_tutorial_is_run_with_the_versions_of_colab():
     tests = (ROOT / "tests/test_notebooks.py").read_text(encoding="utf-8")
     for path in (ROOT / "nbs/tutorials").glob("*.ipynb"):
