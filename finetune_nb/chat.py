@@ -62,7 +62,7 @@ class _Stopped(StoppingCriteria):
         self.wanted = wanted
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.wanted(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.wanted(), device=input_ids.device, dtype=torch.bool)
 
 
 @torch.no_grad()

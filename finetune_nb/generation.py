@@ -86,7 +86,7 @@ class _Together:
 def _mask(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     "Zero where a token sees a key, so far before it and no farther than `window`; minus infinity elsewhere."
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
 
 # %% ../nbs/08ca_generation.ipynb #c1762390
 class Slots:

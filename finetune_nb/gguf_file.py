@@ -181,7 +181,7 @@ def _rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, len(slowed) * 2, 2) / (len(slowed) * 2))
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, len(slowed) * 2, 2, dtype=torch.float32) / (len(slowed) * 2))
     return plain / slowed
 
 # %% ../nbs/09k_gguf.ipynb #8158724a

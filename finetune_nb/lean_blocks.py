@@ -108,7 +108,7 @@ def _small_gate(module: nn.Module) -> nn.Module:
     "The same gated layer with small projections, on the CPU."
     small = copy(module)
     sizes = {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}
-    small._modules = {"act_fn": module.act_fn} | {name: skip_init(nn.Linear, *shape) for name, shape in sizes.items()}
+    small._modules = {"act_fn": module.act_fn} | {name: skip_init(nn.Linear, *shape, dtype=torch.float32) for name, shape in sizes.items()}
     for name in sizes:
         small._modules[name].weight, small._modules[name].bias = _drawn(*sizes[name][::-1]), _drawn(sizes[name][1])
     return small
@@ -116,7 +116,7 @@ def _small_gate(module: nn.Module) -> nn.Module:
 
 def _drawn(*shape: int) -> nn.Parameter:
     "A frozen weight; torch's own random numbers stay those of a training in another thread."
-    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 3, requires_grad=False)
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32) / 3, requires_grad=False)
 
 
 def _same(module: nn.Module, probe: Any, forward: Any) -> bool:
@@ -124,7 +124,7 @@ def _same(module: nn.Module, probe: Any, forward: Any) -> bool:
     with torch.device("cpu"), torch.enable_grad():
         small, results = probe(module), []
         for compute in (type(module).forward, forward):
-            x = torch.linspace(-3, 3, 40).view(5, 8).cos_().requires_grad_()
+            x = torch.linspace(-3, 3, 40, dtype=torch.float32).view(5, 8).cos_().requires_grad_()
             try:
                 y = compute(small, x)
                 results.append((y, *torch.autograd.grad(y.sin().sum(), x)))

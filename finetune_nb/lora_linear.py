@@ -54,7 +54,7 @@ def kept_by_dropout(
 ) -> torch.Tensor:
     "A mask of the shape of `x`, true where dropout keeps a number; drawn from torch's global generator."
     if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= p
+        return torch.rand(x.shape, device=x.device, dtype=torch.float32) >= p
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return (bits[: x.numel()] >= round(p * 2**16) - 2**15).view(x.shape)
 

@@ -123,7 +123,7 @@ def _layer_around(weight: torch.Tensor, embedding: bool, transposed: bool) -> nn
         layer = nn.Embedding(*weight.shape) if embedding else Conv1D(weight.shape[1], weight.shape[0]) if transposed else nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if transposed:
-        layer.bias = nn.Parameter(torch.zeros(weight.shape[1]), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros(weight.shape[1], dtype=weight.dtype), requires_grad=False)
     return layer
 
 

@@ -406,7 +406,7 @@ def _losses_and_gradient(model: torch.nn.Module, chats: Sequence[dict[str, Any]]
 
 def _difference(one: torch.Tensor, two: torch.Tensor, chats: Sequence[dict[str, Any]]) -> float:
     "The relative difference over all chats, or a third of the largest of a single one; a tenth of a nat a token is the least that it is relative to."
-    least = 0.1 * torch.tensor([sum(label != NO_LOSS for label in chat["labels"][1:]) for chat in chats]).clamp(min=1)
+    least = 0.1 * torch.tensor([sum(label != NO_LOSS for label in chat["labels"][1:]) for chat in chats], dtype=torch.float32).clamp(min=1)
     return max((abs(one.sum() - two.sum()) / one.sum().clamp(min=1e-6)).item(), ((one - two).abs() / torch.maximum(one, least)).max().item() / 3)
 
 
@@ -453,7 +453,7 @@ def _stirred(model: torch.nn.Module) -> Iterator[None]:
     model.eval()
     try:
         for p in zero:
-            p.data.copy_(part_like(torch.randn(p.shape, generator=generator) * 0.005, p))
+            p.data.copy_(part_like(torch.randn(p.shape, generator=generator, dtype=torch.float32) * 0.005, p))
         yield
     finally:
         for p, before in zero.items():

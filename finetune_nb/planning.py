@@ -58,8 +58,12 @@ def base_shape(
     with _load_errors(config.model_name_or_path), _quiet():
         origin = find_model(config.model_name_or_path, config.revision, weights=False)
         architecture = AutoConfig.from_pretrained(origin.place, **_options(origin))
-        with torch.device("meta"):
-            return with_attention(partial(AutoModelForCausalLM.from_config, architecture, trust_remote_code=origin.remote_code, dtype=dtype_of(config)))
+        with torch.device("meta"):  # in float32, as transformers makes the precision of a model that of all threads meanwhile, and a run may be at work
+            model = with_attention(partial(AutoModelForCausalLM.from_config, architecture, trust_remote_code=origin.remote_code, dtype=torch.float32))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype_of(config))
+        model.config.dtype = dtype_of(config)
+        return model
 
 # %% ../nbs/07_planning.ipynb #f0800910
 def weight_bytes(
@@ -523,7 +527,7 @@ def flops_per_second(
     "How fast the device multiplies matrices, measured in about a fifth of a second."
     n = 1024 if device == "cpu" else 4096
     source = torch.Generator(device).manual_seed(0)  # not the one that a training draws from
-    one, two = (torch.randn(n, n, device=device, generator=source).to(dtype) for _ in range(2))
+    one, two = (torch.randn(n, n, device=device, generator=source, dtype=torch.float32).to(dtype) for _ in range(2))
     for _ in range(2):
         one @ two
     done, started = 0, time.perf_counter()

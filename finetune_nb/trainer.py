@@ -303,7 +303,7 @@ class FinetuneTrainer(CrashSafeTrainer):
                 self.bad_look = self.bad_look or self._no_number(losses, batch, chats)
                 if self.args.world_size == 1:
                     raise self.bad_look
-            sums += torch.tensor([total, len(losses)])
+            sums += torch.tensor([total, len(losses)], dtype=sums.dtype)
         return sums
 
     def _agree_on_look(self):

@@ -135,3 +135,19 @@ def test_nothing_is_listened_to_or_unpickled_where_the_package_is_imported():
         "for m in [m for m in pkgutil.iter_modules(finetune_nb.__path__) if m.name != '__main__']: importlib.import_module('finetune_nb.' + m.name)\nprint(seen)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def made_in_any_precision(source):
+    "Tensors of numbers that are made in torch's default precision, which transformers changes for all threads while it makes a model."
+    makers = {f"torch.{name}" for name in ("zeros", "ones", "randn", "rand", "empty", "linspace", "full", "eye", "normal")}
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and name_of(node.func) in makers]
+    return [node.lineno for node in calls if "dtype" not in {k.arg for k in node.keywords}]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_tensors_have_a_precision_of_their_own(path):
+    assert made_in_any_precision(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_gate_of_precision_shuts():
+    assert made_in_any_precision("x = torch.zeros(3)\ntorch.rand(2, device=d)") == [1, 2] and made_in_any_precision("torch.zeros(3, dtype=d)\ntorch.zeros_like(x)\nmath.full(3)") == []

@@ -81,6 +81,16 @@ def test_threads_that_make_models_do_not_mix_their_precisions(tiny_model):
     assert not mixed and torch.get_default_dtype() == torch.float32
 
 
+def test_a_plan_leaves_the_precision_of_other_threads_alone(tiny_model):
+    "Where it does not, a training beside it makes tensors of another one."
+    seen = set()
+    thread = threading.Thread(target=lambda: [shape_of(FinetuneConfig(model_name_or_path=tiny_model, bf16=True, use_cpu=True)) for _ in range(10)])
+    thread.start()
+    while thread.is_alive():
+        seen.add(torch.get_default_dtype())
+    assert seen == {torch.float32}
+
+
 def test_dtype_follows_the_hardware(tiny_model, capsys):
     model, _ = load_model(tiny_model, use_cpu=True)
     assert model.dtype == hardware(use_cpu=True).dtype
