@@ -201,7 +201,8 @@ class _Rows:
             return [unknown_form(row)]
         if not self.given and (mixed := self._recognise(row, where)) is not None:
             return mixed
-        if self.given and self.form.columns and not any(column in row for column in self.form.columns):
+        named = self.given and any(self.form is form for form in FORMS.values())
+        if named and self.form.columns and not any(column in row for column in self.form.columns):
             return [unknown_form(row)]
         try:
             made = self.form.read(row)

@@ -268,6 +268,10 @@ def check_command(options: argparse.Namespace) -> None:
     "Reads chats, judges them, and says what their tokens look like to a model."
     from finetune_nb.data import check_chats, load_chats
 
+    if bool(options.without) != bool(options.save_chats):
+        raise ConfigError("--without names checks, and --save-chats the file for the chats that they leave: give both.")
+    if options.save_chats and Path(options.save_chats).exists():
+        raise ConfigError(f"{options.save_chats} exists, and is not written over. Name another file.")
     columns = dict(_pair(word, "--columns") for word in options.columns)
     chats = load_chats(options.files if len(options.files) > 1 else options.files[0], columns=columns or None, on_error=options.on_error)
     tokenizer = None
@@ -283,6 +287,12 @@ def check_command(options: argparse.Namespace) -> None:
         print(f"\nThe chat template of {options.model}:\n{check_template(tokenizer, chats)!r}")
     if options.save:
         print(f"\nReport: {report.save(options.save)}")
+    if options.save_chats:
+        from finetune_nb.data import save_chats
+
+        left = report.without(*options.without)
+        save_chats(left, options.save_chats)
+        _print(f"\n{left}\nThe others: {options.save_chats}")
 
 
 def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> None:
@@ -602,6 +612,8 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--columns", metavar="ROLE=COLUMN", nargs="+", default=[], help="which columns of a table hold what, as in user=question assistant=reply")
     check.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad rows (default: %(default)s)")
     check.add_argument("--save", metavar="PATH", help="write the report: .html, .md or .json")
+    check.add_argument("--without", metavar="CHECK", nargs="+", default=[], help="leave out what these checks name, of copies all but the first, and save the rest (--save-chats)")
+    check.add_argument("--save-chats", metavar="FILE", help="the file for the chats that are left: .jsonl")
     check.set_defaults(run_command=check_command)
 
     config = commands.add_parser("config", help="write a configuration with every setting explained")

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 from .chats import Chat
 from .config import ConfigError, replacing
@@ -43,12 +42,22 @@ class Finding:
         return bool(self.message)
 
 
-class Removed(NamedTuple):
-    "Chats that are left, and what went."
+class Removed(list[Chat]):
+    "The chats that are left, as a list of chats, and what went."
 
-    chats: list[Chat]  # what is left
-    removed: list[Chat]  # what went
-    summary: str  # in words
+    def __init__(
+        self,
+        chats: Sequence[Chat],  # what is left
+        removed: list[Chat],  # what went
+        summary: str,  # in words
+    ) -> None:
+        super().__init__(chats)
+        self.removed, self.summary = removed, summary
+
+    @property
+    def chats(self) -> list[Chat]:
+        "What is left, as a plain list."
+        return list(self)
 
     def __repr__(self) -> str:
         return self.summary
@@ -170,13 +179,19 @@ class DataReport:
 
     def __repr__(self) -> str:
         lines = [self.verdict]
+        left_out = 0
         for f in self.findings:
+            shown = _first_rows(f)
+            left_out += (more := len(f.excerpts) - len(shown))
             lines += [
                 "",
                 f"{_MARK[f.severity]} {f.check}: {f.message}",
-                *(f"    {self._where(r)}: {' '.join(t.split())}" for r, t in list(f.excerpts.items())[:3]),
+                *(f"    {self._where(r)}: {' '.join(f.excerpts[r].split())}" for r in shown),
+                *([f"    … and {more:,} more"] if more else []),
                 *([f"  → {f.advice}"] if f.advice else []),
             ]
+        if left_out:
+            lines += ["", "All rows: report.save('report.html'), in a terminal --save report.html"]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -256,6 +271,15 @@ class DataReport:
 def counted(n: int, one: str, several: str) -> str:
     "`1 answer refuses` or `5 answers refuse`."
     return f"{n:,} {one if n == 1 else several}"
+
+
+def _first_rows(f: Finding) -> list[int]:
+    "The rows that a short report shows: three, or whole groups until there are that many."
+    shown: list[int] = []
+    for group in f.groups or [[row] for row in f.excerpts]:
+        if len(shown) < 3:
+            shown += [row for row in group[:5] if row in f.excerpts and row not in shown]
+    return shown
 
 
 def _chats(n: int) -> str:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ROLES', 'SHAPE', 'THOUGHTS', 'CALL', 'SPEAKERS', 'FORMS', 'QUESTIONS', 'ANSWERS', 'shown', 'mark_of',
            'check_messages', 'check_tools', 'invisible', 'control_tokens', 'all_texts', 'message_texts', 'oddities',
-           'Messages', 'Form', 'recognise', 'unknown_form', 'column_form']
+           'Messages', 'Form', 'recognise', 'unknown_form', 'missing_column', 'column_form']
 
 # %% ../nbs/00ab_formats.ipynb #f9abe78b
+import difflib
 import json
 import re
 from collections import Counter
@@ -488,7 +489,7 @@ def recognise(
     return next((name for name, form in FORMS.items() if all(column in row for column in form.columns)), None)
 
 
-QUESTIONS = ("question", "query", "input", "prompt", "instruction", "request", "user")
+QUESTIONS = ("question", "query", "instruction", "prompt", "input", "request", "user")
 ANSWERS = ("answer", "reply", "response", "output", "completion", "solution", "assistant")
 
 
@@ -533,6 +534,17 @@ def _from_either(row: dict, column: str) -> Messages:
     return _from_messages(row, column)
 
 
+def missing_column(
+    name: str,  # of a column that was asked for
+    row: dict,  # which does not have it
+) -> Fault:
+    "The fault of a row without that column, with the one that was perhaps meant."
+    names, low = sorted(map(str, row)), name.lower()
+    alike = [n for n in names if n.lower() == low] or [n for n in names if low in n.lower() or n.lower() in low] or difflib.get_close_matches(name, names, 1)
+    meant = f"; did you mean {alike[0]!r}?" if alike else "."
+    return Fault("D051", f"there is no column {name!r} in this row{meant} It has {shown(names)}.", "Correct columns=… (in a terminal --columns), or the row.")
+
+
 def column_form(
     columns: dict[str, str],  # role (or "messages") to column
 ) -> Form:
@@ -541,15 +553,16 @@ def column_form(
     known += ({"prompt", "completion"}, {"system", "prompt", "completion"})
     if not isinstance(columns, dict) or set(columns) not in known or not all(isinstance(c, str) for c in columns.values()):
         example = '{"user": "question", "assistant": "answer"}, with "system" if there is one, or {"messages": "dialog"}'
+        if isinstance(columns, dict) and all(isinstance(c, str) for c in columns.values()) and set(columns.values()) in known:
+            turned = {role: column for column, role in columns.items()}
+            raise ConfigError(f"columns: it is the other way round, first what a column holds and then its name: {json.dumps(turned, ensure_ascii=False)}")
         raise ConfigError(f"columns: expected a mapping such as {example}; got {columns!r}")
     if "prompt" in columns:  # other words for the same
         columns = {_SAME.get(role, role): column for role, column in columns.items()}
 
     def read(row: dict) -> Messages:
         if missing := [c for c in columns.values() if c not in row]:
-            raise Fault(
-                "D051", f"no column {missing[0]!r} in this row, only {shown(sorted(map(str, row)))}.", "Correct columns=…, or the row."
-            )
+            raise missing_column(missing[0], row)
         if "messages" in columns or "conversations" in columns:
             (column,) = columns.values()
             return _from_either(row, column)

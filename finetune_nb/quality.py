@@ -109,8 +109,8 @@ def _grouped(texts: Texts) -> tuple[list[list[_Pair]], ...]:
 
 
 _COPIES = (
-    ("exact_duplicates", 3, "warning", "copies of another", "Keep one of each: report.without('exact_duplicates')."),
-    ("near_duplicates", 3, "warning", "nearly copies of another", "Keep one of each: report.without('near_duplicates')."),
+    ("exact_duplicates", 3, "warning", "copies of another", "Keep one of each: report.without('exact_duplicates'), in a terminal --without exact_duplicates --save-chats FILE."),
+    ("near_duplicates", 3, "warning", "nearly copies of another", "Keep one of each: report.without('near_duplicates'), in a terminal --without near_duplicates --save-chats FILE."),
     ("contradictions", 4, "error", "one question with different answers", "Keep the right answer, or leave all of them out."),
     ("near_contradictions", 4, "warning", "nearly one question with different answers", "Look: one letter or word may make another question."),
 )  # fmt: skip
@@ -224,8 +224,8 @@ def check_lengths(texts: Texts) -> list[Finding]:
     lengths = [len(a.split()) for a in texts.answers]
     middle = sorted(lengths)[len(lengths) // 2] if lengths else 0
     rows = [i for i, n in enumerate(lengths) if n > max(10 * middle, 50)]
-    message = f"Answers have {middle:,} words in the middle, {max(lengths, default=0):,} at most"
-    message += f"; {counted(len(rows), 'is', 'are')} over ten times the middle." if rows else "."
+    message = f"The median answer has {counted(middle, 'word', 'words')}, the longest {max(lengths, default=0):,}"
+    message += f"; {counted(len(rows), 'is', 'are')} over ten times the median." if rows else "."
     excerpts = {i: f"{lengths[i]:,} words: {shorten(texts.answers[i])}" for i in rows}
     turns = Counter(sum(m["role"] == "assistant" for m in c.messages) for c in texts.chats)
     listed = [(counted(n, "answer", "answers"), k) for n, k in sorted(turns.items())]
@@ -353,7 +353,7 @@ def check_tokens(texts: Texts, tokenizer: Any, max_length: int | None) -> list[F
     totals = [t for _, t in counts]
     cut = [i for i, t in enumerate(totals) if max_length and t > max_length]
     lost = [i for i in cut if counts[i][0] >= max_length]
-    how = "" if tokenizer else " (estimated from words)"
+    how = "" if tokenizer else " (estimated from words, without what a chat template adds)"
     message = f"Chats have up to {max(totals, default=0):,} tokens{how}"
     if cut:
         message += f"; {counted(len(cut), 'passes', 'pass')} max_length={max_length:,}, {len(lost):,} would lose their whole answer"

@@ -9,6 +9,7 @@ __all__ = ['DEFAULT_LIMITS', 'JSON_REMEDY', 'decode_first', 'TOO_DEEP', 'FORMATS
 
 # %% ../nbs/00a_reading.ipynb #d0308787
 import bz2
+import difflib
 import gzip
 import io
 import json
@@ -276,7 +277,7 @@ def check_file(
                 f"{path} is a link to {os.readlink(path)}, which does not exist. Mend the link, or name the file. [D002]"
             ) from None
         place = "this folder" if path.parent == Path() else path.parent
-        raise FileNotFoundError(f"{path} does not exist (looked in {place}). {_beside(path.parent)}[D001]") from None
+        raise FileNotFoundError(f"{path} does not exist (looked in {place}). {_beside(path.parent, path.name)}[D001]") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{str(path)[:200]} can't be opened: {reason}. Name a file of chats. [D003]") from None
@@ -291,14 +292,16 @@ def check_file(
     return found
 
 
-def _beside(folder: Path) -> str:
-    "The sentence that names files of chats in `folder`."
+def _beside(folder: Path, name: str = "") -> str:
+    "The sentence that names files of chats in `folder`, the one first that was perhaps meant by `name`."
     known = (*FORMATS, *PACKED)
     try:
-        names = sorted(p.name for p in folder.iterdir() if p.suffix in known)[:5]
+        names = sorted(p.name for p in folder.iterdir() if p.suffix in known and ".rejected" not in p.name)
     except OSError:
         names = []
-    return f"Files there: {', '.join(names)}. " if names else ""
+    stems = {Path(n).stem: n for n in reversed(names)}
+    meant = difflib.get_close_matches(Path(name).stem, stems, 1, 0.7)
+    return (f"Did you mean {stems[meant[0]]}? " if meant else "") + (f"Files there: {', '.join(names[:5])}{', …' * (len(names) > 5)}. " if names else "")
 
 # %% ../nbs/00a_reading.ipynb #a190f53f
 class _Unpacked(io.RawIOBase):

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneConfig, field_help, load_config, save_config
-from finetune_nb.data import save_chats
+from finetune_nb.data import Chat, load_chats, save_chats
 from finetune_nb.export import FORMATS
 
 
@@ -326,3 +326,16 @@ def test_a_shell_completes_commands_options_and_values(capsys, tmp_path):
         asked = capsys.readouterr().out + '\ncomplete -C "finetune_nb check --on-error "; complete -C "finetune_nb do"; complete -C "finetune_nb train run.yaml --set learning"'
         said = subprocess.run(["fish", "-N", "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
         assert [line.split("\t")[0] for line in said[:4]] == ["raise", "skip", "doctor", "learning_rate="], said
+
+
+def test_check_saves_what_is_left(tmp_path, capsys):
+    asked = [("How far is it?", "Two miles."), ("How far is it?", "Two miles."), ("When is it?", "At nine."), *((f"Which is number {i}?", f"It is {i * i}.") for i in range(5))]
+    save_chats([Chat([{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in asked], tmp_path / "all.jsonl")
+    words = ["check", str(tmp_path / "all.jsonl"), "--without", "exact_duplicates"]
+    assert main(words) == 2 and "give both" in capsys.readouterr().err
+    assert main([*words, "--save-chats", str(tmp_path / "rest.jsonl")]) == 0 and "1 of 8 chats removed, 7 left" in capsys.readouterr().out
+    assert [chat.answer for chat in load_chats(tmp_path / "rest.jsonl")] == [a for _, a in asked[1:]]
+    assert main([*words, "--save-chats", str(tmp_path / "rest.jsonl")]) == 2 and "is not written over" in capsys.readouterr().err
+    assert main([*words[:3], "nonsense", "--save-chats", str(tmp_path / "other.jsonl")]) == 2 and "no check is called 'nonsense'" in capsys.readouterr().err and not (tmp_path / "other.jsonl").exists()
+    with pytest.raises(SystemExit):
+        main(["check", "x", "--save-chat", "y"])

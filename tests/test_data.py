@@ -642,8 +642,11 @@ def test_what_is_no_file_of_chats_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.csv", "a.jsonl", "c.gz", "d.json", "e.parquet", "f.tsv", "g.txt"):
         Path(name).write_text("")
-    beside = "Files there: a.jsonl, b.csv, c.gz, d.json, e.parquet. "
+    beside = "Files there: a.jsonl, b.csv, c.gz, d.json, e.parquet, …. "
+    Path("c.rejected.csv").write_text("")
     Path("link.jsonl").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"looked in this folder\)\. Did you mean link\.jsonl\? Files there"):
+        load_chats("lnk.jsnl")
     os.mkfifo("pipe.jsonl")
     for name, kind, said in (
         ("no.jsonl", FileNotFoundError, f"no.jsonl does not exist (looked in this folder). {beside}[D001]"), (tmp_path / "no.jsonl", FileNotFoundError, f"{tmp_path}/no.jsonl does not exist (looked in {tmp_path}). {beside}[D001]"),

@@ -8,6 +8,7 @@ from bad_inputs import ANSWER, BOT, CALL, GOOD, SYSTEM, USER, said
 from bad_inputs import row as line_of
 
 from finetune_nb.chats import Chat, ChatError, Chats, load_chats
+from finetune_nb.config import ConfigError
 from finetune_nb.formats import (
     all_texts,
     check_messages,
@@ -315,3 +316,18 @@ def test_forms_that_are_mixed_are_told_once():
 def test_calls_are_looked_at_where_nothing_else_is_said(calls, more):
     found = check_messages([{"role": "user", "content": "Time?"}, {"role": "assistant", "tool_calls": calls} | more])
     assert [fault.code for fault in found] == ["D080"]
+
+
+@pytest.mark.parametrize(("columns", "said"), [
+    ({"user": "Frage", "assistant": "Antwort"}, r"there is no column 'Frage' in this row; did you mean 'Frage des Gastes'\? It has"),
+    ({"user": "Frage des Gastes", "assistant": "antwort"}, "'antwort' in this row; did you mean 'Antwort'"), ({"user": "x", "assistant": "Antwort"}, "no column 'x' in this row. It has"),
+])  # fmt: skip
+def test_a_column_that_is_not_there_is_named_with_the_one_that_was_meant(columns, said, tmp_path):
+    (tmp_path / "t.csv").write_text("Frage des Gastes;Antwort\nWas?;Ja.\n")
+    with pytest.raises(ChatError, match=said):
+        load_chats(tmp_path / "t.csv", columns=columns)
+
+
+def test_columns_the_other_way_round_are_told():
+    with pytest.raises(ConfigError, match='the other way round.*"user": "Frage"'):
+        column_form({"Frage": "user", "Antwort": "assistant"})

@@ -246,3 +246,14 @@ def test_a_second_process_finds_the_same(monkeypatch):
     alone = check_chats(chats)
     monkeypatch.setattr(quality, "MANY", 1)
     assert check_chats(chats).to_json() == alone.to_json()
+
+
+def test_what_is_left_is_a_list_of_chats_and_whole_groups_are_shown():
+    chats = [Chat([{"role": "user", "content": q}, {"role": "assistant", "content": a}], f"a, line {i}") for i, (q, a) in enumerate([("How far is the station?", "Two miles."), ("When does the shop open?", "At nine."), ("Who wrote this letter?", "The postman.")] * 3, 1)]
+    report = check_chats(chats)
+    left = report.without("exact_duplicates")
+    assert list(left) == left.chats == chats[:3] and left.removed == chats[3:] and repr(left).startswith("without exact_duplicates: 6 of 9")
+    assert [chat.answer for chat in check_chats(left).chats] == ["Two miles.", "At nine.", "The postman."]
+    said = repr(report)
+    assert all(f"a, line {i}: [1]" in said for i in (1, 4, 7)) and "a, line 2" not in said and "… and 6 more" in said and "--save report.html" in said
+    assert "--without exact_duplicates --save-chats FILE" in said
