@@ -257,3 +257,12 @@ def test_what_is_left_is_a_list_of_chats_and_whole_groups_are_shown():
     said = repr(report)
     assert all(f"a, line {i}: [1]" in said for i in (1, 4, 7)) and "a, line 2" not in said and "… and 6 more" in said and "--save report.html" in said
     assert "--without exact_duplicates --save-chats FILE" in said
+
+
+def test_the_reports_say_what_they_leave_out_and_json_has_every_row():
+    chats = [chat(f"Which {word} is meant in letter {i}?", f"The {word} of house {i * i}.", f"line {i}.") for i, word in enumerate("lamp road tree bridge church market".split() * 2, 1)] * 2
+    report = check_chats(chats)
+    assert len(report.rows("exact_duplicates")) == 24 and "… and 20 more" in repr(report) and "every one: report.save('report.json')" in repr(report)
+    assert "- … and 4 more" in report.to_markdown() and "and 2 more groups" in report._repr_html_()
+    assert len(next(f for f in json.loads(report.to_json())["findings"] if f["check"] == "exact_duplicates")["excerpts"]) == 24
+    assert "… and" not in check_chats(chats[:12]).to_markdown()
