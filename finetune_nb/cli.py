@@ -272,6 +272,8 @@ def check_command(options: argparse.Namespace) -> None:
         raise ConfigError("--without names checks, and --save-chats the file for the chats that they leave: give both.")
     if options.save_chats and Path(options.save_chats).exists():
         raise ConfigError(f"{options.save_chats} exists, and is not written over. Name another file.")
+    if options.save_chats and not options.save_chats.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(f"{options.save_chats}: chats are written as JSON lines. Name a file that ends in .jsonl or .jsonl.gz.")
     columns = dict(_pair(word, "--columns") for word in options.columns)
     chats = load_chats(options.files if len(options.files) > 1 else options.files[0], columns=columns or None, on_error=options.on_error)
     tokenizer = None
@@ -290,9 +292,10 @@ def check_command(options: argparse.Namespace) -> None:
     if options.save_chats:
         from finetune_nb.data import save_chats
 
-        left = report.without(*options.without)
+        if not (left := report.without(*options.without)):
+            raise ConfigError(f"--without {' '.join(options.without)} leaves no chat, so {options.save_chats} was not written. Name fewer checks.")
         save_chats(left, options.save_chats)
-        _print(f"\n{left}\nThe others: {options.save_chats}")
+        _print(f"\n{left}\nWhat is left: {options.save_chats}")
 
 
 def _evaluate(run: Any, chats: list | None = None, score: str | None = None) -> None:
@@ -613,7 +616,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad rows (default: %(default)s)")
     check.add_argument("--save", metavar="PATH", help="write the report: .html, .md or .json")
     check.add_argument("--without", metavar="CHECK", nargs="+", default=[], help="leave out what these checks name, of copies all but the first, and save the rest (--save-chats)")
-    check.add_argument("--save-chats", metavar="FILE", help="the file for the chats that are left: .jsonl")
+    check.add_argument("--save-chats", metavar="FILE", help="the file for the chats that are left: .jsonl or .jsonl.gz")
     check.set_defaults(run_command=check_command)
 
     config = commands.add_parser("config", help="write a configuration with every setting explained")

@@ -191,16 +191,17 @@ class DataReport:
                 *([f"  → {f.advice}"] if f.advice else []),
             ]
         if left_out:
-            lines += ["", "All rows: report.save('report.html'), in a terminal --save report.html"]
+            lines += ["", "More rows: report.save('report.html'), every one: report.save('report.json'); in a terminal --save report.html or report.json"]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
-        "The report as Markdown: a table, then the rows."
+        "The report as Markdown: a table, then the first rows of each check."
         lines = [f"# {self.verdict}", "", "| check | severity | chats | found |", "| --- | --- | --- | --- |"]
         lines += [f"| {f.check} | {f.severity} | {len(f.rows):,} | {md_cell(f.message)} |" for f in self.findings]
         for f in self.findings:
             lines += ["", f"## {f.check}", "", _escaped(f"{f.message} {f.advice}".rstrip()), ""]
             lines += [f"- {md_cell(self._where(r))}: {md_cell(t)}" for r, t in list(f.excerpts.items())[:_SHOWN]]
+            lines += [f"- … and {len(f.excerpts) - _SHOWN:,} more"] if len(f.excerpts) > _SHOWN else []
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:

@@ -111,7 +111,7 @@ def _grouped(texts: Texts) -> tuple[list[list[_Pair]], ...]:
 _COPIES = (
     ("exact_duplicates", 3, "warning", "copies of another", "Keep one of each: report.without('exact_duplicates'), in a terminal --without exact_duplicates --save-chats FILE."),
     ("near_duplicates", 3, "warning", "nearly copies of another", "Keep one of each: report.without('near_duplicates'), in a terminal --without near_duplicates --save-chats FILE."),
-    ("contradictions", 4, "error", "one question with different answers", "Keep the right answer, or leave all of them out."),
+    ("contradictions", 4, "error", "one question with different answers", "Keep the right answer, or leave all of them out: report.without('contradictions'), in a terminal --without contradictions --save-chats FILE."),
     ("near_contradictions", 4, "warning", "nearly one question with different answers", "Look: one letter or word may make another question."),
 )  # fmt: skip
 

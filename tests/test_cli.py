@@ -333,9 +333,14 @@ def test_check_saves_what_is_left(tmp_path, capsys):
     save_chats([Chat([{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in asked], tmp_path / "all.jsonl")
     words = ["check", str(tmp_path / "all.jsonl"), "--without", "exact_duplicates"]
     assert main(words) == 2 and "give both" in capsys.readouterr().err
-    assert main([*words, "--save-chats", str(tmp_path / "rest.jsonl")]) == 0 and "1 of 8 chats removed, 7 left" in capsys.readouterr().out
+    assert main([*words, "--save-chats", str(tmp_path / "rest.csv")]) == 2 and "ends in .jsonl" in capsys.readouterr().err
+    assert main([*words, "--save-chats", str(tmp_path / "rest.jsonl")]) == 0
+    assert "1 of 8 chats removed, 7 left" in (said := capsys.readouterr().out) and f"What is left: {tmp_path / 'rest.jsonl'}" in said
     assert [chat.answer for chat in load_chats(tmp_path / "rest.jsonl")] == [a for _, a in asked[1:]]
     assert main([*words, "--save-chats", str(tmp_path / "rest.jsonl")]) == 2 and "is not written over" in capsys.readouterr().err
     assert main([*words[:3], "nonsense", "--save-chats", str(tmp_path / "other.jsonl")]) == 2 and "no check is called 'nonsense'" in capsys.readouterr().err and not (tmp_path / "other.jsonl").exists()
+    save_chats([Chat([{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "I'm sorry, no."}])], tmp_path / "no.jsonl")
+    assert main(["check", str(tmp_path / "no.jsonl"), "--without", "refusals", "--save-chats", str(tmp_path / "other.jsonl")]) == 2
+    assert "leaves no chat" in capsys.readouterr().err and not (tmp_path / "other.jsonl").exists()
     with pytest.raises(SystemExit):
         main(["check", "x", "--save-chat", "y"])

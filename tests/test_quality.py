@@ -7,7 +7,7 @@ import pytest
 
 from finetune_nb.chats import Chat, load_chats
 from finetune_nb.config import ConfigError
-from finetune_nb.data import icd10_chats
+from finetune_nb.data import icd10_chats, split_chats
 from finetune_nb.personal import find_personal, masked
 from finetune_nb.planted import CHECK_OF, PERSONAL, SECRETS, clean_chats, plant
 from finetune_nb.quality import check_chats
@@ -76,6 +76,8 @@ def test_reports_are_written(tmp_path):
 
 def test_lengths_tell_lost_answers():
     report = check_chats([chat("word " * 90, "Yes."), chat("Hi there", "word " * 90), chat("Hi", "Yes.")], max_length=60)
+    assert "(estimated from words, without what a chat template adds)" in report["tokens"].message
+    assert report["lengths"].message.startswith("The median answer has ")
     assert report.rows("tokens") == [0, 1] and "1 would lose" in report["tokens"].message and report["tokens"].severity == "error"
 
 
@@ -257,3 +259,14 @@ def test_what_is_left_is_a_list_of_chats_and_whole_groups_are_shown():
     said = repr(report)
     assert all(f"a, line {i}: [1]" in said for i in (1, 4, 7)) and "a, line 2" not in said and "… and 6 more" in said and "--save report.html" in said
     assert "--without exact_duplicates --save-chats FILE" in said
+
+
+def test_the_reports_say_what_they_leave_out_and_json_has_every_row():
+    chats = [chat(f"Which {word} is meant in letter {i}?", f"The {word} of house {i * i}.", f"line {i}.") for i, word in enumerate("lamp road tree bridge church market".split() * 2, 1)] * 2
+    report = check_chats(chats)
+    parts = split_chats(report.without("exact_duplicates"))
+    assert isinstance(parts.train[0], Chat) and len(parts.train) + len(parts.validation) + len(parts.test) == 12
+    assert len(report.rows("exact_duplicates")) == 24 and "… and 20 more" in repr(report) and "every one: report.save('report.json')" in repr(report)
+    assert "- … and 4 more" in report.to_markdown() and "and 2 more groups" in report._repr_html_()
+    assert len(next(f for f in json.loads(report.to_json())["findings"] if f["check"] == "exact_duplicates")["excerpts"]) == 24
+    assert "… and" not in check_chats(chats[:12]).to_markdown()
