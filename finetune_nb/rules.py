@@ -116,7 +116,7 @@ def same_chats_again(record: RunRecord) -> Found | None:
         return None
     return Found(
         "Chats are in the training data several times: the model learns these by heart, and an epoch is several.",
-        'Take the copies out: check_chats(chats).without("exact_duplicates"). Then see whether there is enough left.',
+        'Take the copies out: check_chats(chats).without("exact_duplicates"), in a terminal finetune_nb check FILE --without exact_duplicates --save-chats REST.jsonl. Then see whether there is enough left.',
         {"training chats": f"{chats:,}", "different ones": f"{different:,} ({different / chats:.0%})"},
     )
 
