@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -344,3 +345,11 @@ def test_check_saves_what_is_left(tmp_path, capsys):
     assert "leaves no chat" in capsys.readouterr().err and not (tmp_path / "other.jsonl").exists()
     with pytest.raises(SystemExit):
         main(["check", "x", "--save-chat", "y"])
+
+
+def test_a_warning_is_a_line_without_a_place_in_the_code():
+    from finetune_nb import __main__ as command
+
+    ours, theirs = str(Path(command.__file__).with_name("chats.py")), "/b.py"
+    assert command._as_line(UserWarning("one row was skipped"), UserWarning, ours, 3) == "finetune_nb: one row was skipped\n"
+    assert "/b.py:3: UserWarning: c" in command._as_line(UserWarning("c"), UserWarning, theirs, 3)

@@ -517,11 +517,14 @@ def test_rows_of_two_forms_are_one_problem(tmp_path):
 
 
 def test_files_of_rejected_rows_replace_none(tmp_path, monkeypatch):
-    path, bad = tmp_path / "c.jsonl", line(USER)
-    path.write_bytes(line(USER, BOT) + b"\n" + bad)
+    path = tmp_path / "c.jsonl"
     for number, name in enumerate(("c.rejected", "c.rejected-2", "c.rejected-3"), 1):
-        with pytest.warns(UserWarning, match=f"written to {name}.jsonl"):
-            load_chats(path, on_error="skip")
+        bad = line(USER, n=number)
+        path.write_bytes(line(USER, BOT) + b"\n" + bad)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=f"written to {name}.jsonl") as caught:
+                load_chats(path, on_error="skip")
+            assert caught[0].filename == __file__, "the warning names the line that asked, and what is there already is not written again"
         assert (tmp_path / f"{name}.jsonl").read_bytes() == bad + b"\n" and (tmp_path / f"{name}.txt").read_text().startswith("c.jsonl, line 2: ") and len(list(tmp_path.iterdir())) == 1 + 2 * number
     with pytest.raises(ChatError):
         load_chats([{"messages": []}], on_error="skip", rejected=tmp_path / "none.jsonl")

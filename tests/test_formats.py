@@ -299,6 +299,9 @@ def test_the_summary_of_what_was_read(tmp_path):
     assert lines[0] == "2 chats from a.jsonl, form: messages" and lines[1].startswith("note: a.jsonl, line 1: message 1: control tokens") and lines[2:] == ["skipped rows: 2", *skipped]
     reasons = (tmp_path / "a.rejected.txt").read_text().splitlines()
     assert reasons == skipped and (tmp_path / "a.rejected.jsonl").read_bytes() == line_of(USER) + b"\n{\n"
+    with pytest.warns(UserWarning, match="written to a.rejected.jsonl"):
+        load_chats(path, on_error="skip")
+    path.write_bytes(path.read_bytes() + b"\n{")
     with pytest.warns(UserWarning, match="written to a.rejected-2.jsonl"):
         load_chats(path, on_error="skip")
 
