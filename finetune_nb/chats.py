@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from filecmp import cmp
 from html import escape
 from pathlib import Path
 from typing import Any, Union, overload
@@ -275,11 +276,16 @@ class _Rejects:
         self.rows += 1
 
     def finish(self) -> Path | None:
-        "Puts the files in their place, under the first free name; None when nothing was rejected."
+        "Puts the files in their place, under the first name that is free or has the same already; None when nothing was rejected."
         if not self.parts:
             return None
+        for file, _ in self.parts:
+            file.close()
         for number in range(1, 10_000):
             target = self.path.with_name(self.path.stem + f"-{number}" * (number > 1) + self.path.suffix)
+            if self._is_there(target):
+                self.close()
+                return target
             if target.with_suffix(".txt").exists():
                 continue
             try:
@@ -287,11 +293,15 @@ class _Rejects:
             except FileExistsError:
                 continue
             break
-        for (file, part), place in zip(self.parts, (target, target.with_suffix(".txt")), strict=True):
-            file.close()
+        for (_, part), place in zip(self.parts, (target, target.with_suffix(".txt")), strict=True):
             os.replace(part, place)
         self.parts = []
         return target
+
+    def _is_there(self, target: Path) -> bool:
+        "Whether the rows and reasons stand in these files already, as from an earlier reading of the same data."
+        places = (target, target.with_suffix(".txt"))
+        return all(place.is_file() and cmp(part, place, shallow=False) for (_, part), place in zip(self.parts, places, strict=True))
 
     def close(self) -> None:
         "Leaves no trace of what was not finished."
@@ -443,7 +453,7 @@ def _result(loading: _Loading, sources: list[Source], maker: _Rows, lazy: bool) 
         files = ", ".join(path.name for path in loading.rejected)
         text = "\n".join(grouped(loading.problems.kept, loading.problems.totals))
         more = f"; too long to copy, so in the original only: {', '.join(loading.too_long[:5])}{', …' * (len(loading.too_long) > 5)}"
-        warnings.warn(f"skipped rows: {chats.skipped_rows:,}, written to {files}{more * bool(loading.too_long)}:\n{text}", stacklevel=3)
+        warnings.warn(f"skipped rows: {chats.skipped_rows:,}, written to {files}{more * bool(loading.too_long)}:\n{text}", stacklevel=4)  # past the decorator of `load_chats`
     return chats
 
 # %% ../nbs/00b_chats.ipynb #cc44a80e

@@ -345,9 +345,9 @@ def test_what_is_normal_is_not_noted(text):
 
 
 def test_skip_keeps_every_row_somewhere(tmp_path):
-    rows = [GOOD, b'{"a": \xff}\r', row(USER), b"{", GOOD]
-    path = write(tmp_path, "c.jsonl", b"\n".join(rows))
-    for name in ("c.rejected", "c.rejected-2"):
+    for name, broken in (("c.rejected", b"{"), ("c.rejected-2", b"{1"), ("c.rejected-2", b"{1")):
+        rows = [GOOD, b'{"a": \xff}\r', row(USER), broken, GOOD]
+        path = write(tmp_path, "c.jsonl", b"\n".join(rows))
         with pytest.warns(UserWarning, match=rf"skipped rows: 3, written to {name}.jsonl(?s:.*)line 2"):
             chats = load_chats(path, on_error="skip")
         assert [c.where for c in chats] == ["c.jsonl, line 1", "c.jsonl, line 5"]
