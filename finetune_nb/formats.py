@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['ROLES', 'SHAPE', 'THOUGHTS', 'CALL', 'SPEAKERS', 'FORMS', 'QUESTIONS', 'ANSWERS', 'shown', 'mark_of',
            'check_messages', 'check_tools', 'invisible', 'control_tokens', 'all_texts', 'message_texts', 'oddities',
-           'Messages', 'Form', 'recognise', 'unknown_form', 'missing_column', 'column_form']
+           'Messages', 'Form', 'recognise', 'unknown_form', 'missing_columns', 'column_form']
 
 # %% ../nbs/00ab_formats.ipynb #f9abe78b
-import difflib
 import json
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .config import ConfigError
-from .reading import Fault, decode_json
+from .reading import Fault, closest, decode_json
 
 # %% ../nbs/00ab_formats.ipynb #78cac57c
 ROLES = ("system", "user", "assistant", "tool")
@@ -494,9 +494,15 @@ ANSWERS = ("answer", "reply", "response", "output", "completion", "solution", "a
 
 
 def _guessed_columns(names: list[str]) -> dict[str, str]:
-    "Which columns probably hold what; an example where nothing can be guessed."
+    "Which columns probably hold what; empty where that can't be guessed."
     found = {role: next((n for word in words for n in names if n.lower() == word), "") for role, words in (("user", QUESTIONS), ("assistant", ANSWERS))}
-    return found if all(found.values()) else {"user": "question", "assistant": "answer"}
+    return found if all(found.values()) else {}
+
+
+def _as_typed(columns: dict[str, str]) -> str:
+    "A mapping as it is written in Python, and in a terminal."
+    words = shlex.join(f"{role}={name}" for role, name in columns.items())
+    return f"columns={json.dumps(columns, ensure_ascii=False)}, in a terminal --columns {words}"
 
 
 def unknown_form(
@@ -512,9 +518,9 @@ def unknown_form(
     if {"role", "content"} <= set(names) or {"from", "value"} <= set(names):
         found = f"this row is a single message: {shown(row)}."
         return Fault("D050", found, 'A row is a whole chat: put its messages into one list, {"messages": […]}, one chat a line.')
-    columns = _guessed_columns(names)
-    words = " ".join(f"{role}={name}" for role, name in columns.items())
-    remedy = f"{SHAPE} Or say which columns to use: columns={json.dumps(columns, ensure_ascii=False)}, in a terminal --columns {words}."
+    guessed = _guessed_columns(names)
+    columns = guessed or {"user": "question", "assistant": "answer"}
+    remedy = f"{SHAPE} Or say which columns to use{':' if guessed else ', such as'} {_as_typed(columns)}."
     if {"chosen", "rejected"} <= set(names):
         remedy = "This is preference data; an adapter here learns one answer: rename 'chosen' to 'completion', or use columns=…."
     elif names == ["text"]:
@@ -534,15 +540,17 @@ def _from_either(row: dict, column: str) -> Messages:
     return _from_messages(row, column)
 
 
-def missing_column(
-    name: str,  # of a column that was asked for
-    row: dict,  # which does not have it
+def missing_columns(
+    wanted: Iterable[str],  # the columns that were named
+    row: dict,  # which does not have all of them
 ) -> Fault:
-    "The fault of a row without that column, with the one that was perhaps meant."
-    names, low = sorted(map(str, row)), name.lower()
-    alike = [n for n in names if n.lower() == low] or [n for n in names if low in n.lower() or n.lower() in low] or difflib.get_close_matches(name, names, 1)
-    meant = f"; did you mean {alike[0]!r}?" if alike else "."
-    return Fault("D051", f"there is no column {name!r} in this row{meant} It has {shown(names)}.", "Correct columns=… (in a terminal --columns), or the row.")
+    "The fault of a row without some of the columns, with those that were perhaps meant."
+    wanted, names = list(dict.fromkeys(wanted)), sorted(map(str, row))
+    meant = {name: closest(name, [n for n in names if n not in wanted]) for name in wanted if name not in row}
+    found = " There is ".join(f"no column {name!r} in this row{f'; did you mean {other!r}?' if other else '.'}" for name, other in meant.items())
+    known = "messages" if "messages" in row else recognise(row)
+    remedy = f"Leave columns=… (in a terminal --columns) out: such a row is read as {FORMS[known].title}." if known else "Correct columns=… (in a terminal --columns), or the row."
+    return Fault("D051", f"there is {found} The columns are: {', '.join(map(repr, names[:20]))}{', …' if len(names) > 20 else '.'}", remedy)
 
 
 def column_form(
@@ -555,14 +563,14 @@ def column_form(
         example = '{"user": "question", "assistant": "answer"}, with "system" if there is one, or {"messages": "dialog"}'
         if isinstance(columns, dict) and all(isinstance(c, str) for c in columns.values()) and set(columns.values()) in known:
             turned = {role: column for column, role in columns.items()}
-            raise ConfigError(f"columns: it is the other way round, first what a column holds and then its name: {json.dumps(turned, ensure_ascii=False)}")
+            raise ConfigError(f"columns: it is the other way round, first what a column holds and then its name: {_as_typed(turned)}")
         raise ConfigError(f"columns: expected a mapping such as {example}; got {columns!r}")
     if "prompt" in columns:  # other words for the same
         columns = {_SAME.get(role, role): column for role, column in columns.items()}
 
     def read(row: dict) -> Messages:
-        if missing := [c for c in columns.values() if c not in row]:
-            raise missing_column(missing[0], row)
+        if any(column not in row for column in columns.values()):
+            raise missing_columns(columns.values(), row)
         if "messages" in columns or "conversations" in columns:
             (column,) = columns.values()
             return _from_either(row, column)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_LIMITS', 'JSON_REMEDY', 'decode_first', 'TOO_DEEP', 'FORMATS', 'PACKED', 'Problem', 'grouped', 'ChatError',
            'Findings', 'Limits', 'Fault', 'Row', 'check_value', 'json_fault', 'decode_json', 'decode_utf8', 'file_kind',
-           'check_file', 'open_file']
+           'check_file', 'closest', 'open_file']
 
 # %% ../nbs/00a_reading.ipynb #d0308787
 import bz2
@@ -20,7 +20,7 @@ import stat
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,6 +292,17 @@ def check_file(
     return found
 
 
+def closest(
+    name: str,  # as it was typed
+    names: Iterable[str],  # those that there are
+) -> str | None:
+    "The one that was probably meant: spelt nearly so, or with more or fewer words; None where none is near."
+    plain = {other.casefold(): other for other in names}
+    near = difflib.get_close_matches(name.casefold(), plain, 1, 0.7)
+    holding = [other for other in plain if min(len(name), len(other)) > 2 and (name.casefold() in other or other in name.casefold())]
+    return plain[(near or sorted(holding, key=len))[0]] if near or holding else None
+
+
 def _beside(folder: Path, name: str = "") -> str:
     "The sentence that names files of chats in `folder`, the one first that was perhaps meant by `name`."
     known = (*FORMATS, *PACKED)
@@ -299,9 +310,9 @@ def _beside(folder: Path, name: str = "") -> str:
         names = sorted(p.name for p in folder.iterdir() if p.suffix in known and ".rejected" not in p.name)
     except OSError:
         names = []
-    stems = {Path(n).stem: n for n in reversed(names)}
-    meant = difflib.get_close_matches(Path(name).stem, stems, 1, 0.7)
-    return (f"Did you mean {stems[meant[0]]}? " if meant else "") + (f"Files there: {', '.join(names[:5])}{', …' * (len(names) > 5)}. " if names else "")
+    stem = closest(name.split(".")[0], [n.split(".")[0] for n in names])
+    meant = difflib.get_close_matches(name, [n for n in names if n.split(".")[0] == stem], 1, 0)  # of those alike the one with the nearest ending
+    return (f"Did you mean {meant[0]}? " if meant else "") + (f"Files there: {', '.join(names[:5])}{', …' if len(names) > 5 else '.'} " if names else "")
 
 # %% ../nbs/00a_reading.ipynb #a190f53f
 class _Unpacked(io.RawIOBase):

@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import finetune_nb.__main__
 from finetune_nb.cli import main
 from finetune_nb.config import FinetuneConfig, field_help, load_config, save_config
 from finetune_nb.data import Chat, load_chats, save_chats
@@ -97,6 +99,7 @@ def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
     assert main(["check", "chats.jsonl", "--save", "report.html"]) == 0
     said = capsys.readouterr().out
     assert "exact_duplicates: 2 chats in 1 group" in said and "chats.jsonl, line 41" in said and "41 examples" in said
+    assert "as the embedded model has them" in said and "estimated from words" not in said, "tokens are those of the model that would be trained"
     assert "Report: report.html" in said and "<details" in (tmp_path / "report.html").read_text()
     assert main(["check", "chats.jsonl", "--model", "SmolLM2-135M-Instruct", "--max-length", "40"]) == 0
     said = capsys.readouterr().out
@@ -104,9 +107,16 @@ def test_check_judges_before_training(chats, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.csv").write_text("q,reply\nWho?,Me.\nWhat?,\n")
     assert main(["check", "a.csv", "--columns", "user=q", "assistant=reply"]) == 2
     assert "a.csv, line 3" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="a.rejected"):
-        assert main(["check", "a.csv", "--columns", "user=q", "assistant=reply", "--on-error", "skip"]) == 0
-    assert "1 chat checked" in capsys.readouterr().out
+    monkeypatch.setattr("finetune_nb.cli._counting", lambda model: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command replaces
+    monkeypatch.setattr("finetune_nb.cli.main", lambda: main(["check", "a.csv", "--columns", "user=q", "assistant=reply", "--on-error", "skip"]))
+    with pytest.warns(UserWarning, match="a.rejected") as caught:
+        assert finetune_nb.__main__.main() == 0
+    said = capsys.readouterr().out
+    assert "1 chat checked" in said and "estimated from words" in said
+    shown = warnings.formatwarning(*(getattr(caught[0], name) for name in ("message", "category", "filename", "lineno")))
+    assert shown.startswith("finetune_nb: skipped rows: 1, written to a.rejected.csv:\na.csv, line 3: ") and ".py" not in shown, "a sentence, without a place in the code"
+    assert "/b.py:3: UserWarning: c" in warnings.formatwarning(UserWarning("c"), UserWarning, "/b.py", 3)
     for words, what in ((["--pattern", "("], "not a regular expression"), (["--columns", "q"], "expected NAME=VALUE"), (["--save", "x.pdf"], "a report ends in")):
         assert main(["check", "chats.jsonl", *words]) == 2
         assert what in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.jsonl does not exist"):
         load_chats(tmp_path / "no.jsonl")
     (tmp_path / "chats.jsonl").write_bytes(line(USER, BOT))
-    with pytest.raises(FileNotFoundError, match=r"Files there: chats.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean chats.jsonl\? Files there: chats.jsonl\. "):
         load_chats(tmp_path / "chat.jsonl")
     with pytest.raises(IsADirectoryError, match=r"is a folder; name a file in it.*Files there: chats.jsonl"):
         load_chats(tmp_path)
@@ -643,9 +643,9 @@ def test_how_far_the_reading_is(size, wanted, kernel, tty, shown, monkeypatch):
 
 def test_what_is_no_file_of_chats_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b.csv", "a.jsonl", "c.gz", "d.json", "e.parquet", "f.tsv", "g.txt"):
+    for name in ("b.csv", "a.jsonl", "c.gz", "d.json", "e.parquet", "f.tsv", "g.txt", "zoo.json", "zoo.jsonl"):
         Path(name).write_text("")
-    beside = "Files there: a.jsonl, b.csv, c.gz, d.json, e.parquet, …. "
+    beside = "Files there: a.jsonl, b.csv, c.gz, d.json, e.parquet, … "
     Path("c.rejected.csv").write_text("")
     Path("link.jsonl").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError, match=r"looked in this folder\)\. Did you mean link\.jsonl\? Files there"):
@@ -653,6 +653,7 @@ def test_what_is_no_file_of_chats_is_told(tmp_path, monkeypatch):
     os.mkfifo("pipe.jsonl")
     for name, kind, said in (
         ("no.jsonl", FileNotFoundError, f"no.jsonl does not exist (looked in this folder). {beside}[D001]"), (tmp_path / "no.jsonl", FileNotFoundError, f"{tmp_path}/no.jsonl does not exist (looked in {tmp_path}). {beside}[D001]"),
+        ("zoo.jsnl", FileNotFoundError, f"zoo.jsnl does not exist (looked in this folder). Did you mean zoo.jsonl? {beside}[D001]"), ("Zoos.json", FileNotFoundError, f"Zoos.json does not exist (looked in this folder). Did you mean zoo.json? {beside}[D001]"),
         ("nowhere/no.jsonl", FileNotFoundError, "nowhere/no.jsonl does not exist (looked in nowhere). [D001]"), ("link.jsonl", FileNotFoundError, "link.jsonl is a link to nowhere, which does not exist. Mend the link, or name the file. [D002]"),
         ("x" * 300, OSError, f"{'x' * 200} can't be opened: File name too long. Name a file of chats. [D003]"), (str(tmp_path), IsADirectoryError, f"{tmp_path} is a folder; name a file in it, or a pattern such as {tmp_path.name}/*.jsonl. {beside}[D004]"),
         ("pipe.jsonl", ChatError, "pipe.jsonl: this is a pipe or a device, not a regular file. Save its content to a file first. [D005]"),

@@ -133,6 +133,8 @@ def test_lists_of_functions(tools, code):
         ({"text": "a"}, "D051", "Plain text has no turns"),
         ({"Query": 1, "Solution": 2, "text": 3}, "D051", "--columns user=Query assistant=Solution"),
         ({"input": 1, "question": 3, "output": 2}, "D051", "--columns user=question assistant=output"),
+        ({"instruction": 1, "input": 3, "response": 2}, "D051", "--columns user=instruction assistant=response"),
+        ({"a question": 1, "answer": 2}, "D051", "use, such as columns="),
         ({"question": 1, "b": 2}, "D051", '{"user": "question", "assistant": "answer"}'),
     ],
 )
@@ -322,8 +324,8 @@ def test_calls_are_looked_at_where_nothing_else_is_said(calls, more):
 
 
 @pytest.mark.parametrize(("columns", "said"), [
-    ({"user": "Frage", "assistant": "Antwort"}, r"there is no column 'Frage' in this row; did you mean 'Frage des Gastes'\? It has"),
-    ({"user": "Frage des Gastes", "assistant": "antwort"}, "'antwort' in this row; did you mean 'Antwort'"), ({"user": "x", "assistant": "Antwort"}, "no column 'x' in this row. It has"),
+    ({"user": "Frage", "assistant": "Antwort"}, r"there is no column 'Frage' in this row; did you mean 'Frage des Gastes'\? The columns are:"),
+    ({"user": "Frage des Gastes", "assistant": "antwort"}, "'antwort' in this row; did you mean 'Antwort'"), ({"user": "x", "assistant": "Antwort"}, "no column 'x' in this row. The columns are:"),
 ])  # fmt: skip
 def test_a_column_that_is_not_there_is_named_with_the_one_that_was_meant(columns, said, tmp_path):
     (tmp_path / "t.csv").write_text("Frage des Gastes;Antwort\nWas?;Ja.\n")
@@ -331,6 +333,14 @@ def test_a_column_that_is_not_there_is_named_with_the_one_that_was_meant(columns
         load_chats(tmp_path / "t.csv", columns=columns)
 
 
+def test_rows_that_need_no_columns_say_so_and_every_missing_one_is_named():
+    for row, form in (({"messages": [USER, BOT]}, "messages"), ({"instruction": "a?", "input": "", "output": "b"}, r"Alpaca \(instruction, input, output\)")):
+        with pytest.raises(ChatError, match=rf"^row 1: there is no column 'Frage' in this row\. There is no column 'Antwort' in this row\. The columns are: '.*'\. Leave columns=… \(in a terminal --columns\) out: such a row is read as {form}\. \[D051\]$"):
+            load_chats([row], columns={"user": "Frage", "assistant": "Antwort"})
+    with pytest.raises(ChatError, match=r"The columns are: 'c00', .*'c19', … Correct columns=…"):
+        load_chats([{f"c{n:02}": n for n in range(30)}], columns={"messages": "talk"})
+
+
 def test_columns_the_other_way_round_are_told():
-    with pytest.raises(ConfigError, match='the other way round.*"user": "Frage"'):
-        column_form({"Frage": "user", "Antwort": "assistant"})
+    with pytest.raises(ConfigError, match="""the other way round.*"user": "Frage des Gastes".* --columns 'user=Frage des Gastes' assistant=Antwort"""):
+        column_form({"Frage des Gastes": "user", "Antwort": "assistant"})
