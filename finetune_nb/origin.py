@@ -23,7 +23,7 @@ class ModelError(FinetuneError, RuntimeError):
     "A base model that can't be had; the message says what to do."
 
 # %% ../nbs/02b_origin.ipynb #52a0dd77
-FLOORS = {"torch": "2.10", "transformers": "5.3", "jinja2": "3.1.6", "safetensors": "0.6", "peft": "0.19"}  # as in settings.ini
+FLOORS = {"torch": "2.10", "transformers": "5.3", "jinja2": "3.1.6", "safetensors": "0.6", "peft": "0.19"}  # settings.ini asks for these or newer ones
 
 
 def _numbers(text: str) -> list[int]:
