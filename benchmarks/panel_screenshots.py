@@ -53,7 +53,7 @@ class Album:
         box = self.lab.page.locator(".jp-OutputArea-output .fnb").locator("visible=true").first
         picture = Image.open(io.BytesIO(box.screenshot())).convert("RGB")
         path = self.folder / f"{KEPT.get(name, name.replace(' ', '_'))}.png"
-        picture.crop((0, 0, picture.width, min(picture.height, 1100))).quantize(128).save(path, optimize=True)
+        picture.crop((0, 0, picture.width, min(picture.height, 1100))).quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", flush=True)
 
     def both(self, state: str) -> None:
