@@ -363,3 +363,33 @@ def test_a_warning_is_a_line_without_a_place_in_the_code():
     ours, theirs = str(Path(command.__file__).with_name("chats.py")), "/b.py"
     assert command._as_line(UserWarning("one row was skipped"), UserWarning, ours, 3) == "finetune_nb: one row was skipped\n"
     assert "/b.py:3: UserWarning: c" in command._as_line(UserWarning("c"), UserWarning, theirs, 3)
+
+
+def test_an_interrupted_command_ends_in_a_line(monkeypatch, capsys):
+    from finetune_nb import cli
+
+    for name, words, goes_on in (("train_command", ["train", "config.yaml"], True), ("check_command", ["check", "chats.jsonl"], False)):
+
+        def interrupted(options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, name, interrupted)
+        assert main(words) == 130
+        said = capsys.readouterr().err
+        assert said.startswith("\nfinetune_nb: interrupted.") and said.count("\n") == 2 and ("finetune_nb resume RUN" in said) is goes_on
+
+
+def test_a_stopped_run_leaves_the_test_set_alone(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from finetune_nb import cli
+
+    monkeypatch.setattr(cli, "_evaluate", lambda *args, **more: pytest.fail("the test set was asked"))
+    run = SimpleNamespace(config=FinetuneConfig(), facts={"ended_by": "the user", "steps": 53}, test=[1], folder=Path("runs/run 1"))
+    cli._show(run, SimpleNamespace(no_evaluate=False, score=None))
+    assert "stopped after 53 steps, and the test set was left alone. Go on: finetune_nb resume 'runs/run 1'. Or judge it as it is: finetune_nb evaluate 'runs/run 1'" in capsys.readouterr().out
+
+
+def test_errors_of_the_system_name_what_was_typed(tmp_path, capsys):
+    assert main(["config", str(tmp_path / "nowhere" / "x.yaml")]) == 2
+    assert capsys.readouterr().err == f"finetune_nb: {tmp_path}/nowhere/x.yaml: No such file or directory\n"
