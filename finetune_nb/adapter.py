@@ -78,14 +78,16 @@ def _why_not_there(run: Run, target: Path, base: str | None) -> str:
     if not target.is_dir():
         return "is a file"
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if not there:
+        return ""
     try:
-        about, known = read_about(target), files_of(target) | {MANIFEST, *BESIDE} if there else there
+        about, known = read_about(target), files_of(target) | {MANIFEST, *BESIDE}
     except DamageError:
         about, known = {}, set()
     if others := sorted(there - known):
         return f"holds {others[0]}{f' and {len(others) - 1} other files' if len(others) > 1 else ''}, which is no part of an export"
-    same = about.get("run") == _run_mark(run) or about.get("adapter") == adapter_mark(run.folder)
-    return "" if same or not there or inside else "holds an export of another run"
+    same = inside or about.get("run") == _run_mark(run) or about.get("adapter") == adapter_mark(run.folder)
+    return "" if same else "holds an export of another run"
 
 
 def validate_room(

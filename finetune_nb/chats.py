@@ -193,6 +193,7 @@ class _Rows:
 
     def __init__(self, name: str, form: Form | None, notes: Findings) -> None:
         self.name, self.form, self.given, self.notes = name, form, form is not None, notes
+        self.known = form in FORMS.values()  # named, and not made of columns
         self.examples: dict[str, tuple[str, list[str]]] = {}  # form to the first row that has it: its place and columns
         self.joined = 0
 
@@ -202,7 +203,7 @@ class _Rows:
             return [unknown_form(row)]
         if not self.given and (mixed := self._recognise(row, where)) is not None:
             return mixed
-        if self.given and self.form in FORMS.values() and not any(column in row for column in self.form.columns):
+        if self.known and not any(column in row for column in self.form.columns):
             return [unknown_form(row)]
         try:
             made = self.form.read(row)

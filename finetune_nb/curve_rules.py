@@ -145,6 +145,9 @@ def too_few_steps(record: RunRecord) -> Found | None:
     )
 
 
+_LONGER = f"Double num_train_epochs; early stopping ends it when there is no more to gain. Or raise learning_rate. {RANGE_TEST}"
+
+
 def still_learning(record: RunRecord) -> Found | None:
     "The plan ended while the validation loss was falling fast: by a tenth, and by more than 0.05 nats, since the look before. After a single look the training loss tells."
     if record.facts.get("ended_by") != "the plan":
@@ -156,7 +159,7 @@ def still_learning(record: RunRecord) -> Found | None:
         return None
     return Found(
         "The run ended while it was still learning fast: too few steps, or too low a learning rate.",
-        f"Double num_train_epochs; early stopping ends it when there is no more to gain. Or raise learning_rate. {RANGE_TEST}",
+        _LONGER,
         {"validation loss": f"{before:.4f} at the look before, {last:.4f} at step {step}, the last"},
     )
 
@@ -171,7 +174,7 @@ def _falling_to_the_end(record: RunRecord) -> Found | None:
         return None
     return Found(
         f"The run took {record.steps} steps only, and was still learning fast when it ended.",
-        f"Double num_train_epochs; early stopping ends it when there is no more to gain. Or raise learning_rate. {RANGE_TEST}",
+        _LONGER,
         {"training loss": f"{before:.4f} in the third quarter of the run, {last:.4f} in the last"},
     )
 

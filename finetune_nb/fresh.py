@@ -205,7 +205,8 @@ def ends_of_gguf(
     "The tokens that end an answer by the file itself: the end of a text and that of a turn."
     from gguf import GGUFReader
 
-    fields = [GGUFReader(path).get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    said = GGUFReader(path)
+    fields = [said.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return sorted({int(field.contents()) for field in fields if field})
 
 

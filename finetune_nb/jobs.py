@@ -27,7 +27,7 @@ from .config import FinetuneConfig, FinetuneError, load_config
 from .data import Chat, Splits, question
 from .display import notebook_shell
 from .evaluation import generate
-from .locks import STOP, ask_to_stop, held_elsewhere
+from .locks import ask_to_stop, held_elsewhere, is_asked_to_stop
 from .losses import inner_model
 from .models import load_tokenizer, release_memory
 from .progress import progress_to
@@ -453,7 +453,7 @@ class Watched:
         facts = read_facts(self.folder, "started.json") | read_facts(self.folder)
         self.step = max((int(row["step"]) for row in self.history), default=0)
         self.steps = facts.get("planned", {}).get("steps", 0)
-        self.state = ("stopping elsewhere" if (self.folder / STOP).exists() else "elsewhere") if self.where else how_it_ended(facts)
+        self.state = ("stopping elsewhere" if is_asked_to_stop(self.folder) else "elsewhere") if self.where else how_it_ended(facts)
         self.pace.see(self.step)
 
     def stop(self) -> None:

@@ -205,9 +205,14 @@ def held_elsewhere(
     return "" if free else _who(folder)
 
 
+def _holder(folder: Path) -> dict[str, Any]:
+    "What the one who holds the folder says of himself."
+    return _said_in(folder / LOCK) or _said_in(folder / OWNER)
+
+
 def _who(folder: Path) -> str:
     "Who says to hold the folder."
-    said = _said_in(folder / LOCK) or _said_in(folder / OWNER)
+    said = _holder(folder)
     try:
         return f"in process {int(said['pid'])}{'' if said['host'] == platform.node() else ' on ' + str(said['host'])[:200]}"
     except (ValueError, TypeError, KeyError):
@@ -221,17 +226,17 @@ def ask_to_stop(
     folder = Path(folder)
     if not held_elsewhere(folder):
         raise LockError(f"{folder} is not at work in another process, so there is nothing to stop there.")
-    said = _said_in(folder / LOCK) or _said_in(folder / OWNER)
     try:
         with open(folder / STOP, "w", encoding="utf-8", opener=no_link) as file:
-            json.dump({"mark": said.get("mark")}, file)
+            json.dump({"mark": _holder(folder).get("mark")}, file)
     except OSError as error:
         raise LockError(f"{folder / STOP} can't be written: {error.strerror or error}. Stop the run where it was started, {_who(folder)}.") from error
 
 
 def is_asked_to_stop(
-    folder: str | Path,  # of a run that this process holds
+    folder: str | Path,  # of a run that is at work, here or in another process
 ) -> bool:
-    "Whether another process has asked this one to stop."
-    mark, _ = _MINE.get(Path(folder).resolve(), ("", ()))
-    return bool(mark) and _said_in(Path(folder) / STOP).get("mark") == mark
+    "Whether its holder has been asked to stop; a wish that was left for an earlier one does not count."
+    folder = Path(folder)
+    mark = _MINE[folder.resolve()][0] if is_mine(folder) else _holder(folder).get("mark")
+    return bool(mark) and _said_in(folder / STOP).get("mark") == mark

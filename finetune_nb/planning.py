@@ -60,9 +60,9 @@ def base_shape(
         architecture = AutoConfig.from_pretrained(origin.place, **_options(origin))
         with torch.device("meta"):  # in float32, as transformers makes the precision of a model that of all threads meanwhile, and a run may be at work
             model = with_attention(partial(AutoModelForCausalLM.from_config, architecture, trust_remote_code=origin.remote_code, dtype=torch.float32))
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype_of(config))
         model.config.dtype = dtype_of(config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(model.config.dtype)
         return model
 
 # %% ../nbs/07_planning.ipynb #f0800910

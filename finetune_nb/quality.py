@@ -357,7 +357,9 @@ def check_tokens(texts: Texts, tokenizer: Any, max_length: int | None) -> list[F
     message = f"Chats have up to {max(totals, default=0):,} tokens{how}"
     if cut:
         message += f"; {counted(len(cut), 'passes', 'pass')} max_length={max_length:,}, {len(lost):,} would lose their whole answer"
-    message += "; none passes max_length=" + f"{max_length:,}." if max_length and not cut else "."
+    elif max_length:
+        message += f"; none passes max_length={max_length:,}"
+    message += "."
     severity = "error" if lost else "warning" if cut else "note"
     excerpts = {i: f"{totals[i]:,} tokens" + ", the answer is lost" * (counts[i][0] >= max_length) for i in cut}
     return [

@@ -243,14 +243,20 @@ def compare_runs(
     return SeveralRuns(reports, left_out)
 
 
+def _folder(one: Any) -> Path | None:
+    "Where a run lies; None of a report."
+    return None if isinstance(one, EvalReport) else one.folder if isinstance(one, Run) else Path(one)
+
+
 def _name(one: Any) -> str:
     "What a run is called in the table."
-    return one.name if isinstance(one, EvalReport) else one.folder.name if isinstance(one, Run) else Path(one).name
+    folder = _folder(one)
+    return folder.name if folder else one.name
 
 
 def _new_name(one: Any, taken: Sequence[str]) -> str:
     "Its name; with the folder that it stands in, or else a number, where another one has it."
-    name, folder = _name(one), None if isinstance(one, EvalReport) else one.folder if isinstance(one, Run) else Path(one)
+    name, folder = _name(one), _folder(one)
     if name in taken and folder and folder.parent.name:
         name = f"{folder.parent.name}/{name}"
     n = 1 + sum(other == name or other.startswith(f"{name} (") for other in taken)

@@ -34,7 +34,7 @@ from .pictures import inlined
 from .progress import clock_time
 from .run_folder import last_checkpoint
 from .runs import GREY, list_runs, plot_runs
-from .tasks import ACTIVE, in_words
+from .tasks import in_words
 
 # %% ../nbs/10d_train_view.ipynb #aad89250
 STATES = {
@@ -349,7 +349,8 @@ class TrainView(_TrainLayout):
         self.start.tooltip = reason or "start a new run with these settings"
         where = f"Settings, {self.form.specs[errors[0].name].group}, " if errors else ""
         self.why_not.value = note(f"Train waits until this is mended: {where}{reason}", "error") if errors and not active else ""
-        self.stop.disabled = self.job is None or self.job.state not in (*set(ACTIVE) - {"stopping"}, "elsewhere")
+        state = self.job.state if self.job is not None else ""
+        self.stop.disabled = state == "stopping" or not (active or state == "elsewhere")
         can = self.job is not None and self.job.state in ("stopped", "failed", "broken off") and self.job.folder is not None
         self.go_on.disabled = not (can and last_checkpoint(self.job.folder))
 

@@ -455,6 +455,7 @@ def test_a_run_of_another_process_is_looked_at_only_until_it_is_killed(steady, t
         for act in (lambda: resume(folder), lambda: continue_job(folder), lambda: trash_run(folder)):
             with pytest.raises(FinetuneError, match=f"at work in process {other.pid}"):
                 act()
+        (folder / STOP).write_text('{"mark": "of an earlier holder"}')
         seen = Watched(folder)
         assert seen.state == "elsewhere" and seen.step >= 4 and seen.steps == 8 and not seen.active
     finally:
